@@ -1,0 +1,148 @@
+"""Pictures to evaluate on: every one once, in a fixed order, resized and centre-cropped, no crop at random.
+
+Bad ones are left out, named in the log and counted; nothing stands in for them.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from .captions import decode_caption
+from .images import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, BadSample, eval_image
+from .loader import Batch
+from .shards import ShardReader, open_index
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClassBatch:
+    """A batch of labelled images."""
+
+    images: torch.Tensor
+    """uint8 [b, S, S, 3]."""
+    labels: torch.Tensor
+    """int64 [b], indices into ``list_classes``."""
+    skipped: int
+    """Bad images left out."""
+
+
+def iterate_shards(
+    shards: Path | str, image_size: int, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2
+) -> Iterator[Batch]:
+    """Yield this rank's contiguous part of the samples, each once, in index order, as evaluated (``eval_image``).
+
+    Bad samples are left out, named in the log and counted in ``Batch.skipped``; batches may be smaller for it.
+
+    Raises:
+        FileNotFoundError: there are no shards, or no index.
+        ValueError: the index is stale.
+    """
+    index = open_index(shards)
+    reader = ShardReader(index)
+
+    def load(sample: int) -> tuple[torch.Tensor, str, int, str]:
+        raw = reader.read(sample)
+        caption = decode_caption(raw.caption)
+        if not caption:
+            raise BadSample("no-caption", f"the caption of {raw.key} is missing or empty")
+        return eval_image(raw.image, image_size), caption, raw.caption_id, raw.key
+
+    samples = range(rank * len(index) // world_size, (rank + 1) * len(index) // world_size)
+    position = samples.start
+    for good, skipped in _load_batches(load, samples, batch_size, workers):
+        images, captions, ids, keys = zip(*good, strict=True)
+        position += len(good) + skipped
+        yield Batch(
+            images=torch.stack(images),
+            captions=list(captions),
+            text_embeddings=None,
+            ids=torch.tensor(ids, dtype=torch.int64),
+            keys=list(keys),
+            epoch=0,
+            position=position,
+            skipped=skipped,
+        )
+
+
+def list_classes(folder: Path | str) -> list[str]:
+    """Return the class names of a folder of class folders, sorted by folder name; an underscore reads as a space.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or holds no folders.
+    """
+    return [path.name.replace("_", " ") for path in _class_folders(Path(folder))]
+
+
+def iterate_class_folder(
+    folder: Path | str, image_size: int, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2
+) -> Iterator[ClassBatch]:
+    """Yield this rank's contiguous part of the images in folder/<class>/*, each once, as evaluated (``eval_image``).
+
+    Bad images are left out, named in the log and counted in ``ClassBatch.skipped``.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, holds no folders, or one of them holds no image.
+    """
+    files: list[tuple[Path, int]] = []
+    for label, class_folder in enumerate(_class_folders(Path(folder))):
+        images = sorted(path for path in class_folder.iterdir() if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        if not images:
+            raise FileNotFoundError(f"no .jpg, .png or .webp images in {class_folder}: add some, or remove the class")
+        files += [(path, label) for path in images]
+
+    def load(file: tuple[Path, int]) -> tuple[torch.Tensor, int]:
+        path, label = file
+        try:
+            if path.stat().st_size > MAX_IMAGE_BYTES:
+                raise BadSample("too-large", f"the image has more than {MAX_IMAGE_BYTES:,} bytes")
+            return eval_image(path.read_bytes(), image_size), label
+        except (BadSample, OSError) as error:
+            raise BadSample("unreadable", f"{path}: {error}") from error
+
+    part = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
+    for good, skipped in _load_batches(load, part, batch_size, workers):
+        tensors, labels = zip(*good, strict=True)
+        yield ClassBatch(torch.stack(tensors), torch.tensor(labels, dtype=torch.int64), skipped)
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: name a folder with one folder of images for each class")
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not folders:
+        raise FileNotFoundError(f"no class folders in {folder}: each class needs a folder of images")
+    return folders
+
+
+def _load_batches(
+    load: Callable[[S], T], items: Sequence[S], batch_size: int, workers: int
+) -> Iterator[tuple[list[T], int]]:
+    """Yield (loaded items, count left out) for every ``batch_size`` items; ``workers`` threads load a batch ahead."""
+    skipped = 0
+    with ThreadPoolExecutor(workers) as pool:
+
+        def start(first: int) -> list[Future[T]]:
+            return [pool.submit(load, item) for item in items[first : first + batch_size]]
+
+        following = start(0)
+        for first in range(0, len(items), batch_size):
+            current, following = following, start(first + batch_size)
+            good = []
+            for task in current:
+                try:
+                    good.append(task.result())
+                except BadSample as fault:
+                    logger.warning("left out of the evaluation (%s): %s", fault.kind, fault)
+                    skipped += 1
+            if good:
+                yield good, skipped
+                skipped = 0

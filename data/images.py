@@ -1,0 +1,259 @@
+"""Images: the check before any decoder, the decoders, the training crop and the evaluation transform.
+
+What is done with the parts of an image file that libraries disagree on, the same for both decoders of the loader:
+
+| in the file                       | cpu (simplejpeg, Pillow)                  | dali                             |
+| --------------------------------- | ----------------------------------------- | -------------------------------- |
+| EXIF orientation                  | not applied, as in the reference training | not applied (adjust_orientation) |
+| alpha                             | dropped                                   | dropped                          |
+| several frames                    | the first                                 | the first                        |
+| grey, palette, CMYK               | to RGB                                    | to RGB                           |
+| 16 bits a channel                 | the high 8                                | scaled to 8                      |
+| colour profile                    | ignored                                   | ignored                          |
+| damaged entropy-coded JPEG data   | refused                                   | may decode to garbage            |
+| GIF, TIFF, BMP, AVIF, JPEG 2000   | refused by the check                      | refused by the check             |
+
+The check is a header walk in Python, a few microseconds an image. It bounds memory and time (a header may promise
+65,500 x 65,500 pixels) and keeps rarely exercised decoders away from untrusted bytes.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from PIL import Image
+
+from .order import mix64, stream_key
+
+UInt8Array = npt.NDArray[np.uint8]
+
+MAX_IMAGE_BYTES = 16 * 2**20
+MAX_IMAGE_PIXELS = 50_000_000
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+
+_CROP_TRIES = 10
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_SUPPORTED_SOF = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended sequential, progressive; Huffman coded
+_NOT_SOF = frozenset({0xC4, 0xC8, 0xCC})  # DHT, JPG, DAC share the range of the SOF markers
+_NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST markers are two bytes
+
+
+class BadSample(ValueError):
+    """A sample that cannot be used. ``kind`` is a short fixed word to count by."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class BadImage(BadSample):
+    """An image that cannot be used."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What the check has read: the format, and the size in pixels."""
+
+    format: Literal["jpeg", "png", "webp"]
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class CropWindow:
+    """A rectangle of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def check_image(payload: bytes) -> ImageHeader:
+    """Return the header of a JPEG, PNG or WebP image that is safe to hand to a decoder.
+
+    Raises:
+        BadImage: of kind empty, too-large (bytes), format (not one of the three), header, truncated, unsupported
+            (a JPEG that is not 8-bit Huffman with 1, 3 or 4 components) or too-many-pixels.
+    """
+    if not payload:
+        raise BadImage("empty", "the image has 0 bytes")
+    if len(payload) > MAX_IMAGE_BYTES:
+        raise BadImage("too-large", f"the image has {len(payload):,} bytes, more than {MAX_IMAGE_BYTES:,}")
+    if payload.startswith(_JPEG_MAGIC):
+        header = _check_jpeg(payload)
+    elif payload.startswith(_PNG_MAGIC):
+        header = _check_png(payload)
+    elif payload[:4] == b"RIFF" and payload[8:12] == b"WEBP":
+        header = _check_webp(payload)
+    else:
+        raise BadImage("format", f"not a JPEG, PNG or WebP image: it begins with {payload[:8]!r}")
+    if header.width < 1 or header.height < 1:
+        raise BadImage("header", f"the header says {header.width} x {header.height} pixels")
+    if header.width * header.height > MAX_IMAGE_PIXELS:
+        raise BadImage(
+            "too-many-pixels",
+            f"the header says {header.width} x {header.height} pixels, more than {MAX_IMAGE_PIXELS:,} in all",
+        )
+    return header
+
+
+def _check_jpeg(payload: bytes) -> ImageHeader:
+    header = None
+    at = 2
+    last = len(payload) - 4
+    while at <= last:
+        if payload[at] != 0xFF:
+            raise BadImage("header", f"byte {at} of the JPEG should begin a marker")
+        marker = payload[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker in _NO_LENGTH:
+            at += 2
+        elif marker == 0xDA:
+            if header is None:
+                raise BadImage("header", "the JPEG has a scan before any frame header")
+            # Searched in the whole scan: files with bytes after the end marker are valid and common.
+            if payload.rfind(b"\xff\xd9", at) < 0:
+                raise BadImage("truncated", "the JPEG has no end marker")
+            return header
+        elif marker == 0xD9:
+            raise BadImage("truncated", "the JPEG ends before any scan")
+        else:
+            if 0xC0 <= marker <= 0xCF and marker not in _NOT_SOF:
+                if header is not None:
+                    raise BadImage("header", "the JPEG has two frame headers")
+                header = _read_frame_header(payload, at, marker)
+            at += 2 + (payload[at + 2] << 8 | payload[at + 3])
+    raise BadImage("truncated", "the JPEG ends inside its headers")
+
+
+def _read_frame_header(payload: bytes, at: int, marker: int) -> ImageHeader:
+    fields = payload[at + 4 : at + 10]
+    if len(fields) < 6:
+        raise BadImage("truncated", "the JPEG ends inside its frame header")
+    precision, components = fields[0], fields[5]
+    if marker not in _SUPPORTED_SOF or precision != 8 or components not in (1, 3, 4):
+        raise BadImage(
+            "unsupported", f"JPEG frame type {marker:#x} with {precision} bits and {components} components is not read"
+        )
+    return ImageHeader("jpeg", width=fields[3] << 8 | fields[4], height=fields[1] << 8 | fields[2])
+
+
+def _check_png(payload: bytes) -> ImageHeader:
+    if payload[12:16] != b"IHDR":
+        raise BadImage("header", "the PNG does not begin with IHDR")
+    if payload.rfind(b"IEND", 33) < 0:
+        raise BadImage("truncated", "the PNG has no IEND chunk")
+    return ImageHeader("png", int.from_bytes(payload[16:20], "big"), int.from_bytes(payload[20:24], "big"))
+
+
+def _check_webp(payload: bytes) -> ImageHeader:
+    if len(payload) < max(30, 8 + int.from_bytes(payload[4:8], "little")):
+        raise BadImage("truncated", "the WebP file is shorter than its header says")
+    chunk = payload[12:16]
+    if chunk == b"VP8X":
+        width, height = (1 + int.from_bytes(payload[at : at + 3], "little") for at in (24, 27))
+    elif chunk == b"VP8L":
+        bits = int.from_bytes(payload[21:25], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    elif chunk == b"VP8 ":
+        width, height = (int.from_bytes(payload[at : at + 2], "little") & 0x3FFF for at in (26, 28))
+    else:
+        raise BadImage("header", f"unknown WebP chunk {chunk!r}")
+    return ImageHeader("webp", width, height)
+
+
+def decode_image(payload: bytes) -> UInt8Array:
+    """Decode a JPEG, PNG or WebP image to RGB, uint8 [H, W, 3].
+
+    Raises:
+        BadImage: the check refuses the image, or (kind damaged) the decoder does.
+    """
+    header = check_image(payload)
+    try:
+        # libjpeg converts no CMYK; Pillow does.
+        if header.format == "jpeg" and simplejpeg.decode_jpeg_header(payload)[2] not in ("CMYK", "YCCK"):
+            return np.asarray(simplejpeg.decode_jpeg(payload, colorspace="RGB", strict=True))
+        with Image.open(io.BytesIO(payload), formats=[header.format]) as image:
+            if image.mode.startswith("I"):
+                # Pillow's own conversion of 16-bit grey saturates at 255.
+                high_byte = (np.asarray(image) >> 8).astype(np.uint8)
+                return np.repeat(high_byte[:, :, None], 3, axis=2)
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow's readers raise most built-in types on damaged files
+        raise BadImage("damaged", f"the {header.format} image does not decode: {error}") from error
+
+
+def crop_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return the uniform numbers in [0, 1) behind the random crop at each position, shape [n, 10 tries, 4].
+
+    A hash of (seed, epoch, position, counter), so that any position has its numbers without the ones before it.
+    """
+    streams = mix64(mix64(positions.astype(np.uint64) ^ stream_key(seed, epoch, "crop")))
+    counters = np.arange(_CROP_TRIES * 4, dtype=np.uint64)
+    bits = mix64(streams[:, None] + mix64(counters)[None, :])
+    return (bits >> np.uint64(11)).astype(np.float64).reshape(-1, _CROP_TRIES, 4) * 2.0**-53
+
+
+def crop_window(
+    height: int,
+    width: int,
+    draws: npt.NDArray[np.float64],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> CropWindow:
+    """Return the random-resized-crop window that ``draws`` [10, 4] (one position of ``crop_draws``) select.
+
+    The distribution is that of torchvision's RandomResizedCrop: ``scale`` bounds the part of the area, ``ratio`` the
+    width over the height (log-uniform); after ten windows that do not fit, the largest central one of a legal ratio.
+    """
+    area = height * width
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for u_area, u_ratio, u_top, u_left in draws.tolist():
+        target = area * (scale[0] + u_area * (scale[1] - scale[0]))
+        aspect = math.exp(low + u_ratio * (high - low))
+        w = round(math.sqrt(target * aspect))
+        h = round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return CropWindow(int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w)
+    w, h = width, height
+    if width < ratio[0] * height:
+        h = max(1, round(width / ratio[0]))
+    elif width > ratio[1] * height:
+        w = max(1, round(height * ratio[1]))
+    return CropWindow((height - h) // 2, (width - w) // 2, h, w)
+
+
+def crop_and_resize(image: UInt8Array, window: CropWindow, out: torch.Tensor) -> None:
+    """Cut ``window`` from ``image`` [H, W, 3]; write its bicubic, antialiased resize into ``out`` uint8 [h, w, 3]."""
+    bottom, right = window.top + window.height, window.left + window.width
+    # A compact crop and a channels-last ``out`` keep torch on its one-thread path and save the transposed copy: the
+    # decode threads are the parallelism, and OpenMP teams under each of them would fight for the same cores.
+    crop = np.ascontiguousarray(image[window.top : bottom, window.left : right])
+    source = torch.from_numpy(crop).unsqueeze(0).permute(0, 3, 1, 2)
+    target = out.unsqueeze(0).permute(0, 3, 1, 2)
+    torch.ops.aten._upsample_bicubic2d_aa.out(source, list(out.shape[:2]), False, out=target)
+
+
+def eval_image(payload: bytes, image_size: int) -> torch.Tensor:
+    """Return the image as evaluated, uint8 [S, S, 3]: short side to S (bicubic, antialiased), then the central square.
+
+    Raises:
+        BadImage: the image cannot be decoded.
+    """
+    image = decode_image(payload)
+    height, width = image.shape[:2]
+    short = min(height, width)
+    resized = torch.empty(image_size * height // short, image_size * width // short, 3, dtype=torch.uint8)
+    crop_and_resize(image, CropWindow(0, 0, height, width), resized)
+    top = round((resized.shape[0] - image_size) / 2)
+    left = round((resized.shape[1] - image_size) / 2)
+    return resized[top : top + image_size, left : left + image_size].contiguous()

@@ -1,0 +1,70 @@
+"""Files and folders that appear whole or not at all, whatever kills the process while they are written.
+
+They are written under a hidden name beside the final one, synced to disk, and renamed.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def published_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a draft of ``path`` for writing; it replaces ``path`` when the block ends and is deleted when it raises."""
+    draft = _draft_of(path)
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Write a small file in UTF-8, in place of an older one; half a surrogate pair becomes a question mark."""
+    with published_file(path) as file:
+        file.write(text.encode("utf-8", "replace"))
+
+
+@contextmanager
+def published_folder(folder: Path) -> Iterator[Path]:
+    """Make a draft of ``folder`` and yield it; it takes its name when the block ends and is deleted when it raises.
+
+    The files directly in it are synced before the rename. What an earlier, killed attempt left behind is removed.
+
+    Raises:
+        ValueError: ``folder`` exists and is not an empty folder.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: remove it, or choose another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = _draft_of(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in (*draft.iterdir(), draft):
+            _sync(path)
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    _sync(folder.parent)
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

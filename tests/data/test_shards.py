@@ -1,0 +1,554 @@
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from textlock.data.captions import caption_id
+from textlock.data.images import BadSample
+from textlock.data.shards import (
+    INDEX_NAME,
+    ShardReader,
+    index_shards,
+    main,
+    open_index,
+    pack_shards,
+    read_captions,
+    verify_shards,
+)
+from textlock.data.tar import DamagedTar, read_members, read_samples, split_key
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def jpeg(seed=0, width=40, height=30):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def write_tar(path, members, format=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def sample(key, seed=0):
+    return [(f"{key}.jpg", jpeg(seed)), (f"{key}.txt", f"caption of {key}".encode())]
+
+
+def members_of(path):
+    with open(path, "rb") as file:
+        return list(read_members(file))
+
+
+def damage_of(path):
+    found = []
+    with open(path, "rb") as file, pytest.raises(DamagedTar) as caught:
+        found.extend(read_members(file))
+    return found, str(caught.value)
+
+
+def contents(path):
+    payload = path.read_bytes()
+    return [(member.name, payload[member.offset : member.offset + member.size]) for member in members_of(path)]
+
+
+def tarfile_contents(path):
+    with tarfile.open(path) as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]
+
+
+names = st.lists(
+    st.text("abcXYZ0189 _-.é漢", min_size=1, max_size=90).filter(lambda part: part.strip(".") == part), max_size=4
+).map(lambda parts: "/".join([*parts, "name.jpg"]))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@settings(max_examples=40, deadline=None)
+@given(members=st.lists(st.tuples(names, st.binary(max_size=1500)), max_size=6))
+def test_members_agree_with_tarfile(format, members, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tar") / "0.tar"
+    try:
+        write_tar(path, members, format)
+    except ValueError:  # USTAR has no room for this name
+        return
+    assert contents(path) == tarfile_contents(path) == members
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_names_longer_than_a_block(format, tmp_path):
+    members = [("d" * 300 + "/" + "n" * 900 + ".jpg", b"image"), ("short.txt", b"text")]
+    path = write_tar(tmp_path / "0.tar", members, format)
+    assert contents(path) == tarfile_contents(path) == members
+
+
+def test_links_devices_and_folders_are_ignored(tmp_path):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, kind in enumerate([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        info = tarfile.TarInfo("real.jpg")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert contents(path) == [("real.jpg", b"abc")]
+
+
+def test_base_256_and_pax_sizes(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", b"abc"), ("b.jpg", b"de")])
+    raw = bytearray(path.read_bytes())
+    raw[124:136] = b"\x80" + (3).to_bytes(11, "big")
+    raw[148:156] = b" " * 8
+    raw[148:156] = f"{sum(raw[:512]):06o}\0 ".encode()
+    path.write_bytes(raw)
+    assert contents(path) == tarfile_contents(path) == [("a.jpg", b"abc"), ("b.jpg", b"de")]
+
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of the whole archive"}) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 3, {"size": "3", "mtime": "1.5"}
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert contents(path) == [("a.jpg", b"abc")]
+
+
+def set_size(raw, at, field):
+    raw[at + 124 : at + 136] = field
+    raw[at + 148 : at + 156] = b" " * 8
+    raw[at + 148 : at + 156] = f"{sum(raw[at : at + 512]):06o}\0 ".encode()
+
+
+# Each edits a tar of three members of 600 bytes, which begin at 0, 1536 and 3072, and names how many stay readable.
+DAMAGE = [
+    pytest.param(lambda raw: raw.__setitem__(1536 + 5, raw[1541] ^ 4), 1, "wrong checksum", id="flipped bit"),
+    pytest.param(lambda raw: raw.__delitem__(slice(4000, None)), 2, "ends after", id="cut in a member"),
+    pytest.param(lambda raw: raw.__delitem__(slice(3300, None)), 2, "without an end marker", id="cut in a header"),
+    pytest.param(lambda raw: raw.__delitem__(slice(3072, None)), 2, "without an end marker", id="cut between"),
+    pytest.param(lambda raw: raw.__delitem__(slice(0, None)), 0, "without an end marker", id="0 bytes"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"77777777777\0"), 1, "ends after", id="8 GB size"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"\x80" + b"\x3f" * 11), 1, "ends after", id="2^86 size"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"\xff" * 12), 1, "number", id="negative size"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"12x45678901\0"), 1, "number", id="not octal"),
+    pytest.param(lambda raw: raw.extend(raw[:2048]), 3, "behind the end marker", id="two tars in one file"),
+]
+
+
+@pytest.mark.parametrize(("edit", "kept", "message"), DAMAGE)
+def test_members_before_damage_are_kept(edit, kept, message, tmp_path):
+    members = [(f"{name}.jpg", name.encode() * 600) for name in "abc"]
+    path = write_tar(tmp_path / "0.tar", members)
+    raw = bytearray(path.read_bytes())
+    edit(raw)
+    path.write_bytes(raw)
+    found, damage = damage_of(path)
+    assert [member.name for member in found] == [name for name, _ in members[:kept]]
+    assert message in damage
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_mutants_end_and_stay_inside_the_file(format, tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("n" * 90 + f"é{n}.jpg", b"x" * 700) for n in range(4)], format)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        mutant = bytearray(whole)
+        header = 512 * rng.integers(len(whole) // 512)
+        for at in rng.integers(0, 512, rng.integers(1, 4)):
+            mutant[header + at] = rng.integers(256)
+        if rng.random() < 0.7:  # keep the checksum right, so that the fields behind it are reached
+            mutant[header + 148 : header + 156] = b" " * 8
+            mutant[header + 148 : header + 156] = f"{sum(mutant[header : header + 512]):06o}\0 ".encode()
+        path.write_bytes(mutant)
+        found = []
+        try:
+            with open(path, "rb") as file:
+                found.extend(read_members(file))
+        except DamagedTar:
+            pass
+        assert all(member.offset + member.size <= len(whole) for member in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "extension"),
+    [
+        ("000000001.jpg", "000000001", "jpg"),
+        ("folder.d/a.b.JPG", "folder.d/a", "jpg"),
+        ("../../etc/a.txt", "../../etc/a", "txt"),
+        ("folder/._a.jpg", "", ""),
+        ("noextension", "", ""),
+    ],
+)
+def test_split_key(name, key, extension):
+    assert split_key(name) == (key, extension)
+
+
+def test_samples_are_grouped_by_key(tmp_path):
+    path = write_tar(
+        tmp_path / "0.tar",
+        [
+            ("b.txt", b"first b"),
+            ("a.JPG", b"image a"),
+            ("b.webp", b"image b"),
+            ("a.json", b"{}"),
+            ("a.txt", b"text a"),
+            ("a.png", b"second image of a"),
+            ("b.txt", b"second b"),
+            ("alone.txt", b"no image"),
+            ("silent.jpeg", b"no caption"),
+        ],
+    )
+    samples, problems = read_samples(path)
+    found = [(s.key, s.image.name, s.caption.name if s.caption else None) for s in samples]
+    assert found == [("b", "b.webp", "b.txt"), ("a", "a.JPG", "a.txt"), ("silent", "silent.jpeg", None)]
+    assert sorted((p.key, p.kind) for p in problems) == [("a", "duplicate"), ("alone", "no-image"), ("b", "duplicate")]
+
+
+def write_dataset(folder, count=7, suffix=".tsv"):
+    images = folder / "images"
+    (images / "sub").mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        name = f"sub/{number}.jpg" if number % 2 else f"{number}.jpg"
+        (images / name).write_bytes(jpeg(number, width=30 + number))
+        rows.append({"filepath": name, "title": f"caption, number {number} é"})
+    captions = folder / f"captions{suffix}"
+    if suffix == ".jsonl":
+        captions.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        mark = "\t" if suffix == ".tsv" else ","
+        lines = [mark.join(["filepath", "title"])] + [f'{row["filepath"]}{mark}"{row["title"]}"' for row in rows]
+        captions.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return images, captions
+
+
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl"])
+def test_pack_index_read_round_trip(suffix, tmp_path):
+    images, captions = write_dataset(tmp_path, suffix=suffix)
+    report = pack_shards(images, captions, tmp_path / "shards", samples_per_shard=3)
+    assert (report.shards, report.samples, report.skipped) == (3, 7, [])
+    shards = tmp_path / "shards"
+    assert sorted(path.name for path in shards.iterdir()) == ["00000.tar", "00001.tar", "00002.tar", INDEX_NAME]
+    index = open_index(shards)
+    assert (len(index), index.shard_names, index.samples_per_shard) == (
+        7,
+        ["00000.tar", "00001.tar", "00002.tar"],
+        [3, 3, 1],
+    )
+    assert index.samples.dtype.itemsize == 40
+    reader = ShardReader(index)
+    for number, (_, name, caption) in enumerate(read_captions(captions)):
+        raw = reader.read(number)
+        assert raw.key == f"{number // 3:05d}{number % 3:04d}"
+        assert raw.image == (images / name).read_bytes()
+        assert raw.caption.decode() == caption
+        assert raw.caption_id == caption_id(caption)
+        assert index.shard_of(number) == number // 3
+    facts = json.loads(dict(tarfile_contents(shards / "00001.tar"))["000010000.json"])
+    assert facts == {
+        "key": "000010000",
+        "caption": "caption, number 3 é",
+        "width": 33,
+        "height": 30,
+        "file": "sub/3.jpg",
+        "sha256": hashlib.sha256((images / "sub/3.jpg").read_bytes()).hexdigest(),
+    }
+    assert [name for name, _ in contents(shards / "00002.tar")] == ["000020000.jpg", "000020000.txt", "000020000.json"]
+    assert verify_shards(shards, workers=1).problems == []
+
+
+def test_pack_is_deterministic_and_the_fingerprint_ignores_times(tmp_path):
+    images, captions = write_dataset(tmp_path)
+    one, other = tmp_path / "one", tmp_path / "other"
+    pack_shards(images, captions, one, samples_per_shard=4)
+    os.utime(images / "0.jpg", (5, 5))
+    pack_shards(images, captions, other, samples_per_shard=4)
+    for name in ("00000.tar", "00001.tar"):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
+    os.utime(other / "00000.tar", (5, 5))
+    index_shards(other)
+    assert open_index(one).fingerprint == open_index(other).fingerprint
+
+
+def break_nothing_written(images, captions, output, message, error, **options):
+    with pytest.raises(error, match=message):
+        pack_shards(images, captions, output, **options)
+    assert not output.exists()
+    assert not [path for path in output.parent.iterdir() if "partial" in path.name]
+
+
+def test_pack_refuses_a_missing_image(tmp_path):
+    images, captions = write_dataset(tmp_path)
+    (images / "sub/5.jpg").unlink()
+    break_nothing_written(
+        images, captions, tmp_path / "out", r"captions\.tsv line 7: there is no image .*sub/5\.jpg", FileNotFoundError
+    )
+
+
+def test_pack_refuses_a_path_outside_the_folder(tmp_path):
+    images, captions = write_dataset(tmp_path)
+    captions.write_text("file\tcaption\n../captions.tsv\tx\n")
+    break_nothing_written(images, captions, tmp_path / "out", "line 2: ../captions.tsv is outside", ValueError)
+
+
+def test_pack_refuses_or_leaves_out_bad_samples(tmp_path):
+    images, captions = write_dataset(tmp_path)
+    (images / "2.jpg").write_bytes(b"<html>")
+    with open(captions, "a") as file:
+        file.write("0.jpg\t \n")
+    break_nothing_written(images, captions, tmp_path / "out", "line 4: 2.jpg: not a JPEG", ValueError)
+    report = pack_shards(images, captions, tmp_path / "out", skip_bad=True)
+    assert report.samples == 6
+    assert [(problem.key, problem.kind) for problem in report.skipped] == [
+        ("2.jpg", "format"),
+        ("0.jpg", "empty-caption"),
+    ]
+
+
+def test_pack_refuses_an_output_that_is_not_empty(tmp_path):
+    images, captions = write_dataset(tmp_path)
+    (tmp_path / "out").mkdir()
+    pack_shards(images, captions, tmp_path / "out")
+    before = (tmp_path / "out" / "00000.tar").read_bytes()
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        pack_shards(images, captions, tmp_path / "out")
+    assert (tmp_path / "out" / "00000.tar").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.tsv", "image\tcaption\na\tb\n", "no column file, filepath or filename; the columns are: image, caption"),
+        ("c.jsonl", '{"file": "a", "words": "b"}\n', "no column caption, title or text; the columns are: file, words"),
+        ("c.csv", "file,caption\na.jpg,one,two\n", "line 2: it does not have the 2 columns"),
+        ("c.csv", "file,caption\na.jpg\n", "line 2: it does not have the 2 columns"),
+        ("c.tsv", 'file\tcaption\na.jpg\t"Hello" he said\n', "line 2: .*quote the caption"),
+        ("c.tsv", 'file\tcaption\na.jpg\t"never closed\nb.jpg\tx\n', "line 2: .*quote the caption"),
+        ("c.jsonl", '{"file": "a", "caption": "b"}\n{oops\n', "line 2 is not JSON"),
+        ("c.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("c.jsonl", '{"file": "a", "caption": null}\n', "line 1: file and caption must both hold text"),
+        ("c.txt", "", r"must be \.tsv, \.csv or \.jsonl"),
+    ],
+)
+def test_captions_file_errors(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(read_captions(tmp_path / name))
+
+
+def packed(tmp_path, **options):
+    images, captions = write_dataset(tmp_path)
+    pack_shards(images, captions, tmp_path / "shards", samples_per_shard=3, **options)
+    return tmp_path / "shards"
+
+
+def test_missing_shards(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no \.tar shards in"):
+        index_shards(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        open_index(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("members", [[], [("a.txt", b"text alone")]], ids=["no members", "no images"])
+def test_empty_shard(members, tmp_path):
+    write_tar(tmp_path / "0.tar", members)
+    with pytest.raises(ValueError, match=r"0\.tar holds no sample with an image"):
+        index_shards(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
+
+
+def grow(shards):
+    with open(shards / "00001.tar", "ab") as file:
+        file.write(bytes(512))
+
+
+STALE = [
+    pytest.param(lambda s: (s / INDEX_NAME).unlink(), "no index.textlock", id="no index"),
+    pytest.param(grow, "00001.tar has changed", id="another size"),
+    pytest.param(lambda s: os.utime(s / "00001.tar", (5, 5)), "00001.tar has changed", id="another time"),
+    pytest.param(lambda s: shutil.copy(s / "00001.tar", s / "00009.tar"), "00009.tar is not in", id="one more shard"),
+    pytest.param(lambda s: (s / "00001.tar").unlink(), "names 00001.tar, which is not there", id="one shard less"),
+    pytest.param(lambda s: os.truncate(s / INDEX_NAME, 300), "index.textlock is damaged", id="cut"),
+    pytest.param(lambda s: (s / INDEX_NAME).write_bytes(b"x" * 200), "is not an index", id="something else"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), STALE)
+def test_stale_index(change, message, tmp_path):
+    shards = packed(tmp_path)
+    change(shards)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        open_index(shards)
+    assert f"python -m textlock.data.shards index {shards}" in str(caught.value)
+    index_shards(shards)
+    open_index(shards)
+
+
+@pytest.mark.parametrize("at", [12, 16, 24, 40, 100, 130])
+def test_a_flipped_bit_in_the_index_header_is_found(at, tmp_path):
+    shards = packed(tmp_path)
+    raw = bytearray((shards / INDEX_NAME).read_bytes())
+    raw[at] ^= 1
+    (shards / INDEX_NAME).write_bytes(raw)
+    with pytest.raises(ValueError, match="damaged"):
+        open_index(shards)
+
+
+def test_index_of_a_cut_tar_keeps_the_samples_before_the_cut(tmp_path):
+    shards = packed(tmp_path)
+    member = next(member for member in members_of(shards / "00001.tar") if member.name == "000010002.jpg")
+    os.truncate(shards / "00001.tar", member.offset + 10)
+    report = index_shards(shards)
+    assert report.samples == 3 + 2 + 1
+    assert [(problem.shard, problem.kind) for problem in report.problems] == [("00001.tar", "tar")]
+    assert ShardReader(open_index(shards)).read(4).key == "000010001"
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+@pytest.mark.parametrize("stem", ["n" * 150, "d" * 120 + "/" + "n" * 700, "漢字" * 20], ids=["long", "path", "unicode"])
+def test_reader_finds_long_keys(format, stem, tmp_path):
+    write_tar(tmp_path / "0.tar", [*sample("first"), *sample(stem, seed=1)], format)
+    index_shards(tmp_path)
+    raw = ShardReader(open_index(tmp_path)).read(1)
+    assert (raw.key, raw.image) == (stem, jpeg(1))
+
+
+def test_reader_reads_captions_before_and_far_from_their_image(tmp_path):
+    far = ("x.bin", bytes(20_000))
+    write_tar(tmp_path / "0.tar", [("a.txt", b"before"), ("a.jpg", jpeg()), ("b.jpg", jpeg(1)), far, ("b.txt", b"far")])
+    index_shards(tmp_path)
+    reader = ShardReader(open_index(tmp_path))
+    assert [reader.read(number).caption for number in range(2)] == [b"before", b"far"]
+
+
+def test_reader_refuses_what_is_not_where_the_index_says(tmp_path):
+    write_tar(tmp_path / "0.tar", [*sample("a"), *sample("b", 1), ("big.jpg", bytes(17 * 2**20)), ("big.txt", b"x")])
+    index_shards(tmp_path)
+    reader = ShardReader(open_index(tmp_path))
+    with pytest.raises(BadSample) as caught:
+        reader.read(2)
+    assert caught.value.kind == "too-large"
+    raw = (tmp_path / "0.tar").read_bytes()
+    with open(tmp_path / "0.tar", "r+b") as file:
+        file.write(b"c")
+        file.truncate(len(raw.split(b"b.jpg")[0]) + 600)
+    for number, kind in ((0, "moved"), (1, "unreadable")):
+        with pytest.raises(BadSample) as caught:
+            reader.read(number)
+        assert caught.value.kind == kind
+
+
+def test_reader_closes_its_files(tmp_path):
+    shards = packed(tmp_path)
+    index = open_index(shards)
+    before = len(os.listdir("/proc/self/fd"))
+    reader = ShardReader(index)
+    for number in range(7):
+        reader.read(number)
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    del reader
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def damaged_dataset(tmp_path):
+    damaged = bytearray(jpeg(3, 200, 200))
+    damaged[len(damaged) // 2 : len(damaged) // 2 + 40] = b"\xff\x01" * 20
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            *sample("good"),
+            ("scan.jpg", bytes(damaged)),
+            ("scan.txt", b"x"),
+            ("html.jpg", b"<html>"),
+            ("html.txt", b"x"),
+            ("silent.jpg", jpeg()),
+            ("blank.jpg", jpeg()),
+            ("blank.txt", b" \n"),
+            ("alone.txt", b"x"),
+            *sample("good"),
+        ],
+    )
+    index_shards(tmp_path)
+    return tmp_path
+
+
+def test_verify_names_every_bad_sample(tmp_path):
+    seen = []
+    report = verify_shards(damaged_dataset(tmp_path), workers=2, on_problem=seen.append)
+    assert report.good == 1
+    assert seen == report.problems
+    assert sorted((problem.key, problem.kind) for problem in report.problems) == [
+        ("alone", "no-image"),
+        ("blank", "empty-caption"),
+        ("good", "duplicate"),
+        ("good", "duplicate"),
+        ("html", "format"),
+        ("scan", "damaged"),
+        ("silent", "no-caption"),
+    ]
+
+
+def test_verify_compares_the_index_with_the_shards(tmp_path):
+    shards = packed(tmp_path)
+    raw = bytearray((shards / INDEX_NAME).read_bytes())
+    raw[-3] ^= 1
+    (shards / INDEX_NAME).write_bytes(raw)
+    assert [(problem.shard, problem.kind) for problem in verify_shards(shards, workers=1).problems] == [
+        ("00002.tar", "index")
+    ]
+
+    status = (shards / "00000.tar").stat()
+    tar = bytearray((shards / "00000.tar").read_bytes())
+    at = tar.index(b"caption, number 0")
+    tar[at] = ord("C") + 1
+    (shards / "00000.tar").write_bytes(tar)
+    os.utime(shards / "00000.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
+    found = {(problem.shard, problem.kind) for problem in verify_shards(shards, workers=1).problems}
+    assert found >= {("00000.tar", "index"), (INDEX_NAME, "index")}
+
+
+def test_command_line(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["shards", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    images, captions = write_dataset(tmp_path)
+    shards = tmp_path / "shards"
+    status, out, err = run("pack", "--images", images, "--captions", captions, "--output", shards)
+    assert (status, err) == (0, "")
+    assert "7 samples in 1 shards" in out
+    (shards / INDEX_NAME).unlink()
+    assert run("index", shards)[0] == 0
+    assert run("verify", shards) == (0, "7 good samples; 0 problems\n", "")
+
+    status, _, err = run("index", tmp_path / "nowhere")
+    assert status == 2
+    assert err.startswith("error: no folder") and err.count("\n") == 1
+
+    (tmp_path / "bad").mkdir()
+    status, out, _ = run("verify", damaged_dataset(tmp_path / "bad"))
+    assert status == 1
+    assert "0.tar\thtml\tformat\tnot a JPEG, PNG or WebP" in out
+
+
+def test_module_runs_as_a_program(tmp_path):
+    command = [sys.executable, "-m", "textlock.data.shards", "index", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: no .tar shards in")
