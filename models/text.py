@@ -1,0 +1,536 @@
+"""The frozen text tower: captions in, unit rows out, by any encoder that transformers has a class for.
+
+The recipe of Nomic Embed Vision (v1.5): ``search_query: `` + caption, cut to 77 tokens; mean of the last hidden states
+over the real tokens, in float32; LayerNorm without affine (the "hamming" option of contrastors); unit length. v1 has no
+LayerNorm.
+
+The tower is a constant of the training: it is not an ``nn.Module``, so it cannot land in an optimiser, a checkpoint or
+in train mode. Only safetensors are read, and no code from a model folder is ever run.
+
+    python -m textlock.models.text --captions captions.tsv --output text_tower    # a random tower for demos and tests
+"""
+
+import contextlib
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+import tyro
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoTokenizer, NomicBertConfig, NomicBertModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from ..data.publish import published_folder
+
+_POOLING: Final = "mean"
+
+# No WordPiece or SentencePiece vocabulary in use averages near 64 characters a token, so this cut is only ever
+# felt by strings that would otherwise be tokenised for seconds and then thrown away.
+_CHARACTERS_PER_TOKEN: Final = 64
+
+# Padded tokens of one forward pass. A GPU wants large matrices; a CPU wants activations that stay in its cache.
+_TOKENS_PER_BATCH: Final = {"cuda": 32_768, "cpu": 2_048}
+
+# Weights of a checkpoint that mean pooling does not use: a sentence head, or what pre-training left behind.
+_UNUSED_HEADS: Final = re.compile(r"(\w+\.)?(pooler|cls|lm_head|vocab_transform|vocab_layer_norm|vocab_projector)\.")
+
+# transformers' names for the fields of NomicBERT, and those of Nomic's own modelling code (a GPT2Config).
+_NOMIC_FIELDS: Final = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "n_inner",
+    "hidden_act": "activation_function",
+    "layer_norm_eps": "layer_norm_epsilon",
+    "rope_theta": "rotary_emb_base",
+}
+
+# Variants that Nomic's code has and NomicBertModel has not: it would compute something else without a word.
+_NOMIC_FIXED: Final = {
+    "activation_function": "swiglu",
+    "prenorm": False,
+    "causal": False,
+    "parallel_block": False,
+    "use_rms_norm": False,
+    "qkv_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "rotary_emb_interleaved": False,
+    "rotary_emb_fraction": 1.0,
+    "rotary_emb_scale_base": None,
+}
+
+
+class TextTower:
+    """A frozen text encoder with its tokenizer, prefix, pooling and normalisation."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        folder: Path,
+        *,
+        layer_norm: bool,
+        prefix: str,
+        max_length: int,
+        device: torch.device,
+    ) -> None:
+        self.embed_dim: int = model.config.hidden_size
+        self.device = device
+        self.layer_norm = layer_norm
+        self.prefix = prefix
+        self.max_length = max_length
+        self._model = model.requires_grad_(False).eval().to(device)
+        self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length, direction=tokenizer.truncation_side)
+        self._pad_token_id: int = tokenizer.pad_token_id or 0
+        self._folder = folder
+        self._fingerprint: str | None = None
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Return the unit rows of the captions in the order given, float32 [N, embed_dim] on ``device``.
+
+        A caption's row does not depend on the captions around it beyond rounding. Equal captions are encoded once.
+        float32 on a CPU; bfloat16 autocast with float32 pooling on a GPU.
+        """
+        if not captions:
+            return torch.empty(0, self.embed_dim, device=self.device)
+
+        texts = [self._with_prefix(caption) for caption in captions]
+        distinct = list(dict.fromkeys(texts))
+        tokens = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(distinct)]
+        batches = bucket_by_length([len(ids) for ids in tokens], _TOKENS_PER_BATCH[self.device.type])
+        rows = torch.cat([self._encode_tokens([tokens[index] for index in batch]) for batch in batches])
+
+        order = [index for batch in batches for index in batch]
+        row_of = {distinct[index]: row for row, index in enumerate(order)}
+        return rows[torch.tensor([row_of[text] for text in texts], device=self.device)]
+
+    def fingerprint(self) -> str:
+        """Sha256 (hex) of what the rows depend on, so that stored rows can be told from those of another tower.
+
+        Over the tensors of the weight files (names, dtypes, shapes, bytes), config.json, the tokenizer's files, and
+        prefix, max_length, layer_norm and pooling. It is taken from files, so it survives a new transformers version.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+                path = self._folder / file
+                digest.update(hashlib.sha256(path.read_bytes() if path.exists() else b"").digest())
+            for name, tensor in _tensors(self._folder):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            settings = [self.prefix, self.max_length, self.layer_norm, _POOLING]
+            digest.update(json.dumps(settings).encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def _with_prefix(self, caption: str) -> str:
+        # A lone surrogate (an undecodable byte of a file name) is refused by the tokenizer.
+        text = caption[: _CHARACTERS_PER_TOKEN * self.max_length].encode("utf-8", "replace").decode()
+        return self.prefix + text
+
+    def _encode_tokens(self, tokens: list[list[int]]) -> Tensor:
+        longest = max(1, *map(len, tokens))
+        input_ids = torch.tensor([ids + [self._pad_token_id] * (longest - len(ids)) for ids in tokens])  # [n, T]
+        # max(1, ...): a caption without any token is read as one padding token, not as a mean over nothing.
+        lengths = torch.tensor([max(1, len(ids)) for ids in tokens])
+        mask = torch.arange(longest) < lengths[:, None]
+        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+
+        # On a CPU this also switches off an autocast of the caller.
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
+            hidden = self._model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state  # [n, T, d]
+
+        weight = mask.unsqueeze(-1).float()  # [n, T, 1]
+        rows = (hidden.float() * weight).sum(dim=1) / weight.sum(dim=1)  # [n, d]
+        if self.layer_norm:
+            rows = F.layer_norm(rows, (self.embed_dim,), eps=1e-5)
+        return F.normalize(rows, dim=-1)
+
+
+def build_text_tower(
+    path_or_name: str | Path,
+    *,
+    layer_norm: bool = True,
+    prefix: str = "search_query: ",
+    max_length: int = 77,
+    device: str | torch.device = "cpu",
+) -> TextTower:
+    """Load a frozen text tower from a transformers folder, a sentence-transformers folder or a hub name.
+
+    Args:
+        path_or_name: a folder with config.json, *.safetensors and tokenizer.json; or the same behind a modules.json of
+            sentence-transformers with mean pooling; or the hub name of either.
+        layer_norm: LayerNorm without affine (eps 1e-5) between pooling and normalisation: Nomic Embed Text v1.5.
+        prefix: written in front of every caption.
+        max_length: tokens kept of prefix and caption together, special tokens included.
+        device: where the weights live and the rows come out.
+
+    Raises:
+        FileNotFoundError: no such folder or hub model, or the folder lacks its config, weights or tokenizer.
+        ValueError: the folder's configuration, weights or pooling cannot be used as they are.
+    """
+    folder = _transformer_folder(_local_folder(path_or_name))
+    for file, remedy in (
+        ("config.json", "give the folder that save_pretrained wrote"),
+        ("tokenizer.json", "save the model's fast tokenizer there with tokenizer.save_pretrained"),
+    ):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"text tower {folder} has no {file}; {remedy}")
+    _weight_files(folder)  # the same kind of error, before a slow load
+
+    with _quiet_transformers():
+        config = _read_config(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = _load_model(folder, config)
+
+    longest = getattr(config, "max_position_embeddings", max_length)
+    if max_length > longest:
+        raise ValueError(f"text tower {folder} reads at most {longest} tokens; set max_length to that or less")
+    largest_id, vocabulary = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if largest_id >= vocabulary:
+        raise ValueError(
+            f"{folder}/tokenizer.json has token ids up to {largest_id} and the weights only rows for {vocabulary}; "
+            "the tokenizer belongs to another model"
+        )
+    return TextTower(
+        model,
+        tokenizer,
+        folder,
+        layer_norm=layer_norm,
+        prefix=prefix,
+        max_length=max_length,
+        device=torch.device(device),
+    )
+
+
+def bucket_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Batches of indices of similar length: padding stays under 10 % of the real tokens of every batch.
+
+    Greedy over the sorted lengths. A batch also closes at ``tokens_per_batch`` padded tokens. Where it closes for its
+    padding, its lengths have grown by over a tenth, so that rule adds a few tens of batches at most.
+    """
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    real = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        length = lengths[index]
+        padded = (len(batch) + 1) * length
+        if batch and (padded > tokens_per_batch or padded >= 1.1 * (real + length)):
+            batches.append(batch)
+            batch, real = [], 0
+        batch.append(index)
+        real += length
+    return [*batches, batch] if batch else batches
+
+
+def write_random_text_tower(
+    folder: str | Path,
+    captions: Sequence[str],
+    *,
+    width: int = 128,
+    depth: int = 2,
+    heads: int = 2,
+    std: float = 0.1,
+    seed: int = 0,
+) -> None:
+    """Write a NomicBERT with random weights and a vocabulary for these captions: a normal transformers folder.
+
+    The vocabulary is the lower-cased words of the captions and of Nomic's prefixes, and the characters they are spelt
+    with, so that an unknown word of known letters is spelt out. Linear and embedding weights are normal with ``std``
+    (at 0.02 all captions would come out nearly alike), LayerNorms as they start. Equal arguments give equal bytes.
+
+    Args:
+        folder: where to; it must not exist, or be empty.
+        captions: texts whose words the vocabulary holds.
+        width: width of the transformer and of its rows; the inner width is four times as much.
+        depth: number of transformer blocks.
+        heads: attention heads.
+        std: standard deviation of the weights.
+        seed: of the weights.
+
+    Raises:
+        ValueError: ``folder`` is not empty, or ``width / heads`` is not an even whole number.
+    """
+    if width % (2 * heads):
+        raise ValueError(f"width {width} over {heads} heads is not an even head width, which rotary positions need")
+
+    tokenizer = _build_tokenizer(captions)
+    config = NomicBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):  # its own initialisation is overwritten below
+        model = NomicBertModel(config)
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+
+    with published_folder(Path(folder)) as draft, _quiet_transformers():
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+
+
+def _local_folder(path_or_name: str | Path) -> Path:
+    """Return the folder itself, or that of a hub model, fetched or from the local cache."""
+    folder = Path(path_or_name).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(path_or_name)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or ("/" in name and folder.parent.is_dir()):
+        raise FileNotFoundError(f"there is no text tower folder {name}; give an existing folder or a hub name")
+    try:
+        wanted = ["*.json", "*.txt", "model*.safetensors", "0_Transformer/model*.safetensors"]
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"text tower {name} is neither a folder here nor a model that the hub gives; "
+            f"check the name and the network, or give a folder ({type(error).__name__})"
+        ) from error
+
+
+def _transformer_folder(folder: Path) -> Path:
+    """Return the folder of the encoder, which sentence-transformers may place one level down.
+
+    Raises ValueError unless its modules are an encoder, mean pooling over all tokens, and at most a normalisation.
+    """
+    if not (folder / "modules.json").is_file():
+        return folder
+    modules = _read_json(folder / "modules.json")
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ValueError(
+            f"{folder}/modules.json lists {', '.join(kinds)}; "
+            "only Transformer, Pooling and Normalize, in this order, can serve as a text tower"
+        )
+    encoder, pooling = (folder / module["path"] for module in modules[:2])
+
+    settings = _read_json(pooling / "config.json")
+    modes = settings.get("pooling_mode") or [
+        name.removeprefix("pooling_mode_").removesuffix("_tokens")
+        for name, value in settings.items()
+        if name.startswith("pooling_mode_") and value
+    ]
+    if modes not in (_POOLING, [_POOLING]) or not settings.get("include_prompt", True):
+        raise ValueError(f"{pooling}/config.json asks for other than mean pooling over all tokens; it cannot be used")
+    extra = encoder / "sentence_bert_config.json"
+    if extra.is_file() and _read_json(extra).get("do_lower_case"):
+        raise ValueError(f"{extra} lower-cases outside the tokenizer (do_lower_case); move that into tokenizer.json")
+    return encoder
+
+
+def _read_config(folder: Path) -> Any:
+    raw = _read_json(folder / "config.json")
+    if raw.get("model_type") == "nomic_bert":
+        return _nomic_config(raw, folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"{folder}/config.json: transformers has no class of its own for model type {raw.get('model_type')!r}, "
+            "and code from a model folder is never run"
+        ) from error
+    if config.is_encoder_decoder:
+        raise ValueError(f"{folder}/config.json is an encoder-decoder ({config.model_type}); give an encoder")
+    return config
+
+
+def _nomic_config(raw: dict[str, Any], path: Path) -> NomicBertConfig:
+    """Read a NomicBERT config under transformers' field names, Nomic's old ones, or both (as the hub copies have it).
+
+    transformers ignores the old names and takes its defaults in silence. Raises ValueError for a field that is missing,
+    has two different values, or asks for a variant that ``NomicBertModel`` does not compute.
+    """
+    for name, expected in _NOMIC_FIXED.items():
+        if name in raw and (raw[name] or None) != (expected or None):
+            raise ValueError(f"{path}: {name}={raw[name]} is a NomicBERT variant that transformers does not compute")
+
+    native = {**raw, **(raw.get("rope_parameters") or {})}
+    values = {}
+    for name, old_name in _NOMIC_FIELDS.items():
+        old = raw.get(old_name)
+        if old == "swiglu":
+            old = "silu"
+        value = native.get(name, old)
+        if value is None:
+            raise ValueError(f"{path} has neither {name} nor {old_name}; add the one that the weights were made with")
+        if old is not None and old != value:
+            raise ValueError(f"{path} has {name}={value} but {old_name}={old}; remove the wrong one")
+        # Nomic's code writes 3072.0 where a count is meant.
+        values[name] = int(value) if isinstance(value, float) and value.is_integer() and name != "rope_theta" else value
+
+    multiple = raw.get("pad_vocab_size_multiple") or 1
+    values["vocab_size"] = -(-values["vocab_size"] // multiple) * multiple
+    rope_theta = float(values.pop("rope_theta"))
+    return NomicBertConfig(
+        **values,
+        rope_parameters={"rope_type": "default", **(raw.get("rope_parameters") or {}), "rope_theta": rope_theta},
+        head_dim=raw.get("head_dim"),
+        type_vocab_size=raw.get("type_vocab_size", 2),
+        max_position_embeddings=raw.get("max_position_embeddings") or raw.get("n_positions") or 2048,
+    )
+
+
+def _load_model(folder: Path, config: Any) -> Any:
+    """Load the weights in float32. Raises ValueError for every key that is missing, left over or of another shape."""
+    try:
+        model, info = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below by name
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights of text tower {folder} cannot be read: {str(error).splitlines()[0]}") from error
+
+    for kind, keys in (
+        ("lacks the weights", [key for key in info["missing_keys"] if not key.startswith("pooler.")]),
+        ("has unexpected weights", [key for key in info["unexpected_keys"] if not _UNUSED_HEADS.match(key)]),
+        ("has weights of the wrong shape", [f"{key} {list(there)}" for key, there, _ in info["mismatched_keys"]]),
+    ):
+        if keys:
+            named = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise ValueError(f"text tower {folder} {kind} {named}; its config.json belongs to another model")
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise FileNotFoundError(
+        f"text tower {folder} has no model.safetensors; pickled weights (.bin, .pt) are not read, convert them first"
+    )
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stored tensors by name, in an order that does not depend on how they are split into files."""
+    file_of: dict[str, Path] = {}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="pt") as weights:
+            file_of |= dict.fromkeys(weights.keys(), file)
+    for name in sorted(file_of):
+        with safe_open(file_of[name], framework="pt") as weights:
+            yield name, weights.get_tensor(name)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; the model folder is incomplete") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); the model folder is damaged") from error
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence progress bars and load reports: what they would say is checked here and raised."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _build_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Build a lower-casing WordPiece tokenizer in BERT's manner, over the words of the captions."""
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    texts = {"search_query: search_document: ", *captions}
+    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
+    letters = set("".join(words))
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = specials + sorted(words | letters | {f"##{letter}" for letter in letters})
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=512,
+    )
+
+
+def _read_captions(path: Path) -> list[str]:
+    """Read one caption per line of a .txt file, or the ``caption`` column of a .tsv file with a header."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no captions file {path}; give a .txt or .tsv file")
+    if path.suffix != ".tsv":
+        return path.read_text(encoding="utf-8").splitlines()
+    with path.open(encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file, delimiter="\t")
+        if "caption" not in (table.fieldnames or ()):
+            raise ValueError(f"{path} has no column named caption in its first line; add a header")
+        return [row["caption"] or "" for row in table]
+
+
+def main(
+    captions: Path,
+    output: Path,
+    width: int = 128,
+    depth: int = 2,
+    heads: int = 2,
+    std: float = 0.1,
+    seed: int = 0,
+) -> None:
+    """Write a text tower with random weights and a vocabulary for the captions: a normal transformers folder.
+
+    Args:
+        captions: a .txt file with one caption per line, or a .tsv file with a header and a column named caption.
+        output: folder to write; it must not exist, or be empty.
+        width: width of the transformer and of its rows.
+        depth: number of transformer blocks.
+        heads: attention heads.
+        std: standard deviation of the random weights.
+        seed: seed of the random weights.
+    """
+    try:
+        write_random_text_tower(
+            output, _read_captions(captions), width=width, depth=depth, heads=heads, std=std, seed=seed
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
