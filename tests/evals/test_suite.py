@@ -1,0 +1,104 @@
+"""The evaluations of a run on small folders, with encoders whose answers are known."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from textlock.data.shards import index_shards, pack_shards
+from textlock.evals.suite import EvaluationSuite
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+UNSEEN = {"cyan": (0, 255, 255)}
+ALL = {**COLOURS, **UNSEEN}
+
+
+class ColourText:
+    """A text tower that hears colours: the row of a text is the sum of the colours it names."""
+
+    def encode(self, captions):
+        rows = [
+            sum((torch.tensor(rgb).float() for name, rgb in ALL.items() if name in text), torch.full((3,), 1e-3))
+            for text in captions
+        ]
+        return F.normalize(torch.stack(rows), dim=-1) if rows else torch.empty(0, 3)
+
+
+def see_colours(images):
+    return F.normalize(images.float().mean(dim=(1, 2)) + 1e-3, dim=-1)
+
+
+def see_badly(images):
+    return torch.ones(len(images), 3)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("suite")
+    for folder, colours in (("classes", COLOURS), ("unseen", UNSEEN), ("images", ALL)):
+        for name, rgb in colours.items():
+            where = root / folder / name if folder != "images" else root / folder
+            where.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), rgb).save(where / f"{name}.png")
+    (root / "captions.tsv").write_text("file\tcaption\n" + "".join(f"{name}.png\ta {name} wall\n" for name in ALL))
+    pack_shards(root / "images", root / "captions.tsv", root / "shards")
+    index_shards(root / "shards")
+    return root
+
+
+def suite(folders, **changes):
+    settings = {
+        "zero_shot": str(folders / "classes"),
+        "zero_shot_unseen": str(folders / "unseen"),
+        "retrieval": str(folders / "shards"),
+        "templates": ("a {} wall",),
+    }
+    return EvaluationSuite(ColourText(), **{**settings, **changes}, image_size=16, batch_size=2, group=None)
+
+
+def test_a_perfect_encoder_is_perfect_and_a_blind_one_guesses(folders):
+    figures = suite(folders).run(see_colours)
+    assert figures["zero_shot_top1"] == figures["zero_shot_unseen_top1"] == figures["mean_recall@1"] == 1.0
+    blind = suite(folders).run(see_badly)
+    assert blind["zero_shot_top1"] <= 1 / 3 and blind["mean_recall@1"] < 0.5
+
+
+def test_unseen_classes_compete_with_the_seen_ones(folders):
+    """An encoder that takes cyan for blue is wrong on the unseen folder although cyan is its only class."""
+
+    def takes_cyan_for_blue(images):
+        rows = see_colours(images)
+        return torch.where((rows[:, 1:2] > 0.5) & (rows[:, 2:] > 0.5), torch.tensor([[0.0, 0.0, 1.0]]), rows)
+
+    figures = suite(folders).run(takes_cyan_for_blue)
+    assert figures["zero_shot_top1"] == 1.0 and figures["zero_shot_unseen_top1"] == 0.0
+
+
+def test_what_is_not_asked_for_is_left_out(folders):
+    figures = suite(folders, zero_shot_unseen=None, retrieval=None).run(see_colours)
+    assert set(figures) == {"zero_shot_top1", "zero_shot_top5"}
+    assert suite(folders, zero_shot=None, zero_shot_unseen=None, retrieval=None).run(see_colours) == {}
+
+
+def test_texts_are_encoded_once(folders, monkeypatch):
+    made = suite(folders)
+    first = made.run(see_colours)
+    monkeypatch.setattr(ColourText, "encode", None)
+    assert made.run(see_colours) == first
+
+
+def test_the_gallery_shows_pictures_with_their_nearest_captions(folders):
+    made = suite(folders)
+    assert made.gallery() is None, "there is nothing to show before a run"
+    made.run(see_colours)
+    gallery = made.gallery()
+    assert gallery.images.shape == (4, 16, 16, 3)
+    for caption, nearest in zip(gallery.captions, gallery.nearest, strict=True):
+        assert nearest[0][0] == caption and nearest[0][1] == pytest.approx(1.0, abs=1e-3)
+        assert len(nearest) == 3 and nearest[0][1] > nearest[1][1] >= nearest[2][1]
+
+
+@pytest.mark.parametrize("what", ["zero_shot", "zero_shot_unseen", "retrieval"])
+def test_a_missing_folder_is_said_at_once(folders, what):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        suite(folders, **{what: str(folders / "nowhere")})
