@@ -1,0 +1,287 @@
+"""Checkpoints: a folder a step, safetensors and JSON only, complete or absent, and checked before they are believed.
+
+    checkpoints/step_00001000/
+      model.safetensors      the image tower, float32 masters
+      trainer.safetensors    log logit scale, AdamW moments and step counts
+      state.json             progress (step, samples seen, position of the loader), fingerprint of the text tower
+      config.yaml            the resolved config
+      MANIFEST.json          size and SHA-256 of every file above
+
+A folder is written under a temporary name, every file and the folder are synced to disk, and one rename publishes it:
+a kill at any instant leaves either no such checkpoint or a whole one. Formats do not notice a flipped bit; the manifest
+does.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..data.publish import published_folder
+from ..models.vision import VisionTower, build_vision_tower
+from .config import Config, dump_config, load_config
+from .provenance import versions
+
+_MANIFEST = "MANIFEST.json"
+_STEP_PREFIX = "step_"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class CorruptCheckpoint(ValueError):
+    """A checkpoint that its manifest does not vouch for; the message names the file."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is. Times add up over resumes."""
+
+    step: int = 0  # finished optimiser steps
+    samples_seen: int = 0
+    skipped_samples: int = 0  # bad samples that others stood in for
+    train_seconds: float = 0.0  # in steps, waiting for data included
+    wall_seconds: float = 0.0  # in all, evaluations and checkpoints included
+    loader: dict[str, Any] | None = None  # state of the loader; None: from the start
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a verified checkpoint holds, on the CPU."""
+
+    folder: Path
+    model: dict[str, Tensor]
+    trainer: dict[str, Tensor]
+    progress: Progress
+    embed_dim: int
+    text_fingerprint: str
+
+    def require_text_tower(self, fingerprint: str, name: str) -> None:
+        """Raise ValueError unless ``fingerprint`` is that of the text tower the run was trained against."""
+        if fingerprint != self.text_fingerprint:
+            raise ValueError(
+                f"{self.folder} was trained against another text tower than {name}: its weights, tokenizer or settings "
+                f"differ. Give the same one with --text.name, or use another --run-dir."
+            )
+
+
+@dataclass(frozen=True)
+class LoadedTower:
+    """An image tower read from a training checkpoint."""
+
+    tower: VisionTower
+    logit_scale: float
+    config: Config
+    step: int
+
+
+def save_checkpoint(
+    root: Path,
+    *,
+    tower: VisionTower,
+    log_logit_scale: Tensor,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    text_fingerprint: str,
+    config: Config,
+) -> Path:
+    """Write ``root/step_XXXXXXXX`` and delete all but the newest ``config.checkpoint.keep``.
+
+    Returns the folder. A folder of that step that is already there and whole is left as it is. Raises OSError when the
+    disk refuses; what was there before is untouched then.
+    """
+    final = root / f"{_STEP_PREFIX}{progress.step:08d}"
+    if final.exists():
+        try:
+            verify_checkpoint(final)
+            return final
+        except CorruptCheckpoint:
+            _delete(final)
+    for leftover in root.glob(f".{_STEP_PREFIX}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with published_folder(final) as draft:
+        save_file(_on_cpu(tower.state_dict()), draft / "model.safetensors")
+        save_file(_on_cpu(_trainer_tensors(tower, log_logit_scale, optimizer)), draft / "trainer.safetensors")
+        state = {
+            "progress": asdict(progress),
+            "embed_dim": tower.embed_dim,
+            "text_fingerprint": text_fingerprint,
+            "logit_scale": log_logit_scale.exp().item(),
+            "versions": versions(),
+        }
+        (draft / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        (draft / "config.yaml").write_text(dump_config(config))
+        manifest = {file.name: _describe(file) for file in sorted(draft.iterdir())}
+        (draft / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    for old in list_checkpoints(root)[: -config.checkpoint.keep]:
+        _delete(old)
+    return final
+
+
+def list_checkpoints(root: Path) -> list[Path]:
+    """Return the published checkpoint folders under ``root``, oldest first, unverified."""
+    return sorted(path for path in root.glob(f"{_STEP_PREFIX}*") if path.is_dir())
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Raise CorruptCheckpoint, naming the file, unless every file is what the manifest says."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{folder / _MANIFEST} is missing or damaged") from error
+    for name, description in expected.items():
+        file = folder / name
+        if not file.is_file():
+            raise CorruptCheckpoint(f"{file} is missing")
+        found = _describe(file)
+        if (found["bytes"], found["sha256"]) != description:
+            raise CorruptCheckpoint(f"{file} is damaged: its checksum is not the one in {_MANIFEST}")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Verify and read one checkpoint folder."""
+    verify_checkpoint(folder)
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        return Checkpoint(
+            folder,
+            model=load_file(folder / "model.safetensors"),
+            trainer=load_file(folder / "trainer.safetensors"),
+            progress=Progress(**state["progress"]),
+            embed_dim=state["embed_dim"],
+            text_fingerprint=state["text_fingerprint"],
+        )
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CorruptCheckpoint(f"{folder} cannot be read: {error}") from error
+
+
+def read_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Read the newest good checkpoint under ``root`` and say what was wrong with newer ones.
+
+    Returns (None, []) when there is none. Raises CorruptCheckpoint when there are some and every one is damaged:
+    starting over silently would throw the run away.
+    """
+    complaints: list[str] = []
+    for folder in reversed(list_checkpoints(root)):
+        try:
+            return read_checkpoint(folder), complaints
+        except CorruptCheckpoint as error:
+            complaints.append(str(error))
+    if complaints:
+        raise CorruptCheckpoint(
+            f"no checkpoint under {root} is whole: {'; '.join(complaints)}. Restore one, or use another --run-dir."
+        )
+    return None, []
+
+
+def restore(
+    checkpoint: Checkpoint, tower: nn.Module, log_logit_scale: Tensor, optimizer: torch.optim.Optimizer
+) -> None:
+    """Copy a checkpoint into live objects, bit for bit.
+
+    Raises ValueError, naming keys, when it belongs to another architecture; nothing is changed then.
+    """
+    _require_same_keys(checkpoint.model, tower.state_dict(), checkpoint.folder / "model.safetensors")
+    named = {**dict(tower.named_parameters()), "log_logit_scale": log_logit_scale}
+    wanted = {f"{moment}.{name}": value for name, value in named.items() for moment in _MOMENTS}
+    found = {key: value for key, value in checkpoint.trainer.items() if key != "log_logit_scale"}
+    _require_same_keys(found, wanted, checkpoint.folder / "trainer.safetensors", ignore_shape_of="step.")
+
+    tower.load_state_dict(checkpoint.model)
+    with torch.no_grad():
+        log_logit_scale.copy_(checkpoint.trainer["log_logit_scale"])
+    for name, parameter in named.items():
+        moments = {moment: checkpoint.trainer[f"{moment}.{name}"] for moment in _MOMENTS}
+        # Step counts included: the fused optimiser keeps them beside the parameters.
+        optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in moments.items()}
+
+
+def load_tower(checkpoint: Path) -> LoadedTower:
+    """Read the image tower of a step folder, or of the newest good checkpoint of a run folder, in float32 on the CPU.
+
+    Raises FileNotFoundError when there is no checkpoint, CorruptCheckpoint when it is damaged, ValueError when the
+    weights are not those of the architecture that its config names.
+    """
+    if (checkpoint / _MANIFEST).is_file():
+        found: Checkpoint | None = read_checkpoint(checkpoint)
+    else:
+        found, _ = read_latest(checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint)
+    if found is None:
+        raise FileNotFoundError(
+            f"{checkpoint} holds no checkpoint: give a run folder or one of its checkpoints/step_* folders"
+        )
+    config = load_config(found.folder / "config.yaml")
+    tower = build_tower(config, found.embed_dim, weights=None)
+    _require_same_keys(found.model, tower.state_dict(), found.folder / "model.safetensors")
+    tower.load_state_dict(found.model)
+    scale = float(found.trainer["log_logit_scale"].double().exp())
+    return LoadedTower(tower, scale, config, found.progress.step)
+
+
+def build_tower(config: Config, embed_dim: int, weights: str | None) -> VisionTower:
+    """Build the image tower a config asks for; ``embed_dim`` is the width of the text tower."""
+    return build_vision_tower(
+        config.model.name,
+        pooling=config.model.pooling,
+        weights=weights,
+        embed_dim=embed_dim,
+        image_size=config.data.image_size,
+    )
+
+
+def _trainer_tensors(tower: nn.Module, log_logit_scale: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    named = {**dict(tower.named_parameters()), "log_logit_scale": log_logit_scale}
+    tensors = {
+        f"{moment}.{name}": optimizer.state[parameter][moment]
+        for name, parameter in named.items()
+        for moment in _MOMENTS
+    }
+    return {"log_logit_scale": log_logit_scale.detach(), **tensors}
+
+
+def _require_same_keys(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: Path, ignore_shape_of: str | None = None
+) -> None:
+    missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    reshaped = [
+        f"{key} is {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
+        for key in sorted(wanted.keys() & found.keys())
+        if found[key].shape != wanted[key].shape and not (ignore_shape_of and key.startswith(ignore_shape_of))
+    ]
+    complaints = [
+        f"{what} {_shortened(keys)}" for what, keys in (("lacks", missing), ("has unexpected", unexpected)) if keys
+    ]
+    if reshaped:
+        complaints.append(_shortened(reshaped))
+    if complaints:
+        raise ValueError(f"{file} belongs to another architecture than the config: it {'; '.join(complaints)}")
+
+
+def _shortened(items: list[str], most: int = 4) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves nothing that looks like one."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)

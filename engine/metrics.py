@@ -1,0 +1,282 @@
+"""Progress for people and metrics for programs: metrics.jsonl, the terminal, optional trackers.
+
+A rate never contains an evaluation, a checkpoint or the first step: the clock is stopped around the first two and
+starts after the last.
+"""
+
+import importlib
+import json
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import progress as rich_progress
+from rich.console import Console
+
+from ..data.publish import publish_text
+from ..models.vision import VisionTower
+from .checkpoint import Progress
+from .config import Config
+from .distributed import World
+
+# Dense 16-bit tensor-core rates of the data sheets, FLOP/s. An unknown device reports no MFU rather than a guess.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def flops_per_image(tower: VisionTower) -> int:
+    """Return the floating-point operations of one image, forward and backward, a multiply-add counted as two.
+
+    Counts what the architecture needs, not what is run twice: matrix products with weights (6 a weight and token) and
+    attention (12 tokens² width a block); norms, activations and pooling of single rows are left out.
+    """
+    tokens = tower.config.tokens
+    matrices = sum(
+        parameter.numel()
+        for name, parameter in tower.named_parameters()
+        if name.startswith(("patch_embed.", "blocks.")) and parameter.ndim == 2
+    )
+    return 6 * matrices * tokens + 12 * tokens**2 * tower.config.width * tower.config.depth
+
+
+class Metrics:
+    """Keeps the clocks of a run and writes what it has to say. Only the main process writes."""
+
+    def __init__(self, config: Config, world: World, tower: VisionTower, progress: Progress, total_steps: int) -> None:
+        """Open the run's files, dropping lines of later steps than ``progress``: those steps will be run again.
+
+        From here on ``progress`` is kept up to date by :meth:`step_done`.
+        """
+        self._run_dir = Path(config.run_dir)
+        self._world = world
+        self._progress = progress
+        self._flops_per_image = flops_per_image(tower)
+        self._trackers: list[_Tracker] = []
+        self._display: _ProgressBar | _PlainLines | None = None
+        if world.is_main:
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                _drop_lines_after(self._run_dir / name, progress.step)
+            self._trackers = [_TRACKERS[name](self._run_dir, config) for name in config.log.trackers]
+            console = Console(highlight=False, soft_wrap=True)
+            make_display = _ProgressBar if console.is_terminal else _PlainLines
+            self._display = make_display(console, progress.step, total_steps)
+        self._first_step_is_done = False
+        self._wall_start = time.perf_counter() - progress.wall_seconds
+        self._step_start = time.perf_counter()
+        self._start_window()
+
+    def say(self, text: str) -> None:
+        """Print one line, above the progress bar where there is one."""
+        if self._display is not None:
+            self._display.say(text)
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time inside as waiting for the loader."""
+        before = time.perf_counter()
+        yield
+        self._data_seconds += time.perf_counter() - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock of training between two steps: what happens inside is none."""
+        yield
+        self._step_start = time.perf_counter()
+        self._progress.wall_seconds = self._step_start - self._wall_start
+
+    def step_done(self, *, images: int, samples_seen: int, skipped: int) -> None:
+        """Count one finished step: images of the global batch, samples since the start, bad samples replaced."""
+        now = time.perf_counter()
+        self._progress.step += 1
+        self._progress.samples_seen = samples_seen
+        self._progress.skipped_samples += skipped
+        self._progress.train_seconds += now - self._step_start
+        self._progress.wall_seconds = now - self._wall_start
+        if self._first_step_is_done:
+            self._window_images += images
+            self._window_seconds += now - self._step_start
+        else:
+            self._first_step_is_done = True
+            self._start_window()
+        self._step_start = now
+
+    def log(self, *, epoch: int, loss: float, logit_scale: float, learning_rate: float, grad_norm: float) -> None:
+        """Write one object to metrics.jsonl and show it. Rates are those since the last call."""
+        rate = self._window_images / self._window_seconds if self._window_images else None
+        per_device = None if rate is None else rate / self._world.world_size
+        record = {
+            "step": self._progress.step,
+            "samples_seen": self._progress.samples_seen,
+            "epoch": epoch,
+            "loss": loss,
+            "logit_scale": logit_scale,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "images_per_second": rate,
+            "images_per_second_per_device": per_device,
+            "mfu": self._mfu(per_device),
+            "data_wait_fraction": self._data_seconds / self._window_seconds if self._window_images else None,
+            "peak_memory_bytes": _peak_memory_bytes(self._world.device),
+            "skipped_samples": self._progress.skipped_samples,
+        }
+        self._start_window()
+        self._write("metrics.jsonl", record)
+        if self._display is not None:
+            self._display.step(self._progress.step, record)
+
+    def log_evaluation(self, figures: Mapping[str, float]) -> None:
+        """Write one object to evaluations.jsonl and show it."""
+        progress = self._progress
+        place = {"step": progress.step, "samples_seen": progress.samples_seen, "wall_seconds": progress.wall_seconds}
+        self._write("evaluations.jsonl", {**place, **figures})
+        shown = "  ".join(f"{name} {100 * value:.1f}%" for name, value in figures.items())
+        self.say(f"step {progress.step}: {shown}")
+
+    def close(self) -> None:
+        """Flush the trackers and leave the terminal tidy."""
+        for tracker in self._trackers:
+            tracker.close()
+        if self._display is not None:
+            self._display.close()
+
+    def _start_window(self) -> None:
+        self._window_images = 0
+        self._window_seconds = 0.0
+        self._data_seconds = 0.0
+
+    def _write(self, name: str, record: Mapping[str, Any]) -> None:
+        if not self._world.is_main:
+            return
+        with (self._run_dir / name).open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+        for tracker in self._trackers:
+            tracker.log(self._progress.step, record)
+
+    def _mfu(self, images_per_second_per_device: float | None) -> float | None:
+        if self._world.device.type != "cuda" or images_per_second_per_device is None:
+            return None
+        name = torch.cuda.get_device_name(self._world.device)
+        peak = next((rate for key, rate in _PEAK_FLOPS.items() if key in name), None)
+        return None if peak is None else images_per_second_per_device * self._flops_per_image / peak
+
+
+class _ProgressBar:
+    def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
+        self._progress = rich_progress.Progress(
+            rich_progress.TextColumn("training"),
+            rich_progress.BarColumn(),
+            rich_progress.MofNCompleteColumn(),
+            rich_progress.TextColumn("{task.fields[figures]}"),
+            rich_progress.TimeElapsedColumn(),
+            rich_progress.TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("training", total=total_steps, completed=first_step, figures="")
+        self._progress.start()
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
+    def step(self, step: int, record: Mapping[str, Any]) -> None:
+        self._progress.update(self._task, completed=step, figures=_figures(record))
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _PlainLines:
+    def __init__(self, console: Console, first_step: int, total_steps: int) -> None:
+        self._total_steps = total_steps
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def step(self, step: int, record: Mapping[str, Any]) -> None:
+        print(f"step {step}/{self._total_steps}  {_figures(record)}", flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _figures(record: Mapping[str, Any]) -> str:
+    rate = record["images_per_second"]
+    shown = "" if rate is None else f"{rate:,.0f} images/s  data wait {100 * record['data_wait_fraction']:.0f}%  "
+    mfu = "" if record["mfu"] is None else f"MFU {100 * record['mfu']:.1f}%  "
+    skipped = f"  skipped {record['skipped_samples']}" if record["skipped_samples"] else ""
+    return (
+        f"loss {record['loss']:.4f}  {shown}{mfu}lr {record['learning_rate']:.2e}  scale {record['logit_scale']:.1f}  "
+        f"grad norm {record['grad_norm']:.2f}{skipped}"
+    )
+
+
+class _Tracker:
+    """One external tracker; the optional package is imported only when it was asked for."""
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+class _Wandb(_Tracker):
+    def __init__(self, run_dir: Path, config: Config) -> None:
+        wandb = _import_tracker("wandb")
+        # The folder's name is the run's identity there, so that a resumed run goes on in the same curves.
+        self._run = wandb.init(project="textlock", dir=run_dir, id=run_dir.name, resume="allow", config=asdict(config))
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        self._run.log(dict(record), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Tensorboard(_Tracker):
+    def __init__(self, run_dir: Path, config: Config) -> None:
+        _import_tracker("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        for name, value in record.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+_TRACKERS = {"wandb": _Wandb, "tensorboard": _Tensorboard}
+
+
+def _import_tracker(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"--log.trackers {name} needs the package {name}: pip install 'textlock[{name}]'") from error
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of steps up to ``step``; a half-written last line of a killed run goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    publish_text(path, "".join(kept))
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

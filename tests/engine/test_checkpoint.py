@@ -1,0 +1,198 @@
+"""Checkpoints: whole or absent, checked before they are believed, bit for bit."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from textlock.engine import checkpoint as module
+from textlock.engine.checkpoint import (
+    CorruptCheckpoint,
+    Progress,
+    list_checkpoints,
+    load_tower,
+    read_checkpoint,
+    read_latest,
+    restore,
+    save_checkpoint,
+)
+from textlock.engine.config import parse_config
+from textlock.engine.optim import FlatGradients, build_optimizer
+
+FLAGS = [
+    "--run-dir",
+    "x",
+    "--data.shards",
+    "x",
+    "--data.batch-size",
+    "8",
+    "--data.image-size",
+    "32",
+    "--data.workers",
+    "1",
+]
+FLAGS += ["--optim.steps", "9", "--model.name", "eva02_micro_patch8_32", "--checkpoint.keep", "2"]
+CONFIG = parse_config(FLAGS)
+FILES = ["model.safetensors", "trainer.safetensors", "state.json", "config.yaml", "MANIFEST.json"]
+
+
+class Trained:
+    """A tower with an optimiser that has taken a step."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.tower = module.build_tower(CONFIG, 64, weights=None)
+        self.scale = torch.nn.Parameter(torch.tensor(2.5 + seed / 7))
+        self.optimizer = build_optimizer(self.tower, self.scale, CONFIG.optim)
+        gradients = FlatGradients([*self.tower.parameters(), self.scale])
+        gradients._buffer.normal_()
+        self.optimizer.step()
+
+    def save(self, root: Path, step: int) -> Path:
+        return save_checkpoint(
+            root,
+            tower=self.tower,
+            log_logit_scale=self.scale,
+            optimizer=self.optimizer,
+            progress=Progress(step=step, samples_seen=8 * step, loader={"position": 8 * step}),
+            text_fingerprint="abc",
+            config=CONFIG,
+        )
+
+    def tensors(self) -> list[torch.Tensor]:
+        parameters = [*self.tower.parameters(), self.scale]
+        moments = [self.optimizer.state[parameter][name] for parameter in parameters for name in module._MOMENTS]
+        return [*self.tower.state_dict().values(), self.scale, *moments]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Trained:
+    return Trained(1)
+
+
+def test_restoring_is_bit_for_bit(trained, tmp_path):
+    folder = trained.save(tmp_path, 3)
+    other = Trained(2)
+    restore(read_checkpoint(folder), other.tower, other.scale, other.optimizer)
+    mine, theirs = trained.tensors(), other.tensors()
+    assert len(mine) == len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    progress = read_checkpoint(folder).progress
+    assert (progress.step, progress.samples_seen, progress.loader) == (3, 24, {"position": 24})
+
+
+def test_a_tower_is_read_from_a_step_or_a_run_folder(trained, tmp_path):
+    folder = trained.save(tmp_path / "checkpoints", 3)
+    for place in (folder, tmp_path):
+        loaded = load_tower(place)
+        assert loaded.step == 3 and loaded.logit_scale == pytest.approx(trained.scale.exp().item(), rel=1e-6)
+        assert all(
+            torch.equal(a, b) for a, b in zip(loaded.tower.parameters(), trained.tower.parameters(), strict=True)
+        )
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load_tower(tmp_path / "elsewhere")
+
+
+def test_only_the_newest_are_kept(trained, tmp_path):
+    for step in (1, 2, 3):
+        trained.save(tmp_path, step)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["bit", "truncated", "missing"])
+def test_damage_is_refused_by_name_and_the_older_checkpoint_taken(trained, tmp_path, file, damage):
+    good = trained.save(tmp_path, 1)
+    bad = trained.save(tmp_path, 2) / file
+    content = bytearray(bad.read_bytes())
+    if damage == "bit":
+        content[len(content) // 2] ^= 0x10
+        bad.write_bytes(content)
+    elif damage == "truncated":
+        bad.write_bytes(content[: len(content) // 2])
+    else:
+        bad.unlink()
+    with pytest.raises(CorruptCheckpoint, match="MANIFEST.json|" + file):
+        read_checkpoint(bad.parent)
+    found, complaints = read_latest(tmp_path)
+    assert found is not None and found.folder == good
+    assert len(complaints) == 1 and "step_00000002" in complaints[0]
+
+
+def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_over(trained, tmp_path):
+    (trained.save(tmp_path, 1) / "state.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"no checkpoint under .* is whole"):
+        read_latest(tmp_path)
+    assert read_latest(tmp_path / "new run") == (None, [])
+
+
+@pytest.mark.parametrize("kill_at", range(14))
+def test_a_kill_at_any_instant_of_a_save_leaves_the_previous_one(trained, tmp_path, monkeypatch, kill_at):
+    """Every write, sync and rename of a save is a place to die; after each the newest whole checkpoint loads."""
+    trained.save(tmp_path, 1)
+    calls = 0
+
+    class Killed(BaseException):
+        pass
+
+    def dying(function):
+        def wrapped(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls > kill_at:
+                raise Killed
+            return function(*arguments, **keywords)
+
+        return wrapped
+
+    monkeypatch.setattr(module, "save_file", dying(module.save_file))
+    monkeypatch.setattr(os, "fsync", dying(os.fsync))
+    monkeypatch.setattr(Path, "rename", dying(Path.rename))
+    monkeypatch.setattr(Path, "write_text", dying(Path.write_text))
+    monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
+    try:
+        trained.save(tmp_path, 2)
+        survived = True
+    except Killed:
+        survived = False
+    monkeypatch.undo()
+
+    found, complaints = read_latest(tmp_path)
+    assert found is not None and not complaints
+    assert found.progress.step in ((2,) if survived else (1, 2))
+    trained.save(tmp_path, 3)  # and the next save is not hindered by what was left
+    assert read_latest(tmp_path)[0].progress.step == 3
+
+
+def test_a_full_disk_keeps_what_was_there(trained, tmp_path, monkeypatch):
+    trained.save(tmp_path, 1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained.save(tmp_path, 2)
+    assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000001"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_another_architecture_is_named_and_nothing_changed(trained, tmp_path):
+    found = read_checkpoint(trained.save(tmp_path, 1))
+    torch.manual_seed(0)
+    other = module.build_vision_tower("eva02_micro_patch8_32", pooling="mean")
+    scale = torch.nn.Parameter(torch.zeros(()))
+    before = [parameter.detach().clone() for parameter in other.parameters()]
+    with pytest.raises(ValueError, match=r"another architecture .* unexpected pool\."):
+        restore(found, other, scale, build_optimizer(other, scale, CONFIG.optim))
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
+def test_another_text_tower_is_refused(trained, tmp_path):
+    found = read_checkpoint(trained.save(tmp_path, 1))
+    found.require_text_tower("abc", "tower")
+    with pytest.raises(ValueError, match="another text tower than other/tower"):
+        found.require_text_tower("abd", "other/tower")

@@ -1,0 +1,108 @@
+"""The configuration: one parser for file and command line, one sentence for every mistake."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from textlock.engine.config import dump_config, load_config, parse_config, require_same_run
+
+MINIMAL = ["--run-dir", "runs/x", "--data.shards", "shards", "--data.batch-size", "8", "--data.image-size", "32"]
+MINIMAL += ["--data.workers", "1", "--optim.steps", "10"]
+CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+
+
+def write(folder: Path, text: str) -> list[str]:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_parses_and_survives_a_round_trip(path, tmp_path):
+    config = parse_config(["--config", str(path), "--run-dir", "runs/x"])
+    (tmp_path / "saved.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_the_papers_recipe_is_what_the_report_says():
+    (path,) = (path for path in CONFIGS if path.stem == "nomic_embed_vision_v1_5")
+    config = parse_config(["--config", str(path), "--run-dir", "runs/x"])
+    assert config.data.batch_size == 65536
+    assert (
+        config.optim.betas == (0.9, 0.95) and config.optim.learning_rate == 1e-3 and config.optim.warmup_steps == 2000
+    )
+    assert config.loss.initial_logit_scale == pytest.approx(1 / 0.07)
+    assert config.text.layer_norm and config.text.max_length == 77 and config.text.prefix == "search_query: "
+    # 1,547,277,668 samples, 3 epochs
+    assert config.optim.total_steps(1_547_277_668 // config.data.batch_size) == 70_827
+
+
+def test_flags_after_the_file_win(tmp_path):
+    file = write(
+        tmp_path, "optim: {steps: 5, learning_rate: 1e-4, betas: [0.9, 0.98]}\nlog: {trackers: [tensorboard]}\n"
+    )
+    config = parse_config([*file, *MINIMAL[:-2], "--optim.learning-rate", "3e-4"])
+    assert (config.optim.steps, config.optim.learning_rate, config.optim.betas) == (5, 3e-4, (0.9, 0.98))
+    assert config.log.trackers == ("tensorboard",)
+
+
+def test_none_and_false_can_be_written_in_a_file(tmp_path):
+    config = parse_config([*write(tmp_path, "model: {weights: null}\ntext: {layer_norm: false}\n"), *MINIMAL])
+    assert config.model.weights is None and config.text.layer_norm is False
+
+
+@pytest.mark.parametrize("text", ["optim: {learning_rat: 1}", "optim: {lr: 1}", "optimizer: {steps: 1}"])
+def test_an_unknown_key_is_named_and_nothing_runs(text, tmp_path):
+    code = f"from textlock.engine.config import parse_config; parse_config({[*write(tmp_path, text), *MINIMAL]!r})"
+    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    key = text.split("{")[1].split(":")[0] if text.startswith("optim:") else "optimizer"
+    assert outcome.returncode == 2
+    assert key.replace("_", "-") in outcome.stderr + outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim.steps", "0"], "must be positive"),
+        (["--optim.epochs", "1"], "exactly one of"),
+        (["--checkpoint.keep", "0"], "--checkpoint.keep is 0, must be at least 1"),
+        (["--step.micro-batch", "0"], "--step.micro-batch is 0"),
+        (["--evals.templates", "a photo"], "without {}"),
+        (["--loss.initial-logit-scale", "0"], "must be positive"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_impossible_values_are_said_before_anything_runs(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse_config([*MINIMAL, *flags])
+    assert caught.value.code == 2
+    said = " ".join(line.strip("│ ") for line in capsys.readouterr().err.splitlines())
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1\n", "must hold sections"), (None, "does not exist")],
+    ids=["broken", "a list", "missing"],
+)
+def test_bad_files_are_one_sentence(text, message, tmp_path):
+    arguments = ["--config", str(tmp_path / "none.yaml")] if text is None else write(tmp_path, text)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        parse_config(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_resuming_asks_for_the_same_result_and_nothing_else():
+    config = parse_config(MINIMAL)
+    free = replace(config, run_dir="elsewhere", device="cpu", log=replace(config.log, every=3))
+    free = replace(free, step=replace(free.step, micro_batch=2), data=replace(free.data, shards="moved", workers=2))
+    require_same_run(config, free, Path("runs/x"))
+
+    other = replace(config, optim=replace(config.optim, learning_rate=5.0), seed=1)
+    with pytest.raises(
+        ValueError, match=r"optim.learning_rate is 0.001 there and 5.0 here; seed is 42 there and 1 here"
+    ):
+        require_same_run(config, other, Path("runs/x"))
