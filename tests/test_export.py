@@ -1,0 +1,238 @@
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor
+
+from textlock import export
+from textlock.export import load_exported_tower, write_transformers_folder
+from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
+from textlock.models.weights import to_nomic
+
+MICRO = "eva02_micro_patch8_32"
+
+
+def randomised_tower(name=MICRO, **arguments):
+    tower = build_vision_tower(name, **arguments)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+    return tower
+
+
+def write(tower, folder):
+    write_transformers_folder(tower, folder, logit_scale=14.25, text_tower="owner/text")
+
+
+def images(size=32):
+    return torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def released_keys():
+    """List the keys and shapes of the released file, written out from its description."""
+    width, hidden, tokens = 768, 2048, 197
+    keys = {
+        "embeddings.cls_token": [1, 1, width],
+        "embeddings.pos_embed": [1, tokens, width],
+        "embeddings.proj.weight": [width, width],
+        "embeddings.proj.bias": [width],
+        "selector.attn.latent": [1, 1, width],
+        "selector.norm1.weight": [width],
+        "selector.norm1.bias": [width],
+    }
+
+    def linear(name, inputs, outputs):
+        keys[f"{name}.weight"] = [outputs, inputs]
+        keys[f"{name}.bias"] = [outputs]
+
+    linear("selector.attn.Wq", width, width)
+    linear("selector.attn.Wkv", width, 2 * width)
+    linear("selector.attn.out_proj", width, width)
+    for layer in range(12):
+        for norm in ("norm1", "norm2"):
+            keys[f"layers.{layer}.{norm}.weight"] = keys[f"layers.{layer}.{norm}.bias"] = [width]
+        keys[f"layers.{layer}.mlp.norm.weight"] = keys[f"layers.{layer}.mlp.norm.bias"] = [hidden]
+        linear(f"layers.{layer}.attn.Wqkv", width, 3 * width)
+        linear(f"layers.{layer}.attn.out_proj", width, width)
+    for mlp in ("selector.mlp", *(f"layers.{layer}.mlp" for layer in range(12))):
+        linear(f"{mlp}.fc11", width, hidden)
+        linear(f"{mlp}.fc12", width, hidden)
+        linear(f"{mlp}.fc2", hidden, width)
+    return keys
+
+
+def test_base_tower_has_the_released_tensors():
+    with torch.device("meta"):
+        tower = VisionTower(VISION_CONFIGS["eva02_base_patch16_224"])
+    shapes = {key: list(value.shape) for key, value in to_nomic(tower.state_dict()).items()}
+    assert shapes == released_keys()
+    assert len(shapes) == 211
+    assert sum(parameter.numel() for parameter in tower.parameters()) == 92_946_688
+
+
+def test_reads_back_bit_for_bit(tmp_path):
+    tower = randomised_tower()
+    write(tower, tmp_path / "out")
+    expected = tower(images())
+    assert torch.equal(load_exported_tower(tmp_path / "out")(images()), expected)
+    assert torch.equal(build_vision_tower(MICRO, weights=tmp_path / "out")(images()), expected)
+    assert load_exported_tower(tmp_path / "out").config == VISION_CONFIGS[MICRO]
+
+
+def test_keeps_another_image_size(tmp_path):
+    tower = randomised_tower(image_size=48)
+    write(tower, tmp_path / "out")
+    assert torch.equal(load_exported_tower(tmp_path / "out")(images(48)), tower(images(48)))
+
+
+def test_folder_holds_the_released_files(tmp_path):
+    folder = tmp_path / "new" / "out"
+    write(randomised_tower(dtype=torch.bfloat16), folder)
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
+    assert os.listdir(folder.parent) == ["out"]
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float32}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
+    assert "`owner/text`" in (folder / "README.md").read_text()
+
+
+def test_config_has_the_released_fields(tmp_path):
+    write(randomised_tower(), tmp_path / "out")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    expected = {"n_embd": 64, "n_layer": 2, "n_head": 1, "n_inner": 176, "img_size": 32, "patch_size": 8}
+    assert {key: fields[key] for key in expected} == expected
+    assert all(type(fields[key]) is int for key in expected)
+    assert fields["model_type"] == "nomic_bert"
+    assert fields["architectures"] == ["NomicVisionModel"]
+    assert fields["ref_feat_shape"] == [4, 4]
+    assert fields["prenorm"] and fields["no_last_ln"] and fields["norm_mlp"] and fields["use_rotary_pos_emb"]
+    assert fields["logit_scale"] == 14.25
+
+
+def test_image_processor_gives_what_the_tower_does_itself(tmp_path):
+    tower = randomised_tower()
+    write(tower, tmp_path / "out")
+    processor = CLIPImageProcessor.from_pretrained(tmp_path / "out")
+    pixels = processor(list(images().permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(tower(pixels), tower(images()), rtol=1e-4, atol=1e-4)
+    wide = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    assert processor(wide, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"pooling": "mean"}, id="mean"),
+        pytest.param({"embed_dim": 32}, id="projection"),
+    ],
+)
+def test_refuses_what_the_format_cannot_hold(tmp_path, arguments):
+    with pytest.raises(ValueError, match="EVA02 towers with map pooling and no projection"):
+        write(randomised_tower(**arguments), tmp_path / "out")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_rope_reg1_gap_256"])
+def test_refuses_other_trunks(tmp_path, name):
+    with torch.device("meta"):
+        tower = VisionTower(VISION_CONFIGS[name])
+    with pytest.raises(ValueError, match="EVA02 towers with map pooling and no projection"):
+        write(tower, tmp_path / "out")
+
+
+def test_refuses_an_output_that_holds_something(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        write(randomised_tower(), tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_writes_into_an_empty_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    write(randomised_tower(), tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_leaves_nothing_behind_when_writing_fails(tmp_path, monkeypatch):
+    def fail(path, fields):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(export, "_write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(randomised_tower(), tmp_path / "out")
+    assert not os.listdir(tmp_path)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value != "removed"}))
+
+
+def test_reads_the_fractional_inner_width_of_the_released_file(tmp_path):
+    write(randomised_tower(), tmp_path / "out")
+    edit_config(tmp_path / "out", n_inner=176.0)
+    assert load_exported_tower(tmp_path / "out").config == VISION_CONFIGS[MICRO]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param({"prenorm": False}, "prenorm is False where EVA02 towers have True", id="post-norm"),
+        pytest.param({"n_layer": 3}, "missing key blocks.2", id="depth"),
+        pytest.param({"n_embd": "removed"}, "config.json does not describe .*'n_embd'", id="missing-field"),
+        pytest.param({"ref_feat_shape": None}, "config.json does not describe", id="no-grid"),
+    ],
+)
+def test_refuses_a_config_of_another_model(tmp_path, changes, message):
+    write(randomised_tower(), tmp_path / "out")
+    edit_config(tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_exported_tower(tmp_path / "out")
+
+
+def test_refuses_weights_without_a_head(tmp_path):
+    write(randomised_tower(), tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    save_file({key: value for key, value in load_file(path).items() if not key.startswith("selector.")}, path)
+    with pytest.raises(ValueError, match="lacks the attention pooling head"):
+        load_exported_tower(tmp_path / "out")
+
+
+def test_names_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json not found"):
+        load_exported_tower(tmp_path / "nowhere")
+
+
+def run_command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["export.py", *map(str, arguments)])
+    export.main()
+
+
+def test_command_exports_a_checkpoint(tmp_path, monkeypatch, capsys):
+    tower = randomised_tower()
+    loaded = SimpleNamespace(
+        tower=tower, logit_scale=20.0, step=7, config=SimpleNamespace(text=SimpleNamespace(name="owner/text"))
+    )
+    monkeypatch.setattr(export, "load_tower", lambda checkpoint: loaded)
+    run_command(monkeypatch, "--checkpoint", "runs/x", "--format", "transformers", "--output", tmp_path / "out")
+    rows = F.normalize(load_exported_tower(tmp_path / "out")(images()), dim=-1)
+    assert torch.equal(rows, F.normalize(tower(images()), dim=-1))
+    assert "step 7" in capsys.readouterr().out
+
+
+def test_command_fails_in_one_line(tmp_path, monkeypatch, capsys):
+    def load_tower(checkpoint):
+        raise FileNotFoundError(f"{checkpoint} holds no checkpoint")
+
+    monkeypatch.setattr(export, "load_tower", load_tower)
+    with pytest.raises(SystemExit) as exit_status:
+        run_command(monkeypatch, "--checkpoint", "runs/x", "--output", tmp_path / "out")
+    assert exit_status.value.code == 2
+    assert capsys.readouterr().err == "error: runs/x holds no checkpoint\n"

@@ -1,0 +1,258 @@
+"""train.py as its users run it: whole runs, interrupted ones, several processes, and bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from .conftest import ONE_THREAD, ROOT, records, run
+
+METRICS = {
+    "step", "samples_seen", "epoch", "loss", "logit_scale", "learning_rate", "grad_norm", "images_per_second",
+    "images_per_second_per_device", "mfu", "data_wait_fraction", "peak_memory_bytes", "skipped_samples",
+}  # fmt: skip
+RESULTS = {
+    "zero_shot_top1", "zero_shot_top5", "image_to_text_recall@1", "image_to_text_recall@5", "image_to_text_recall@10",
+    "text_to_image_recall@1", "text_to_image_recall@5", "text_to_image_recall@10", "mean_recall@1", "images_per_second",
+    "wall_seconds", "samples_seen", "config", "versions", "commit",
+}  # fmt: skip
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("train.py", *arguments)
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in records(run_dir / "metrics.jsonl")]
+
+
+def weights(run_dir: Path) -> dict[str, bytes]:
+    folder = run_dir / "checkpoints" / "step_00000012"
+    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "trainer.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_world, tmp_path_factory) -> Path:
+    """A run of twelve steps that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    outcome = train(*small_world.command(run_dir))
+    assert outcome.returncode == 0, outcome.stderr
+    return run_dir
+
+
+def test_a_run_writes_what_is_promised(whole_run):
+    lines = records(whole_run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(set(line) == METRICS for line in lines)
+    assert lines[-1]["samples_seen"] == 12 * 16
+    assert lines[0]["images_per_second"] is None, "the first step pays for warming up and has no rate"
+    assert all(line["images_per_second"] > 0 for line in lines[1:])
+
+    results = json.loads((whole_run / "results.json").read_text())
+    assert set(results) >= RESULTS
+    assert results["samples_seen"] == 192 and results["versions"]["torch"] and results["config"]["seed"] == 42
+    assert 0 <= results["zero_shot_top1"] <= results["zero_shot_top5"] <= 1
+    (evaluation,) = records(whole_run / "evaluations.jsonl")
+    assert evaluation["step"] == 12 and evaluation["mean_recall@1"] == results["mean_recall@1"]
+
+    assert [folder.name for folder in sorted((whole_run / "checkpoints").iterdir())] == [
+        "step_00000004",
+        "step_00000008",
+        "step_00000012",
+    ]
+    page = (whole_run / "report.html").read_text()
+    assert "<svg" in page and "zero" in page.lower()
+
+
+def test_the_text_tower_is_in_no_checkpoint(whole_run):
+    names = load_file(whole_run / "checkpoints" / "step_00000012" / "model.safetensors").keys()
+    assert not [name for name in names if "text" in name or "word_embeddings" in name]
+
+
+def test_running_a_finished_run_again_changes_nothing(small_world, whole_run, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(whole_run, again)
+    outcome = train(*small_world.command(again))
+    assert outcome.returncode == 0, outcome.stderr
+    assert losses(again) == losses(whole_run) and weights(again) == weights(whole_run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_an_interrupted_run_goes_on_bit_for_bit(small_world, whole_run, tmp_path, number):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "train.py", *small_world.command(run_dir)]
+    process = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 6/"):
+            process.send_signal(number)
+            break
+    said = process.stdout.read()
+    code = process.wait(timeout=60)
+    saved = sorted(int(folder.name[-8:]) for folder in (run_dir / "checkpoints").iterdir() if folder.suffix == "")
+    if number == signal.SIGTERM:
+        assert code == 0 and "the same command goes on from there" in said
+        assert saved[-1] >= 6, "SIGTERM saves the step under way"
+    else:
+        assert code == -signal.SIGKILL
+    if saved[-1] == 12:
+        pytest.fail("the run was over before the signal came: nothing was tested")
+
+    outcome = train(*small_world.command(run_dir))
+    assert outcome.returncode == 0, outcome.stderr
+    assert f"going on after step {saved[-1]}" in outcome.stdout
+    assert losses(run_dir) == losses(whole_run)
+    assert weights(run_dir) == weights(whole_run)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(small_world, whole_run, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    outcome = run(*launch, *small_world.command(tmp_path / "two", "--step.micro-batch", "4"))
+    assert outcome.returncode == 0, outcome.stderr
+    one, two = losses(whole_run), losses(tmp_path / "two")
+    assert len(one) == len(two) == 12
+    for (step, loss, norm), (_, other_loss, other_norm) in zip(one, two, strict=True):
+        assert other_loss == pytest.approx(loss, rel=2e-5), step
+        assert other_norm == pytest.approx(norm, rel=2e-3), step
+    results = [json.loads((path / "results.json").read_text()) for path in (whole_run, tmp_path / "two")]
+    assert results[0]["samples_seen"] == results[1]["samples_seen"]
+    assert results[1]["world_size"] == 2
+
+
+def expect_refusal(capsys, message: str, arguments: list[str]) -> None:
+    """Run main() in this process: exit status 2, one line on stderr."""
+    from textlock.train import main
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = sys.argv
+    sys.argv = ["train.py", *arguments]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main()
+    finally:
+        sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    error = capsys.readouterr().err.strip()
+    assert caught.value.code == 2
+    assert error.startswith("error: ") and "\n" not in error, error
+    assert message in error, error
+
+
+BAD_INPUT = {
+    "missing shards": (["--data.shards", "/nowhere"], "/nowhere"),
+    "missing config file": (["--config", "configs/none.yaml"], "configs/none.yaml does not exist"),
+    "unknown tower": (["--model.name", "resnet50"], "resnet50"),
+    "missing weights": (["--model.weights", "/nowhere/model.safetensors"], "/nowhere/model.safetensors"),
+    "missing text tower": (["--text.name", "/nowhere/text"], "/nowhere/text"),
+    "missing class folder": (["--evals.zero-shot", "/nowhere/classes"], "/nowhere/classes"),
+    "missing retrieval shards": (["--evals.retrieval", "/nowhere/heldout"], "/nowhere/heldout"),
+    "batch larger than the data": (["--data.batch-size", "4096"], "4096"),
+    "ragged micro-batch": (["--step.micro-batch", "5"], "does not divide"),
+    "images that the patches do not divide": (["--data.image-size", "30"], "image size 30"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_leaves_nothing(small_world, tmp_path, capsys, case):
+    flags, message = BAD_INPUT[case]
+    expect_refusal(capsys, message, small_world.command(tmp_path / "run", *flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_key_is_named(small_world, tmp_path):
+    outcome = train(*small_world.command(tmp_path / "run", "--optim.lr", "1"))
+    assert outcome.returncode == 2 and "--optim.lr" in outcome.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_shard_is_named(small_world, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "00000.tar").write_bytes(bytes(10240))
+    expect_refusal(capsys, str(shards), small_world.command(tmp_path / "run", "--data.shards", str(shards)))
+
+
+def test_a_text_folder_without_a_tokenizer_is_named(small_world, tmp_path, capsys):
+    text = tmp_path / "text"
+    shutil.copytree(small_world.root / "text", text)
+    for file in text.glob("*token*"):
+        file.unlink()
+    (text / "vocab.txt").unlink(missing_ok=True)
+    expect_refusal(capsys, "tokenizer", small_world.command(tmp_path / "run", "--text.name", str(text)))
+
+
+def test_a_run_folder_of_another_config_is_refused(small_world, whole_run, tmp_path, capsys):
+    again = tmp_path / "again"
+    shutil.copytree(whole_run, again)
+    expect_refusal(
+        capsys,
+        "optim.learning_rate is 0.001 there and 0.5 here",
+        small_world.command(again, "--optim.learning-rate", "0.5"),
+    )
+    assert losses(again) == losses(whole_run)
+
+
+def test_a_run_against_another_text_tower_is_refused(small_world, whole_run, tmp_path, capsys):
+    again, text = tmp_path / "again", tmp_path / "text"
+    shutil.copytree(whole_run, again)
+    captions = str(small_world.root / "data" / "captions.txt")
+    made = run(
+        "-m",
+        "textlock.models.text",
+        "--captions",
+        captions,
+        "--output",
+        str(text),
+        "--width",
+        "64",
+        "--heads",
+        "1",
+        "--seed",
+        "7",
+    )
+    assert made.returncode == 0, made.stderr
+    expect_refusal(capsys, "another text tower", small_world.command(again, "--text.name", str(text)))
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(small_world, whole_run, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(whole_run, again)
+    damaged = again / "checkpoints" / "step_00000012" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    outcome = train(*small_world.command(again))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "model.safetensors is damaged" in outcome.stderr and "going on after step 8" in outcome.stdout
+    assert losses(again) == losses(whole_run) and weights(again) == weights(whole_run)
+
+
+def test_a_diverging_run_stops_before_the_weights_are_touched(small_world, tmp_path):
+    run_dir = tmp_path / "run"
+    outcome = train(*small_world.command(run_dir, "--optim.learning-rate", "1e30", "--checkpoint.every", "1"))
+    assert outcome.returncode == 2
+    assert "not finite" in outcome.stderr and len(outcome.stderr.strip().splitlines()) == 1
+    newest = sorted((run_dir / "checkpoints").iterdir())[-1]
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
+
+
+def test_help_explains_every_setting():
+    outcome = run("train.py", "--help")
+    assert outcome.returncode == 0
+    for flag in ("--run-dir", "--data.shards", "--optim.learning-rate", "--step.keep", "--loss.mask-duplicates"):
+        assert flag in outcome.stdout
+
+
+def test_wandb_that_is_not_installed_is_one_sentence(small_world, tmp_path):
+    if any((Path(entry) / "wandb").is_dir() for entry in sys.path if os.path.isdir(entry)):
+        pytest.skip("wandb is installed")
+    outcome = train(*small_world.command(tmp_path / "run", "--log.trackers", "wandb"))
+    assert outcome.returncode == 2 and "pip install 'textlock[wandb]'" in outcome.stderr

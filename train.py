@@ -1,0 +1,252 @@
+"""Train an image encoder into the latent space of a frozen text embedder.
+
+    python train.py --config configs/demo.yaml --run-dir runs/demo
+    python train.py --config configs/demo.yaml --run-dir runs/demo --optim.learning-rate 2e-3
+    torchrun --nproc-per-node 8 train.py --config configs/nomic_embed_vision_v1_5.yaml --run-dir runs/v1_5
+
+Run the same line again and the run goes on from its last checkpoint. SIGTERM saves and stops.
+"""
+
+import json
+import math
+import shlex
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from textlock.data.loader import open_loader
+from textlock.data.publish import publish_text
+from textlock.engine.checkpoint import (
+    Checkpoint,
+    Progress,
+    build_tower,
+    read_latest,
+    restore,
+    save_checkpoint,
+)
+from textlock.engine.config import Config, dump_config, exit_with, load_config, parse_config, require_same_run
+from textlock.engine.distributed import World, join_world
+from textlock.engine.metrics import Metrics
+from textlock.engine.optim import FlatGradients, build_optimizer, learning_rate
+from textlock.engine.plan import available_bytes, choose_plan, measure_activation_bytes
+from textlock.engine.provenance import commit, device_name, versions
+from textlock.engine.report import save_gallery, write_report
+from textlock.engine.step import LargeBatchStep, autocast_for, image_rows
+from textlock.evals.suite import EvaluationSuite
+from textlock.models.text import build_text_tower
+
+
+def main() -> None:
+    """Read the command line and train; bad input ends in one sentence and exit status 2."""
+    try:
+        config = parse_config(sys.argv[1:])
+        world = join_world(config.device)
+        try:
+            train(config, world)
+        finally:
+            world.close()
+    except (ValueError, FileNotFoundError) as error:
+        exit_with(error)
+
+
+def train(config: Config, world: World) -> None:
+    """Start, or go on with, the run in ``config.run_dir``."""
+    stop = StopRequest()
+    run_dir = Path(config.run_dir)
+    checkpoint = find_checkpoint(config, world)
+    progress = checkpoint.progress if checkpoint else Progress()
+
+    # The text tower is a constant: in no optimiser, in no checkpoint.
+    text_tower = build_text_tower(
+        config.text.name,
+        layer_norm=config.text.layer_norm,
+        prefix=config.text.prefix,
+        max_length=config.text.max_length,
+        device=world.device,
+    )
+    text_fingerprint = text_tower.fingerprint()
+
+    # The image tower and the logit scale: float32 masters, the same on every rank.
+    torch.manual_seed(config.seed)
+    tower = build_tower(config, text_tower.embed_dim, weights=None if checkpoint else config.model.weights)
+    tower.to(world.device)
+    log_logit_scale = torch.nn.Parameter(torch.tensor(math.log(config.loss.initial_logit_scale), device=world.device))
+    optimizer = build_optimizer(tower, log_logit_scale, config.optim)
+    gradients = FlatGradients([*tower.parameters(), log_logit_scale])
+    if checkpoint:
+        checkpoint.require_text_tower(text_fingerprint, config.text.name)
+        restore(checkpoint, tower, log_logit_scale, optimizer)
+
+    # The data, the step, the evaluations.
+    loader = open_loader(
+        config.data,
+        rank=world.rank,
+        world_size=world.world_size,
+        state=progress.loader,
+        skipped_log=run_dir / "skipped.jsonl",
+        device=world.device,
+    )
+    total_steps = config.optim.total_steps(loader.samples_per_epoch // config.data.batch_size)
+    autocast = autocast_for(world.device, config.step.precision)
+    plan = choose_plan(
+        local_batch=config.data.batch_size // world.world_size,
+        micro_batch=config.step.micro_batch,
+        bytes_per_image=measure_activation_bytes(tower, autocast),
+        keep=config.step.keep,
+        memory_bytes=available_bytes(world.device, config.step.memory_gib),
+    )
+    compute_gradients = LargeBatchStep(
+        tower, log_logit_scale, gradients, plan, loss=config.loss, world=world, autocast=autocast, seed=config.seed
+    )
+    evaluations = EvaluationSuite(
+        text_tower,
+        zero_shot=config.evals.zero_shot,
+        zero_shot_unseen=config.evals.zero_shot_unseen,
+        retrieval=config.evals.retrieval,
+        templates=config.evals.templates,
+        image_size=tower.image_size,
+        batch_size=config.evals.batch_size,
+        group=world.group,
+    )
+
+    def encode_images(images: Tensor) -> Tensor:  # [b, S, S, 3] -> [b, d]
+        with torch.no_grad():
+            return image_rows(tower, images.to(world.device, non_blocking=True), autocast)
+
+    # All that can be wrong with the input was looked at; only now is anything written.
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        publish_text(run_dir / "config.yaml", dump_config(config))
+    world.barrier()
+    metrics = Metrics(config, world, tower, progress, total_steps)
+    millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
+    metrics.say(
+        f"{config.model.name}, {millions:.1f} M parameters, on {world.world_size} x {device_name(world.device)}"
+    )
+    metrics.say(f"{loader.num_samples:,} samples in {config.data.shards}, decoder {config.data.decoder}")
+    metrics.say(f"{total_steps} steps of {config.data.batch_size:,}; {plan}")
+    if checkpoint:
+        metrics.say(f"going on after step {progress.step}")
+
+    figures: dict[str, float] = {}
+    stopping = False
+    while progress.step < total_steps and not stopping:
+        with metrics.waiting_for_data():
+            batch = next(loader)
+        rate = learning_rate(config.optim, progress.step, total_steps)
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = rate
+
+        gradients.zero()
+        gradients.report(stop=stop.asked, skipped=batch.skipped)
+        result = compute_gradients(
+            progress.step,
+            batch.images.to(world.device, non_blocking=True),
+            text_tower.encode(batch.captions),
+            batch.ids.to(world.device),
+        )
+        grad_norm = gradients.clip(config.optim.clip_norm(world.world_size)).item()
+        if not math.isfinite(grad_norm):
+            # The same number on every rank and before the optimiser: no weight has changed anywhere.
+            raise ValueError(
+                f"step {progress.step + 1}: loss {result.loss.item()} with gradient norm {grad_norm} is not finite; "
+                f"the weights were left as they were. Start a new --run-dir with a lower --optim.learning-rate."
+            )
+        optimizer.step()
+
+        stopping, skipped = gradients.reported()
+        metrics.step_done(images=config.data.batch_size, samples_seen=batch.position, skipped=skipped)
+        progress.loader = loader.state()
+        last = stopping or progress.step == total_steps
+        if last or progress.step % config.log.every == 0:
+            metrics.log(
+                epoch=batch.epoch,
+                loss=result.loss.item(),
+                logit_scale=result.logit_scale.item(),
+                learning_rate=rate,
+                grad_norm=grad_norm,
+            )
+        if last or is_due(progress.step, config.checkpoint.every):
+            with metrics.paused():
+                if world.is_main:
+                    save_checkpoint(
+                        run_dir / "checkpoints",
+                        tower=tower,
+                        log_logit_scale=log_logit_scale,
+                        optimizer=optimizer,
+                        progress=progress,
+                        text_fingerprint=text_fingerprint,
+                        config=config,
+                    )
+                world.barrier()
+        if not stopping and (last or is_due(progress.step, config.evals.every)):
+            with metrics.paused():
+                figures = evaluations.run(encode_images)
+                metrics.log_evaluation(figures)
+
+    loader.close()
+    if progress.step == total_steps:
+        figures = figures or evaluations.run(encode_images)
+        if world.is_main:
+            results = {
+                **figures,
+                "images_per_second": progress.samples_seen / progress.train_seconds,
+                "wall_seconds": progress.wall_seconds,
+                "samples_seen": progress.samples_seen,
+                "config": asdict(config),
+                "versions": versions(),
+                "commit": commit(),
+                "command": shlex.join(["python", *sys.argv]),
+                "device": device_name(world.device),
+                "world_size": world.world_size,
+            }
+            publish_text(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
+            if gallery := evaluations.gallery():
+                save_gallery(run_dir, gallery.images, gallery.captions, gallery.nearest)
+            metrics.say(f"done: {write_report(run_dir)}")
+    else:
+        metrics.say(f"stopped after step {progress.step} of {total_steps}; the same command goes on from there")
+    metrics.close()
+
+
+def find_checkpoint(config: Config, world: World) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the run folder, or None in a new one.
+
+    Raises ValueError when the folder holds a run with another config.
+    """
+    run_dir = Path(config.run_dir)
+    if (run_dir / "config.yaml").exists():
+        require_same_run(load_config(run_dir / "config.yaml"), config, run_dir)
+    checkpoint, damaged = read_latest(run_dir / "checkpoints")
+    if world.is_main:
+        for complaint in damaged:
+            print(f"warning: {complaint}; an older checkpoint is taken", file=sys.stderr)
+    return checkpoint
+
+
+class StopRequest:
+    """Remembers SIGTERM or Ctrl-C until the step under way is done; a second Ctrl-C ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps is due after ``step``; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    main()
