@@ -8,7 +8,7 @@ Shards are evaluated by image-text retrieval, a folder of class folders by zero-
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from textlock.engine.distributed import World, join_world
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import autocast_for, image_rows
 from textlock.evals.suite import EvaluationSuite
-from textlock.export import load_exported_tower
+from textlock.export import load_exported_tower, read_text_settings
 from textlock.models.text import build_text_tower
 from textlock.models.vision import VisionTower
 
@@ -56,7 +56,7 @@ def main() -> None:
             evaluate(arguments, world)
         finally:
             world.close()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         exit_with(error)
 
 
@@ -65,8 +65,14 @@ def evaluate(arguments: Arguments, world: World) -> None:
     if not arguments.data.is_dir():
         raise FileNotFoundError(f"{arguments.data} is not a folder: give a folder of shards or of class folders")
     is_shards = any(arguments.data.glob("*.tar"))
-    tower, text, templates, step = load(arguments)
-    tower.to(world.device).eval()
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch-size is {arguments.batch_size}, must be at least 1")
+    output = arguments.output or arguments.checkpoint / "evaluation.json"
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent} is not a folder: make it, or give another --output")
+    loaded = load(arguments.checkpoint)
+    tower = loaded.tower.to(world.device).eval()
+    text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
     text_tower = build_text_tower(
         text.name,
         layer_norm=text.layer_norm,
@@ -74,17 +80,17 @@ def evaluate(arguments: Arguments, world: World) -> None:
         max_length=text.max_length,
         device=world.device,
     )
-    if text_tower.embed_dim != tower.embed_dim:
+    if loaded.text_fingerprint not in (None, text_tower.fingerprint()) or text_tower.embed_dim != tower.embed_dim:
         raise ValueError(
-            f"{arguments.checkpoint} embeds into {tower.embed_dim} numbers and the text tower {text.name} into "
-            f"{text_tower.embed_dim}; give the text tower it was trained against with --text"
+            f"{arguments.checkpoint} was trained against another text tower than {text.name}: its weights, tokenizer "
+            f"or settings differ. Give the one it was trained against with --text."
         )
     suite = EvaluationSuite(
         text_tower,
         zero_shot=None if is_shards else str(arguments.data),
         zero_shot_unseen=None,
         retrieval=str(arguments.data) if is_shards else None,
-        templates=templates,
+        templates=arguments.templates or loaded.templates,
         image_size=tower.image_size,
         batch_size=arguments.batch_size,
         group=world.group,
@@ -103,34 +109,34 @@ def evaluate(arguments: Arguments, world: World) -> None:
     results = {
         **figures,
         "checkpoint": str(arguments.checkpoint),
-        "step": step,
+        "step": loaded.step,
         "data": str(arguments.data),
         "versions": versions(),
         "commit": commit(),
         "device": device_name(world.device),
     }
-    output = arguments.output or arguments.checkpoint / "evaluation.json"
     publish_text(output, json.dumps(results, indent=1) + "\n")
     print(f"written to {output}", file=sys.stderr)
 
 
-def load(arguments: Arguments) -> tuple[VisionTower, TextConfig, tuple[str, ...], int | None]:
-    """Return the image tower, the text tower's settings, the prompts and the step of a checkpoint or export."""
-    if (arguments.checkpoint / "config.json").is_file():
-        tower, text, templates, step = (
-            load_exported_tower(arguments.checkpoint),
-            TextConfig(),
-            EvalConfig().templates,
-            None,
-        )
-    else:
-        loaded = load_tower(arguments.checkpoint)
-        tower, text, templates, step = loaded.tower, loaded.config.text, loaded.config.evals.templates, loaded.step
-    if arguments.text is not None:
-        text = TextConfig(
-            name=arguments.text, layer_norm=text.layer_norm, prefix=text.prefix, max_length=text.max_length
-        )
-    return tower, text, arguments.templates or templates, step
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint or an exported folder says of itself."""
+
+    tower: VisionTower
+    text: TextConfig
+    text_fingerprint: str | None
+    templates: tuple[str, ...]
+    step: int | None
+
+
+def load(checkpoint: Path) -> Loaded:
+    """Read a run folder, one of its checkpoints, or an exported folder."""
+    if (checkpoint / "config.json").is_file():
+        text, fingerprint = read_text_settings(checkpoint)
+        return Loaded(load_exported_tower(checkpoint), text, fingerprint, EvalConfig().templates, None)
+    found = load_tower(checkpoint)
+    return Loaded(found.tower, found.config.text, found.text_fingerprint, found.config.evals.templates, found.step)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ processor, in float32. It describes EVA02 towers with attention pooling and noth
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from textlock.data.publish import published_folder
 from textlock.engine.checkpoint import load_tower
+from textlock.engine.config import TextConfig
 from textlock.models.vision import IMAGE_MEAN, IMAGE_STD, VisionConfig, VisionTower
 from textlock.models.weights import load_weights, to_nomic
 
@@ -107,7 +108,9 @@ Without remote code: `textlock.export.load_exported_tower("path/to/this/folder")
 """
 
 
-def write_transformers_folder(tower: VisionTower, folder: Path, *, logit_scale: float, text_tower: str) -> None:
+def write_transformers_folder(
+    tower: VisionTower, folder: Path, *, logit_scale: float, text: TextConfig, text_fingerprint: str
+) -> None:
     """Write a tower as a folder in the format of the released Nomic Embed Vision.
 
     The folder appears whole or not at all.
@@ -116,7 +119,8 @@ def write_transformers_folder(tower: VisionTower, folder: Path, *, logit_scale: 
         tower: an EVA02 tower with attention pooling and no projection; its weights are written in float32.
         folder: must not exist, or be empty.
         logit_scale: factor on the cosines at the end of training, kept in config.json.
-        text_tower: name of the text encoder the tower was trained against, for the model card.
+        text: the text tower it was trained against; kept in config.json, as figures with another one are meaningless.
+        text_fingerprint: of that text tower's weights, tokenizer and settings.
 
     Raises:
         ValueError: the format cannot hold this tower, or ``folder`` is not empty.
@@ -125,10 +129,11 @@ def write_transformers_folder(tower: VisionTower, folder: Path, *, logit_scale: 
     with published_folder(folder) as draft:
         weights = {key: value.detach().to("cpu", torch.float32) for key, value in tower.state_dict().items()}
         save_file(to_nomic(weights), draft / "model.safetensors", metadata={"format": "pt"})
-        _write_json(draft / "config.json", {**fields, "logit_scale": logit_scale})
+        text_fields = {**asdict(text), "fingerprint": text_fingerprint}
+        _write_json(draft / "config.json", {**fields, "logit_scale": logit_scale, "text_tower": text_fields})
         _write_json(draft / "preprocessor_config.json", _processor_fields(tower.image_size))
         card = _MODEL_CARD.format(
-            text_tower=text_tower, size=tower.image_size, embed_dim=tower.embed_dim, logit_scale=logit_scale
+            text_tower=text.name, size=tower.image_size, embed_dim=tower.embed_dim, logit_scale=logit_scale
         )
         (draft / "README.md").write_text(card, encoding="utf-8")
 
@@ -156,6 +161,26 @@ def load_exported_tower(folder: Path) -> VisionTower:
             f"{folder / 'model.safetensors'} lacks the attention pooling head: its keys begin with selector."
         )
     return tower
+
+
+def read_text_settings(folder: Path) -> tuple[TextConfig, str | None]:
+    """Return the text tower that an exported folder was trained against, and its fingerprint.
+
+    The released Nomic Embed Vision says neither; it goes with Nomic Embed Text v1.5, without a fingerprint to compare.
+
+    Raises:
+        ValueError: the folder's config.json says it in another form.
+    """
+    path = folder / "config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")).get("text_tower")
+        if fields is None:
+            return TextConfig(), None
+        return TextConfig(**{key: value for key, value in fields.items() if key != "fingerprint"}), fields[
+            "fingerprint"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not say which text tower belongs to it: {error}") from error
 
 
 def _released_fields(tower: VisionTower) -> dict[str, Any]:
@@ -242,9 +267,13 @@ def main() -> None:
     try:
         loaded = load_tower(options.checkpoint)
         write_transformers_folder(
-            loaded.tower, options.output, logit_scale=loaded.logit_scale, text_tower=loaded.config.text.name
+            loaded.tower,
+            options.output,
+            logit_scale=loaded.logit_scale,
+            text=loaded.config.text,
+            text_fingerprint=loaded.text_fingerprint,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     print(f"wrote {options.output} from step {loaded.step} of {options.checkpoint}")

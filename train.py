@@ -24,6 +24,7 @@ from textlock.data.publish import publish_text
 from textlock.engine.checkpoint import (
     Checkpoint,
     Progress,
+    RunLock,
     build_tower,
     read_latest,
     restore,
@@ -31,7 +32,7 @@ from textlock.engine.checkpoint import (
 )
 from textlock.engine.config import Config, dump_config, exit_with, load_config, parse_config, require_same_run
 from textlock.engine.distributed import World, join_world
-from textlock.engine.metrics import Metrics
+from textlock.engine.metrics import Metrics, require_trackers
 from textlock.engine.optim import FlatGradients, build_optimizer, learning_rate
 from textlock.engine.plan import available_bytes, choose_plan, measure_activation_bytes
 from textlock.engine.provenance import commit, device_name, versions
@@ -50,7 +51,7 @@ def main() -> None:
             train(config, world)
         finally:
             world.close()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         exit_with(error)
 
 
@@ -58,6 +59,9 @@ def train(config: Config, world: World) -> None:
     """Start, or go on with, the run in ``config.run_dir``."""
     stop = StopRequest()
     run_dir = Path(config.run_dir)
+    lock = RunLock(run_dir)
+    if world.is_main:
+        lock.take()
     checkpoint = find_checkpoint(config, world)
     progress = checkpoint.progress if checkpoint else Progress()
 
@@ -119,8 +123,10 @@ def train(config: Config, world: World) -> None:
             return image_rows(tower, images.to(world.device, non_blocking=True), autocast)
 
     # All that can be wrong with the input was looked at; only now is anything written.
+    require_trackers(config.log.trackers)
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock.take()
         publish_text(run_dir / "config.yaml", dump_config(config))
     world.barrier()
     metrics = Metrics(config, world, tower, progress, total_steps)

@@ -92,12 +92,7 @@ def iterate_class_folder(
     Raises:
         FileNotFoundError: the folder does not exist, holds no folders, or one of them holds no image.
     """
-    files: list[tuple[Path, int]] = []
-    for label, class_folder in enumerate(_class_folders(Path(folder))):
-        images = sorted(path for path in class_folder.iterdir() if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
-        if not images:
-            raise FileNotFoundError(f"no .jpg, .png or .webp images in {class_folder}: add some, or remove the class")
-        files += [(path, label) for path in images]
+    files = list_class_images(folder)
 
     def load(file: tuple[Path, int]) -> tuple[torch.Tensor, int]:
         path, label = file
@@ -112,6 +107,21 @@ def iterate_class_folder(
     for good, skipped in _load_batches(load, part, batch_size, workers):
         tensors, labels = zip(*good, strict=True)
         yield ClassBatch(torch.stack(tensors), torch.tensor(labels, dtype=torch.int64), skipped)
+
+
+def list_class_images(folder: Path | str) -> list[tuple[Path, int]]:
+    """Return (picture, label) of every picture in a folder of class folders, class by class.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, holds no folders, or one of them holds no image.
+    """
+    files: list[tuple[Path, int]] = []
+    for label, class_folder in enumerate(_class_folders(Path(folder))):
+        images = sorted(path for path in class_folder.iterdir() if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        if not images:
+            raise FileNotFoundError(f"no .jpg, .png or .webp images in {class_folder}: add some, or remove the class")
+        files += [(path, label) for path in images]
+    return files
 
 
 def _class_folders(folder: Path) -> list[Path]:

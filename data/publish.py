@@ -41,6 +41,7 @@ def published_folder(folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: ``folder`` exists and is not an empty folder.
     """
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not an empty folder: remove it, or choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)

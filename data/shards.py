@@ -173,6 +173,7 @@ def index_shards(folder: Path) -> IndexReport:
     fingerprint = hashlib.sha256()
     entries: list[_TableEntry] = []
     problems: list[Problem] = []
+    empty: list[str] = []
     with published_file(folder / INDEX_NAME) as file:
         file.seek(records_offset)
         for path in shards:
@@ -180,14 +181,19 @@ def index_shards(folder: Path) -> IndexReport:
             samples, found = read_samples(path)
             problems += found
             if not samples:
-                reason = found[0].message if found else "delete it, or check what wrote it"
-                raise ValueError(f"{path} holds no sample with an image: {reason}")
+                empty.append(path.name)
+                continue
             entry = _TableEntry(path.name, status.st_size, status.st_mtime_ns, len(samples))
             records = _records(path, samples).tobytes()
             fingerprint.update(entry.hashed())
             fingerprint.update(records)
             file.write(records)
             entries.append(entry)
+        if empty:
+            raise ValueError(
+                f"{len(empty)} of {len(shards)} shards in {folder} hold no sample with an image: {', '.join(empty[:5])}"
+                f"{', ...' if len(empty) > 5 else ''}; delete them, or write them again"
+            )
         total = sum(entry.samples for entry in entries)
         table = b"".join(entry.pack() for entry in entries)
         fields = (_MAGIC, _VERSION, len(entries), total, records_offset, fingerprint.digest())
@@ -290,7 +296,7 @@ class ShardReader:
 
         Raises:
             BadSample: of kind too-large, unreadable (the storage fails, or the file is shorter than it was) or moved
-                (another member is where the index says the sample begins).
+                (another image or caption is where the index says the sample's is).
         """
         shard = self._index.shard_of(sample)
         path = self._index.folder / self._index.shard_names[shard]
@@ -315,6 +321,8 @@ class ShardReader:
         except OSError as error:
             raise BadSample("unreadable", f"{path.name} cannot be read at byte {image_offset}: {error}") from error
         signed_id = caption_hash - (caption_hash >> 63 << 64)
+        if caption_id(decode_caption(caption)) != signed_id:
+            raise BadSample("moved", f"byte {caption_offset} does not begin the caption that was indexed there")
         return RawSample(key, block[BLOCK : image_end - start], caption, signed_id)
 
     def _key(self, descriptor: int, header: bytes, image_offset: int, key_hash: int) -> str:
@@ -608,7 +616,9 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _show(problem: Problem) -> None:
-    print("\t".join([problem.shard, problem.key or "-", problem.kind, problem.message]))
+    line = "\t".join([problem.shard, problem.key or "-", problem.kind, problem.message])
+    # Keys come from strangers: what is not printable could forge a line or steer the terminal.
+    print("".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line))
 
 
 def _pack(images: Path, captions: Path, output: Path, samples_per_shard: int = 1000, skip_bad: bool = False) -> None:
@@ -657,7 +667,7 @@ def main() -> None:
     """Run the command line."""
     try:
         tyro.extras.subcommand_cli_from_dict({"pack": _pack, "index": _index, "verify": _verify})
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -12,13 +12,15 @@ a kill at any instant leaves either no such checkpoint or a whole one. Formats d
 does.
 """
 
+import fcntl
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +33,7 @@ from .config import Config, dump_config, load_config
 from .provenance import versions
 
 _MANIFEST = "MANIFEST.json"
-_STEP_PREFIX = "step_"
+_STEP_NAME = re.compile(r"step_(\d{8,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -79,6 +81,7 @@ class LoadedTower:
     logit_scale: float
     config: Config
     step: int
+    text_fingerprint: str
 
 
 def save_checkpoint(
@@ -93,21 +96,22 @@ def save_checkpoint(
 ) -> Path:
     """Write ``root/step_XXXXXXXX`` and delete all but the newest ``config.checkpoint.keep``.
 
-    Returns the folder. A folder of that step that is already there and whole is left as it is. Raises OSError when the
-    disk refuses; what was there before is untouched then.
+    Returns the folder. A folder of that step that is already there and whole is left as it is. Folders of later steps
+    are deleted: they were found damaged when the run went on from an earlier one, and their steps are being run again.
+    Raises OSError when the disk refuses; what was there before is untouched then.
     """
-    final = root / f"{_STEP_PREFIX}{progress.step:08d}"
+    final = root / f"step_{progress.step:08d}"
     if final.exists():
         try:
             verify_checkpoint(final)
             return final
         except CorruptCheckpoint:
             _delete(final)
-    for leftover in root.glob(f".{_STEP_PREFIX}*"):
+    for leftover in root.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with published_folder(final) as draft:
-        save_file(_on_cpu(tower.state_dict()), draft / "model.safetensors")
-        save_file(_on_cpu(_trainer_tensors(tower, log_logit_scale, optimizer)), draft / "trainer.safetensors")
+        _save_tensors(tower.state_dict(), draft / "model.safetensors")
+        _save_tensors(_trainer_tensors(tower, log_logit_scale, optimizer), draft / "trainer.safetensors")
         state = {
             "progress": asdict(progress),
             "embed_dim": tower.embed_dim,
@@ -119,14 +123,22 @@ def save_checkpoint(
         (draft / "config.yaml").write_text(dump_config(config))
         manifest = {file.name: _describe(file) for file in sorted(draft.iterdir())}
         (draft / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for old in list_checkpoints(root)[: -config.checkpoint.keep]:
-        _delete(old)
+    steps = {_step_of(folder): folder for folder in list_checkpoints(root)}
+    for later in [step for step in steps if step > progress.step]:
+        _delete(steps.pop(later))
+    for old in sorted(steps)[: -config.checkpoint.keep]:
+        _delete(steps[old])
     return final
 
 
 def list_checkpoints(root: Path) -> list[Path]:
-    """Return the published checkpoint folders under ``root``, oldest first, unverified."""
-    return sorted(path for path in root.glob(f"{_STEP_PREFIX}*") if path.is_dir())
+    """Return the checkpoint folders under ``root``, oldest first, unverified; a folder of another name is none."""
+    return sorted((path for path in root.glob("step_*") if _step_of(path) >= 0 and path.is_dir()), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    match = _STEP_NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -203,6 +215,31 @@ def restore(
         optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in moments.items()}
 
 
+class RunLock:
+    """Keeps a second process out of a run folder for as long as this one lives.
+
+    The folder need not exist yet: :meth:`take` does nothing then and is called again when it has been made.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / ".lock"
+        self._file: TextIO | None = None
+
+    def take(self) -> None:
+        """Lock the folder; raises ValueError when another process holds it. Locking twice is locking once."""
+        if self._file is not None or not self._path.parent.is_dir():
+            return
+        file = self._path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ValueError(
+                f"another process is training in {self._path.parent}: wait for it, or choose another --run-dir"
+            ) from error
+        self._file = file
+
+
 def load_tower(checkpoint: Path) -> LoadedTower:
     """Read the image tower of a step folder, or of the newest good checkpoint of a run folder, in float32 on the CPU.
 
@@ -222,7 +259,7 @@ def load_tower(checkpoint: Path) -> LoadedTower:
     _require_same_keys(found.model, tower.state_dict(), found.folder / "model.safetensors")
     tower.load_state_dict(found.model)
     scale = float(found.trainer["log_logit_scale"].double().exp())
-    return LoadedTower(tower, scale, config, found.progress.step)
+    return LoadedTower(tower, scale, config, found.progress.step, found.text_fingerprint)
 
 
 def build_tower(config: Config, embed_dim: int, weights: str | None) -> VisionTower:
@@ -269,8 +306,11 @@ def _shortened(items: list[str], most: int = 4) -> str:
     return ", ".join(items[:most]) + more
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def _describe(file: Path) -> dict[str, Any]:

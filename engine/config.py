@@ -4,6 +4,7 @@ One parser reads both, so a wrong key or type in the file gets the same message 
 command line, and later flags win. Every text below a field is its ``--help``.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -135,10 +136,22 @@ class Config:
             ("checkpoint.every", self.checkpoint.every, 0),
             ("checkpoint.keep", self.checkpoint.keep, 1),
             ("evals.every", self.evals.every, 0),
+            ("evals.batch_size", self.evals.batch_size, 1),
+            ("text.max_length", self.text.max_length, 1),
+            ("seed", self.seed, 0),
+            ("data.seed", self.data.seed, 0),
             ("log.every", self.log.every, 1),
         ):
             if value < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, must be at least {least}")
+        for name, value in _leaves(self):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, must be a finite number")
+            if isinstance(value, int) and value >= 2**63:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, must be less than 2^63")
+        for name, path in (("run-dir", self.run_dir), ("data.shards", self.data.shards), ("text.name", self.text.name)):
+            if not path.strip():
+                raise ValueError(f"--{name} is empty; name a folder")
         if self.loss.initial_logit_scale <= 0:
             raise ValueError(f"--loss.initial-logit-scale is {self.loss.initial_logit_scale}, must be positive")
         for template in self.evals.templates:
@@ -166,8 +179,10 @@ FREE_ON_RESUME = (
 
 def parse_config(arguments: Sequence[str]) -> Config:
     """Read ``--config FILE`` and the flags after it; exits with tyro's message on a wrong flag."""
-    arguments = list(arguments)
     flags: list[str] = []
+    arguments = [
+        part for word in arguments for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
     while "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
@@ -206,21 +221,35 @@ def _flags_of_file(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"config file {path} does not exist")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise ValueError(f"config file {path} must hold sections and keys, like configs/demo.yaml")
     return list(_flags(tree, "--"))
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is there twice, where YAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping, as the parent class does."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _flags(tree: dict[str, Any], prefix: str) -> Iterator[str]:
     for key, value in tree.items():
+        flag = f"{prefix}{key}".replace("_", "-")
         if isinstance(value, dict):
-            yield from _flags(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}".replace("_", "-")
-            yield from map(str, value if isinstance(value, list) else [value])
+            yield from _flags(value, f"{flag}.")
+        elif isinstance(value, list):
+            yield from (flag, *map(str, value))
+        elif value is not None:  # null leaves the default, which is None wherever None is allowed
+            yield f"{flag}={value}"
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import importlib
 import json
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -255,6 +255,12 @@ class _Tensorboard(_Tracker):
 _TRACKERS = {"wandb": _Wandb, "tensorboard": _Tensorboard}
 
 
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError when the package of a tracker is not installed."""
+    for name in names:
+        _import_tracker(name)
+
+
 def _import_tracker(name: str) -> Any:
     try:
         return importlib.import_module(name)
@@ -271,7 +277,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             continue
     publish_text(path, "".join(kept))
 

@@ -25,7 +25,9 @@ class OptimConfig:
     warmup_steps: int = 2000
     """Steps of linear warm-up from zero."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's first and second moment."""
     eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""
     tower_weight_decay: float = 0.0
     """Of the transformer's weight matrices. 0 for a pretrained tower."""
     head_weight_decay: float = 0.0
@@ -42,6 +44,10 @@ class OptimConfig:
             raise ValueError("give exactly one of --optim.steps and --optim.epochs")
         if (self.steps is not None and self.steps < 1) or (self.epochs is not None and self.epochs <= 0):
             raise ValueError("--optim.steps and --optim.epochs must be positive")
+        if not 0 <= min(self.betas) <= max(self.betas) < 1 or self.eps <= 0:
+            raise ValueError("--optim.betas must lie in [0, 1) and --optim.eps above 0")
+        if min(self.tower_weight_decay, self.head_weight_decay) < 0:
+            raise ValueError("--optim.tower-weight-decay and --optim.head-weight-decay must not be negative")
         if self.learning_rate < 0 or self.warmup_steps < 0 or self.max_grad_norm <= 0:
             raise ValueError(
                 "--optim.learning-rate and --optim.warmup-steps must not be negative, nor the clip norm zero"

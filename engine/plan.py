@@ -77,6 +77,8 @@ def choose_plan(
 def available_bytes(device: torch.device, memory_gib: float | None) -> int:
     """Return the bytes that kept activations may take: the setting, or a share of what is free on the device."""
     if memory_gib is not None:
+        if memory_gib < 0:
+            raise ValueError(f"--step.memory-gib is {memory_gib}, must not be negative")
         return int(memory_gib * 2**30)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

@@ -934,6 +934,6 @@ def main(run_dir: tyro.conf.Positional[Path]) -> None:
 if __name__ == "__main__":
     try:
         tyro.cli(main)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

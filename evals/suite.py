@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.evaluation import iterate_class_folder, iterate_shards, list_classes
+from ..data.evaluation import iterate_class_folder, iterate_shards, list_class_images, list_classes
 from ..data.shards import open_index
 from ..models.text import TextTower
 from .retrieval import RetrievalRows, evaluate_retrieval
@@ -73,9 +73,10 @@ class EvaluationSuite:
             open_index(retrieval)
 
         def rows_of_classes(folder: str | None) -> Tensor | None:
-            return (
-                None if folder is None else class_embeddings(text_tower, list_classes(folder), templates, group=group)
-            )
+            if folder is None:
+                return None
+            list_class_images(folder)  # an empty class is said now, not after hours of training
+            return class_embeddings(text_tower, list_classes(folder), templates, group=group)
 
         self._class_rows = rows_of_classes(zero_shot)  # [C, d]
         self._unseen_rows = rows_of_classes(zero_shot_unseen)  # [U, d]

@@ -14,6 +14,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -196,7 +197,10 @@ def build_text_tower(
 
     with _quiet_transformers():
         config = _read_config(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # the libraries below raise whatever a damaged file makes them trip over
+            raise ValueError(f"the tokenizer of text tower {folder} cannot be read: {_first_line(error)}") from error
         model = _load_model(folder, config)
 
     longest = getattr(config, "max_position_embeddings", max_length)
@@ -246,14 +250,16 @@ def write_random_text_tower(
     width: int = 128,
     depth: int = 2,
     heads: int = 2,
-    std: float = 0.1,
+    std: float = 0.02,
     seed: int = 0,
 ) -> None:
     """Write a NomicBERT with random weights and a vocabulary for these captions: a normal transformers folder.
 
     The vocabulary is the lower-cased words of the captions and of Nomic's prefixes, and the characters they are spelt
-    with, so that an unknown word of known letters is spelt out. Linear and embedding weights are normal with ``std``
-    (at 0.02 all captions would come out nearly alike), LayerNorms as they start. Equal arguments give equal bytes.
+    with, so that an unknown word of known letters is spelt out. Linear and embedding weights are normal with ``std``,
+    LayerNorms as they start, token types zero. A small ``std`` leaves a row close to the mean of its words, so that
+    captions that share words are near each other; from 0.1 on attention scrambles that. Equal arguments give equal
+    bytes.
 
     Args:
         folder: where to; it must not exist, or be empty.
@@ -267,6 +273,8 @@ def write_random_text_tower(
     Raises:
         ValueError: ``folder`` is not empty, or ``width / heads`` is not an even whole number.
     """
+    if min(width, depth, heads) < 1 or not 0 <= std < math.inf:
+        raise ValueError(f"width {width}, depth {depth} and heads {heads} must be positive, std {std} not negative")
     if width % (2 * heads):
         raise ValueError(f"width {width} over {heads} heads is not an even head width, which rotary positions need")
 
@@ -286,6 +294,8 @@ def write_random_text_tower(
     for _, parameter in sorted(model.named_parameters()):
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=std, generator=generator)
+    # A random token type would be one large vector added to every word: all captions would come out nearly alike.
+    torch.nn.init.zeros_(model.embeddings.token_type_embeddings.weight)
 
     with published_folder(Path(folder)) as draft, _quiet_transformers():
         model.save_pretrained(draft)
@@ -317,8 +327,12 @@ def _transformer_folder(folder: Path) -> Path:
     """
     if not (folder / "modules.json").is_file():
         return folder
-    modules = _read_json(folder / "modules.json")
-    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    modules = _read_json(folder / "modules.json", list)
+    if not all(isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules):
+        raise ValueError(
+            f"{folder}/modules.json is not a list of modules with a type and a path; the folder is damaged"
+        )
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ValueError(
             f"{folder}/modules.json lists {', '.join(kinds)}; "
@@ -346,7 +360,7 @@ def _read_config(folder: Path) -> Any:
         return _nomic_config(raw, folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # as for the tokenizer
         raise ValueError(
             f"{folder}/config.json: transformers has no class of its own for model type {raw.get('model_type')!r}, "
             "and code from a model folder is never run"
@@ -394,6 +408,15 @@ def _nomic_config(raw: dict[str, Any], path: Path) -> NomicBertConfig:
 
 def _load_model(folder: Path, config: Any) -> Any:
     """Load the weights in float32. Raises ValueError for every key that is missing, left over or of another shape."""
+    stored = sum(tensor_size for _, tensor_size in _tensor_sizes(folder))
+    try:
+        with torch.device("meta"):
+            needed = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
+    except Exception as error:  # as for the tokenizer
+        raise ValueError(f"{folder}/config.json describes no model: {_first_line(error)}") from error
+    # A config that lies about its sizes must not fill the memory before the shapes are compared.
+    if needed > 2 * stored + 10**7:
+        raise ValueError(f"{folder}/config.json asks for {needed:,} weights and its files hold {stored:,}")
     try:
         model, info = AutoModel.from_pretrained(
             folder,
@@ -404,8 +427,8 @@ def _load_model(folder: Path, config: Any) -> Any:
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below by name
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the weights of text tower {folder} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # as for the tokenizer
+        raise ValueError(f"the weights of text tower {folder} cannot be read: {_first_line(error)}") from error
 
     for kind, keys in (
         ("lacks the weights", [key for key in info["missing_keys"] if not key.startswith("pooler.")]),
@@ -421,7 +444,10 @@ def _load_model(folder: Path, config: Any) -> Any:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(Path(str(name)).name == name for name in names.values()):
+            raise ValueError(f"{index} does not map weights to files of its folder; the model folder is damaged")
+        return sorted({folder / name for name in names.values()})
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise FileNotFoundError(
@@ -440,13 +466,31 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, weights.get_tensor(name)
 
 
-def _read_json(path: Path) -> Any:
+def _tensor_sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield the name and number of elements of every stored tensor, read from the headers alone."""
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 (no mapping)
+                    yield name, math.prod(weights.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} cannot be read: {_first_line(error)}") from error
+
+
+def _read_json(path: Path, kind: type = dict) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; the model folder is incomplete") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); the model folder is damaged") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a {type(content).__name__} instead of a {kind.__name__}; the folder is damaged")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return f"{str(error).strip().partition(chr(10))[0]} ({type(error).__name__})"
 
 
 @contextlib.contextmanager
@@ -494,8 +538,12 @@ def _read_captions(path: Path) -> list[str]:
     """Read one caption per line of a .txt file, or the ``caption`` column of a .tsv file with a header."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no captions file {path}; give a .txt or .tsv file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
     if path.suffix != ".tsv":
-        return path.read_text(encoding="utf-8").splitlines()
+        return text.splitlines()
     with path.open(encoding="utf-8", newline="") as file:
         table = csv.DictReader(file, delimiter="\t")
         if "caption" not in (table.fieldnames or ()):
@@ -509,7 +557,7 @@ def main(
     width: int = 128,
     depth: int = 2,
     heads: int = 2,
-    std: float = 0.1,
+    std: float = 0.02,
     seed: int = 0,
 ) -> None:
     """Write a text tower with random weights and a vocabulary for the captions: a normal transformers folder.
@@ -527,7 +575,7 @@ def main(
         write_random_text_tower(
             output, _read_captions(captions), width=width, depth=depth, heads=heads, std=std, seed=seed
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -53,3 +53,15 @@ def test_bad_input_is_one_sentence(small_world, trained, checkpoint, data, messa
     assert outcome.returncode == 2
     assert outcome.stderr.startswith("error: ") and message in outcome.stderr
     assert len(outcome.stderr.strip().splitlines()) == 1
+
+
+def test_another_text_tower_is_refused(small_world, trained, tmp_path):
+    text = tmp_path / "text"
+    captions = small_world.root / "data" / "captions.txt"
+    made = run(
+        "-m", *f"textlock.models.text --captions {captions} --output {text} --width 64 --heads 1 --seed 9".split()
+    )
+    assert made.returncode == 0, made.stderr
+    data = str(small_world.root / "data" / "heldout")
+    outcome = run("evaluate.py", "--checkpoint", str(trained), "--data", data, "--text", str(text))
+    assert outcome.returncode == 2 and "another text tower" in outcome.stderr

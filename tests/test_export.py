@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from textlock import export
+from textlock.engine.config import TextConfig
 from textlock.export import load_exported_tower, write_transformers_folder
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
 from textlock.models.weights import to_nomic
@@ -27,7 +28,9 @@ def randomised_tower(name=MICRO, **arguments):
 
 
 def write(tower, folder):
-    write_transformers_folder(tower, folder, logit_scale=14.25, text_tower="owner/text")
+    write_transformers_folder(
+        tower, folder, logit_scale=14.25, text=TextConfig(name="owner/text"), text_fingerprint="abc"
+    )
 
 
 def images(size=32):
@@ -217,14 +220,25 @@ def run_command(monkeypatch, *arguments):
 
 def test_command_exports_a_checkpoint(tmp_path, monkeypatch, capsys):
     tower = randomised_tower()
+    text = TextConfig(name="owner/text", layer_norm=False, prefix="", max_length=16)
     loaded = SimpleNamespace(
-        tower=tower, logit_scale=20.0, step=7, config=SimpleNamespace(text=SimpleNamespace(name="owner/text"))
+        tower=tower, logit_scale=20.0, step=7, config=SimpleNamespace(text=text), text_fingerprint="abc"
     )
     monkeypatch.setattr(export, "load_tower", lambda checkpoint: loaded)
     run_command(monkeypatch, "--checkpoint", "runs/x", "--format", "transformers", "--output", tmp_path / "out")
     rows = F.normalize(load_exported_tower(tmp_path / "out")(images()), dim=-1)
     assert torch.equal(rows, F.normalize(tower(images()), dim=-1))
+    assert export.read_text_settings(tmp_path / "out") == (text, "abc")
     assert "step 7" in capsys.readouterr().out
+
+
+def test_a_release_that_names_no_text_tower_goes_with_that_of_v1_5(tmp_path):
+    write(randomised_tower(), tmp_path / "out")
+    edit_config(tmp_path / "out", text_tower=None)
+    assert export.read_text_settings(tmp_path / "out") == (TextConfig(), None)
+    edit_config(tmp_path / "out", text_tower={"name": "x"})
+    with pytest.raises(ValueError, match="does not say which text tower"):
+        export.read_text_settings(tmp_path / "out")
 
 
 def test_command_fails_in_one_line(tmp_path, monkeypatch, capsys):

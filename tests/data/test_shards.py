@@ -364,7 +364,7 @@ def test_missing_shards(tmp_path):
 @pytest.mark.parametrize("members", [[], [("a.txt", b"text alone")]], ids=["no members", "no images"])
 def test_empty_shard(members, tmp_path):
     write_tar(tmp_path / "0.tar", members)
-    with pytest.raises(ValueError, match=r"0\.tar holds no sample with an image"):
+    with pytest.raises(ValueError, match=r"1 of 1 shards .* no sample with an image: 0\.tar"):
         index_shards(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["0.tar"]
 
@@ -552,3 +552,38 @@ def test_module_runs_as_a_program(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no .tar shards in")
+
+
+def test_a_flipped_bit_in_a_record_is_a_bad_sample_not_another_caption(tmp_path):
+    shards = packed(tmp_path)
+    index = open_index(shards)
+    offset = (shards / INDEX_NAME).stat().st_size - index.samples.nbytes
+    content = bytearray((shards / INDEX_NAME).read_bytes())
+    content[offset + index.samples.dtype.fields["caption_offset"][1] + 1] ^= 4
+    (shards / INDEX_NAME).write_bytes(content)
+    with pytest.raises(BadSample) as caught:
+        ShardReader(open_index(shards)).read(0)
+    assert caught.value.kind == "moved"
+
+
+def test_every_shard_without_a_sample_is_named(tmp_path):
+    shards = packed(tmp_path)
+    for name in ("90000.tar", "90001.tar"):
+        (shards / name).write_bytes(b"")
+    with pytest.raises(
+        ValueError, match=r"2 of \d+ shards .* hold no sample with an image: 90000.tar, 90001.tar; delete"
+    ):
+        index_shards(shards)
+
+
+def test_keys_cannot_forge_a_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "shards").mkdir()
+    write_tar(
+        tmp_path / "shards" / "0.tar", [("a\nb\x1b[2J.jpg", b"no image"), ("a\nb\x1b[2J.txt", b"x"), *sample("good")]
+    )
+    index_shards(tmp_path / "shards")
+    monkeypatch.setattr("sys.argv", ["shards", "verify", str(tmp_path / "shards")])
+    with pytest.raises(SystemExit):
+        main()
+    out = capsys.readouterr().out
+    assert "\\n" in out and "\x1b" not in out and len(out.splitlines()) == 2

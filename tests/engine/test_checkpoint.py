@@ -196,3 +196,35 @@ def test_another_text_tower_is_refused(trained, tmp_path):
     found.require_text_tower("abc", "tower")
     with pytest.raises(ValueError, match="another text tower than other/tower"):
         found.require_text_tower("abd", "other/tower")
+
+
+def test_the_checkpoint_just_saved_survives_damaged_ones_of_later_steps(trained, tmp_path):
+    """A run that fell back to step 1 must not lose what it saves next to folders that sort after it."""
+    trained.save(tmp_path, 1)
+    for step in (8, 9):
+        shutil.copytree(tmp_path / "step_00000001", tmp_path / f"step_{step:08d}")
+        (tmp_path / f"step_{step:08d}" / "model.safetensors").write_bytes(b"damaged")
+    trained.save(tmp_path, 2)
+    found, complaints = read_latest(tmp_path)
+    assert found is not None and found.progress.step == 2 and complaints == []
+
+
+def test_folders_of_other_names_are_left_alone_and_never_taken(trained, tmp_path):
+    trained.save(tmp_path, 1)
+    best = tmp_path / "step_best"
+    shutil.copytree(tmp_path / "step_00000001", best)
+    trained.save(tmp_path, 2)
+    trained.save(tmp_path, 3)
+    assert read_latest(tmp_path)[0].progress.step == 3
+    assert best.is_dir()
+    assert load_tower(best).step == 1
+
+
+def test_a_second_process_is_kept_out_of_a_run_folder(tmp_path):
+    first, second = module.RunLock(tmp_path), module.RunLock(tmp_path)
+    first.take()
+    first.take()
+    with pytest.raises(ValueError, match="another process is training in"):
+        second.take()
+    module.RunLock(tmp_path / "not there yet").take()
+    assert not (tmp_path / "not there yet").exists()

@@ -49,9 +49,14 @@ def test_flags_after_the_file_win(tmp_path):
     assert config.log.trackers == ("tensorboard",)
 
 
-def test_none_and_false_can_be_written_in_a_file(tmp_path):
-    config = parse_config([*write(tmp_path, "model: {weights: null}\ntext: {layer_norm: false}\n"), *MINIMAL])
+def test_null_is_the_default_and_odd_strings_stay_strings(tmp_path):
+    text = "model: {weights: null}\ntext: {layer_norm: false, prefix: null, name: --odd}\n"
+    config = parse_config([*write(tmp_path, text), *MINIMAL])
     assert config.model.weights is None and config.text.layer_norm is False
+    assert config.text.prefix == "search_query: " and config.text.name == "--odd"
+    (tmp_path / "saved.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert parse_config([f"--config={tmp_path / 'saved.yaml'}"]) == config
 
 
 @pytest.mark.parametrize("text", ["optim: {learning_rat: 1}", "optim: {lr: 1}", "optimizer: {steps: 1}"])
@@ -72,6 +77,13 @@ def test_an_unknown_key_is_named_and_nothing_runs(text, tmp_path):
         (["--step.micro-batch", "0"], "--step.micro-batch is 0"),
         (["--evals.templates", "a photo"], "without {}"),
         (["--loss.initial-logit-scale", "0"], "must be positive"),
+        (["--optim.learning-rate", "nan"], "--optim.learning-rate is nan, must be a finite number"),
+        (["--step.memory-gib", "inf"], "--step.memory-gib is inf"),
+        (["--optim.betas", "0.9", "1"], "--optim.betas must lie in"),
+        (["--optim.head-weight-decay", "-1"], "must not be negative"),
+        (["--seed", "99999999999999999999999"], "less than 2^63"),
+        (["--text.name", " "], "--text.name is empty"),
+        (["--evals.batch-size", "0"], "--evals.batch-size is 0"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -85,8 +97,13 @@ def test_impossible_values_are_said_before_anything_runs(flags, message, capsys)
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- 1\n", "must hold sections"), (None, "does not exist")],
-    ids=["broken", "a list", "missing"],
+    [
+        ("a: [", "not valid YAML"),
+        ("optim: {steps: 1}\noptim: {steps: 2}", "key 'optim' is there twice"),
+        ("- 1\n", "must hold sections"),
+        (None, "does not exist"),
+    ],
+    ids=["broken", "a key twice", "a list", "missing"],
 )
 def test_bad_files_are_one_sentence(text, message, tmp_path):
     arguments = ["--config", str(tmp_path / "none.yaml")] if text is None else write(tmp_path, text)

@@ -1,5 +1,7 @@
 """The evaluations of a run on small folders, with encoders whose answers are known."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,3 +104,10 @@ def test_the_gallery_shows_pictures_with_their_nearest_captions(folders):
 def test_a_missing_folder_is_said_at_once(folders, what):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         suite(folders, **{what: str(folders / "nowhere")})
+
+
+def test_an_empty_class_is_said_before_training(folders, tmp_path):
+    shutil.copytree(folders / "classes", tmp_path / "classes")
+    (tmp_path / "classes" / "nothing").mkdir()
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        suite(folders, zero_shot=str(tmp_path / "classes"))

@@ -1,0 +1,123 @@
+"""Every command and every Python line of the README, run on a small world."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import ONE_THREAD, ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+# The paper's configs at a size for a CPU: everything else in the file is used as it stands.
+SMALL = [
+    "--model.name",
+    "eva02_micro_patch8_32",
+    "--model.weights",
+    "None",
+    "--data.image-size",
+    "32",
+    "--data.batch-size",
+    "16",
+]
+SMALL += [
+    "--data.workers",
+    "1",
+    "--optim.epochs",
+    "None",
+    "--optim.steps",
+    "2",
+    "--step.precision",
+    "fp32",
+    "--device",
+    "cpu",
+]
+
+
+def run(command, folder):
+    outcome = subprocess.run(command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    assert outcome.returncode == 0, f"{' '.join(command)}\n{outcome.stdout}\n{outcome.stderr}"
+
+
+@pytest.mark.slow
+def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
+    """In a copy of the scripts, with pictures and captions where the page says they are."""
+    for name in ("configs", "train.py", "evaluate.py", "export.py"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    shutil.copytree(small_world.root / "data" / "heldout", tmp_path / "heldout")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    lines = ["file\tcaption"]
+    for picture in sorted((small_world.root / "data" / "classes").glob("*/*.jpg"))[:40]:
+        name = f"{picture.parent.name}-{picture.name}"
+        shutil.copy(picture, photos / name)
+        lines.append(f"{name}\ta {picture.parent.name.replace('_', ' ')}")
+    (tmp_path / "captions.tsv").write_text("\n".join(lines) + "\n")
+
+    small = [*SMALL, "--text.name", str(small_world.root / "text")]
+    ran = []
+    for command in COMMANDS:
+        match command:
+            case ["make", "demo" | "test"] | ["pip", *_]:
+                continue  # what the page's reader runs, and what runs this test
+            case ["python", "train.py", *_]:
+                run([sys.executable, *command[1:], *small], tmp_path)
+            case [
+                "torchrun",
+                "--nnodes",
+                "2",
+                "--nproc-per-node",
+                "8",
+                "--rdzv-backend",
+                "c10d",
+                "--rdzv-endpoint",
+                _,
+                *rest,
+            ]:
+                shutil.rmtree(tmp_path / "runs")
+                launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+                run([*launch, *rest, *small], tmp_path)
+            case ["python", *rest]:
+                run([sys.executable, *rest], tmp_path)
+            case _:
+                pytest.fail(f"README has a command this test does not know: {command}")
+        ran.append(command[1])
+    assert ran == ["-m", "-m", "-m", "train.py", "--nnodes", "evaluate.py", "export.py"]
+
+    from textlock.export import load_exported_tower
+
+    assert load_exported_tower(tmp_path / "exported").embed_dim == 64
+
+
+def test_the_files_it_names_exist():
+    for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|yaml))`", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_its_python_names_what_there_is():
+    for module, names in re.findall(r"^from (textlock[\w.]*) import (.+)$", README, re.MULTILINE):
+        imported = __import__(module, fromlist=["_"])
+        for name in names.split(", "):
+            assert hasattr(imported, name), f"{module}.{name}"
+
+
+def test_its_figures_are_those_of_the_result_file():
+    results = json.loads((ROOT / "bench" / "results" / "demo.json").read_text())
+    shown = README.split("<!-- demo figures -->")[1]
+    expected = (
+        f"{100 * results['zero_shot_top1']:.1f} % zero-shot top-1 over 48 classes",
+        f"{100 * results['zero_shot_unseen_top1']:.1f} % on the 16 pairs of colour and shape",
+        f"{100 * results['mean_recall@1']:.1f} % mean recall@1 among 500 held-out pairs",
+        f"{results['wall_seconds'] / 60:.1f} minutes",
+    )
+    for figure in expected:
+        assert figure in shown, figure
