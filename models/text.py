@@ -397,13 +397,16 @@ def _nomic_config(raw: dict[str, Any], path: Path) -> NomicBertConfig:
     multiple = raw.get("pad_vocab_size_multiple") or 1
     values["vocab_size"] = -(-values["vocab_size"] // multiple) * multiple
     rope_theta = float(values.pop("rope_theta"))
-    return NomicBertConfig(
-        **values,
-        rope_parameters={"rope_type": "default", **(raw.get("rope_parameters") or {}), "rope_theta": rope_theta},
-        head_dim=raw.get("head_dim"),
-        type_vocab_size=raw.get("type_vocab_size", 2),
-        max_position_embeddings=raw.get("max_position_embeddings") or raw.get("n_positions") or 2048,
-    )
+    try:
+        return NomicBertConfig(
+            **values,
+            rope_parameters={"rope_type": "default", **(raw.get("rope_parameters") or {}), "rope_theta": rope_theta},
+            head_dim=raw.get("head_dim"),
+            type_vocab_size=raw.get("type_vocab_size", 2),
+            max_position_embeddings=raw.get("max_position_embeddings") or raw.get("n_positions") or 2048,
+        )
+    except Exception as error:  # transformers checks types with an error class of its own
+        raise ValueError(f"{path} describes no model: {_first_line(error)}") from error
 
 
 def _load_model(folder: Path, config: Any) -> Any:

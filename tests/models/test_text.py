@@ -28,12 +28,12 @@ CAPTIONS = [
 def tower_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("towers") / "nomic"
     write_random_text_tower(folder, CAPTIONS, width=32, depth=2, heads=2, std=0.1)
-    # Norms as they start give rows of mean 0, which hides a missing LayerNorm after pooling.
+    # Norms as they start give rows of mean 0, which hides a missing LayerNorm after pooling; token types start at zero.
     generator = torch.Generator().manual_seed(1)
     weights = load_file(folder / "model.safetensors")
-    for tensor in weights.values():
-        if tensor.ndim == 1:
-            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+    for name, tensor in weights.items():
+        if tensor.ndim == 1 or "token_type" in name:
+            tensor += (0.3 if tensor.ndim == 1 else 0.02) * torch.randn(tensor.shape, generator=generator)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -379,6 +379,25 @@ def edit_weights(folder, remove=(), **changes):
 DAMAGE = {
     "no config": (lambda f: drop(f, "config.json"), "has no config.json"),
     "damaged config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "config of another kind": (lambda f: (f / "config.json").write_text("[]"), "holds a list instead of a dict"),
+    "a text where a number is meant": (
+        lambda f: edit_json(f / "config.json", hidden_size="32"),
+        "describes no model",
+    ),
+    "no heads": (lambda f: edit_json(f / "config.json", num_attention_heads=0), "describes no model|cannot be read"),
+    "a width beyond all memory": (
+        lambda f: edit_json(f / "config.json", hidden_size=10**7, num_attention_heads=1),
+        "asks for [0-9,]+ weights and its files hold",
+    ),
+    "tokenizer of no kind": (
+        lambda f: (f / "tokenizer.json").write_text('{"version": 1}'),
+        "the tokenizer of text tower .* cannot be read",
+    ),
+    "weights elsewhere": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret"}}'),
+        "does not map weights to files of its folder",
+    ),
+    "modules of no kind": (lambda f: (f / "modules.json").write_text("{}"), "holds a dict instead of a list"),
     "no tokenizer": (lambda f: drop(f, "tokenizer.json", "tokenizer_config.json"), "has no tokenizer.json"),
     "no weights": (lambda f: drop(f, "model.safetensors"), "has no model.safetensors"),
     "pickled weights": (
