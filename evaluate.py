@@ -67,9 +67,8 @@ def evaluate(arguments: Arguments, world: World) -> None:
     is_shards = any(arguments.data.glob("*.tar"))
     if arguments.batch_size < 1:
         raise ValueError(f"--batch-size is {arguments.batch_size}, must be at least 1")
-    output = arguments.output or arguments.checkpoint / "evaluation.json"
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent} is not a folder: make it, or give another --output")
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise FileNotFoundError(f"{arguments.output.parent} is not a folder: make it, or give another --output")
     loaded = load(arguments.checkpoint)
     tower = loaded.tower.to(world.device).eval()
     text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
@@ -115,6 +114,7 @@ def evaluate(arguments: Arguments, world: World) -> None:
         "commit": commit(),
         "device": device_name(world.device),
     }
+    output = arguments.output or arguments.checkpoint / "evaluation.json"
     publish_text(output, json.dumps(results, indent=1) + "\n")
     print(f"written to {output}", file=sys.stderr)
 

@@ -99,7 +99,8 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
 
 
 def test_the_files_it_names_exist():
-    for name in re.findall(r"`((?:\w+/)*\w+\.(?:py|yaml))`", README):
+    # config.yaml and its like are what a run writes.
+    for name in re.findall(r"`((?:\w+/)+\w+\.(?:py|yaml|json)|\w+\.py)`", README):
         assert (ROOT / name).exists(), name
 
 
