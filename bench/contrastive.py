@@ -11,15 +11,12 @@ a gradient does less.
 """
 
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 from unittest import mock
 
@@ -31,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from textlock.engine.provenance import commit, device_name, versions
 from textlock.kernels import contrastive
 
 # Largest relative error of (loss, d loss/d image, d loss/d scale) against float64 that still counts as right. Rows
@@ -205,17 +203,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def machine(device: torch.device) -> dict[str, str | int]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "none",
-    }
+def machine(device: torch.device) -> dict[str, object]:
+    return {"device": device_name(device), "versions": versions(), "commit": commit()}
 
 
 def main(options: Options) -> None:
