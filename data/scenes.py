@@ -20,7 +20,6 @@ import colorsys
 import io
 import itertools
 import math
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
+from .publish import published_folder
 from .shards import pack_shards
 
 T = TypeVar("T")
@@ -351,11 +351,14 @@ def write_scenes(
     per_class: int = 20,
     seed: int = 0,
     workers: int | None = None,
-) -> None:
-    """Draw the demo's data: training and held-out pairs as shards, and two folders of classes.
+) -> str:
+    """Draw pictures of coloured shapes with captions, as the demo trains on them.
+
+    Training and held-out pairs become shards; single shapes become two folders of classes. Returns one line that says
+    what was written.
 
     Args:
-        output: folder to write; it must not exist.
+        output: folder to write; it must not exist, or be empty.
         train: training pairs.
         heldout: held-out pairs, all with different descriptions.
         per_class: pictures of each class.
@@ -363,55 +366,30 @@ def write_scenes(
         workers: processes; None: one for each core.
 
     Raises:
-        ValueError: ``output`` exists, or a number is not positive.
+        ValueError: ``output`` is not empty, or a number is not positive.
     """
-    if output.exists():
-        raise ValueError(f"{output} exists already; remove it or choose another output folder")
-    for name, value in (("train", train), ("heldout", heldout), ("per-class", per_class)):
-        if value < 1:
+    for name, value in (("train", train), ("heldout", heldout), ("per-class", per_class), ("workers", workers)):
+        if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, must be at least 1")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-    try:
-        with ProcessPoolExecutor(workers) as pool:
-            captions = write_split(draft, seed, "train", range(train), pool)
-            write_split(draft, seed, "heldout", distinct_indices(seed, heldout), pool)
-            list(pool.map(partial(write_class, draft, seed, per_class), range(len(ALL_PAIRS))))
+    with published_folder(output) as draft, ProcessPoolExecutor(workers) as pool:
+        captions = write_split(draft, seed, "train", range(train), pool)
+        write_split(draft, seed, "heldout", distinct_indices(seed, heldout), pool)
+        list(pool.map(partial(write_class, draft, seed, per_class), range(len(ALL_PAIRS))))
         (draft / "captions.txt").write_text("".join(f"{caption}\n" for caption in sorted(set(captions))))
-        draft.chmod(0o755)
-        draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def main(
-    output: Path,
-    train: int = 40_000,
-    heldout: int = 500,
-    per_class: int = 20,
-    seed: int = 0,
-    workers: int | None = None,
-) -> None:
-    """Draw pictures of coloured shapes with captions, as the demo trains on them.
-
-    Args:
-        output: folder to write; it must not exist.
-        train: training pairs.
-        heldout: held-out pairs, all with different descriptions.
-        per_class: pictures of each class.
-        seed: another one gives other pictures.
-        workers: processes; None: one for each core.
-    """
-    try:
-        write_scenes(output, train=train, heldout=heldout, per_class=per_class, seed=seed, workers=workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(
+    return (
         f"{output}: {train:,} training pairs, {heldout:,} held-out pairs, {per_class:,} pictures each of"
         f" {len(SEEN_PAIRS)} classes and of {len(UNSEEN_PAIRS)} that no training caption holds"
     )
 
 
+def main() -> None:
+    """Run the command line."""
+    try:
+        print(tyro.cli(write_scenes))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 if __name__ == "__main__":
-    tyro.cli(main)
+    main()

@@ -252,5 +252,5 @@ def test_the_command_line_refuses_an_existing_folder_in_one_line(written):
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
-        f"error: {written} exists already; remove it or choose another output folder"
+        f"error: {written} exists and is not an empty folder: remove it, or choose another"
     ]
