@@ -15,6 +15,7 @@ import tyro
 import yaml
 
 from ..data.loader import DataConfig
+from ..kernels.contrastive import Mode
 from .optim import OptimConfig
 
 
@@ -48,8 +49,8 @@ class TextConfig:
 class LossConfig:
     """The symmetric contrastive loss."""
 
-    mode: Literal["auto", "reference", "chunked"] = "auto"
-    """Implementation; all give the same loss and gradients."""
+    mode: Mode = "auto"
+    """Implementation: the table at the top of kernels/contrastive.py. All compute the same loss."""
     initial_logit_scale: float = 1 / 0.07
     """Start of the learnable, unclamped logit scale."""
     mask_duplicates: bool = False

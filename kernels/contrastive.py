@@ -18,20 +18,45 @@ all-reduce of B float64 numbers; loss and statistics ride in the same message. N
 The price is a range: with unit rows every sum is finite and above zero while s < (1024 - log2 B) ln 2, which is 698 at
 B = 65,536 (708 / max|<I_i, T_j>| for rows that are not unit). Beyond it the loss is inf or nan, never a wrong number.
 
-Cost in passes of 2·b·B·d operations: `chunked` takes one to evaluate and two more for the gradient (one more where the
-logits fit one chunk, which is then kept), bound by the matrix rate. Measure: `python -m textlock.bench.contrastive`.
+Where the text tower is trained as well, the text rows take this rank's share of their gradient, from the same weights:
+
+    dL/dT_j = s / (2B) [Σ_{i: t_i≠j} (exp(S_ij - r_i) + exp(S_ij - c_j)) I_i - k_j I_{i: t_i=j}]
+
+Modes, by cost in passes of 2·b·B·d operations, and what they hold of the [b, B] logits:
+
+| mode        | passes | holds                                 | arithmetic                                           |
+| `store`     | 2      | all, as exponentials in 2 bytes       | products of float16 rows, float32 and float64 sums   |
+| `recompute` | 3      | one chunk of weights in 2 bytes       | the same                                             |
+| `chunked`   | 3      | one chunk of logits, twice, 4 bytes   | float32, or float64 (2 passes if one chunk is all)   |
+| `reference` | 3      | all, several times                    | the same, by autograd                                |
+
+The text tower's gradient is one pass more. Measure: `python -m textlock.bench.contrastive`.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Literal, overload
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass
+from typing import Literal, get_args, overload
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-Mode = Literal["auto", "reference", "chunked"]
+from .contrastive_tiles import (
+    STORED_RANGE,
+    finish_gradient,
+    matching_cosines,
+    multiply_stored,
+    sum_exponentials,
+    weigh_stored,
+    write_weights,
+)
+from .gather import GatherProgress, group_of
+from .pairs import check_layout, check_rows, compute_dtype, dense_ids, rows_per_chunk, why_not_tiles
+from .tiles import WEIGHT_UNIT, operand, product
+
+Mode = Literal["auto", "reference", "chunked", "store", "recompute"]
 
 STATS = ("image_to_text_top1", "text_to_image_top1", "mean_positive_logit", "masked_duplicates")
 
@@ -52,16 +77,17 @@ def reference(
     carry gradient. Returns the loss (0-dim) and the values of `STATS` ([4], or [0] without `with_stats`).
     """
     b, B = image.shape[0], text.shape[0]
-    dtype = _compute_dtype(image, text)
+    dtype = compute_dtype(image, text)
     image, text, logit_scale = image.to(dtype), text.to(dtype), logit_scale.to(dtype)
     logits = logit_scale * (image @ text.T)  # [n, B], n = b without a group
     if group is not None:
-        _check_layout(group, first_row, b, B, image.device)
+        check_layout(group, first_row, b, B, image.device)
         everyone = image.new_zeros(B, image.shape[1])
         everyone[first_row : first_row + b] = image.detach()
         dist.all_reduce(everyone, group=group)
-        # The rows of other ranks are constants here, their share of d logit_scale included: each rank adds its own.
-        others = logit_scale.detach() * (everyone @ text.T)
+        # The rows of other ranks are constants here, their shares of d text and d logit_scale included: each rank adds
+        # its own.
+        others = logit_scale.detach() * (everyone @ text.detach().T)
         logits = torch.cat([others[:first_row], logits, others[first_row + b :]])
         first_row = 0
     n = logits.shape[0]
@@ -86,94 +112,156 @@ def reference(
     return loss, torch.cat([means, duplicates.double()[None]])
 
 
-def chunked(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    *,
-    first_row: int = 0,
-    ids: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    rows_per_chunk: int,
-    with_stats: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Evaluate the loss over `rows_per_chunk` image rows at a time, the gradient in the same call if one is wanted.
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs of one call: image rows, text rows, and which of them belong together."""
 
-    Two buffers of [rows_per_chunk, B] are all it holds next to float32 copies of narrower inputs. Returns as
-    `reference`.
-    """
-    with_grad = torch.is_grad_enabled() and (image.requires_grad or logit_scale.requires_grad)
-    group_name = None if group is None else group.group_name
-    loss, stats, _, _ = _chunked(
-        image, text, logit_scale, ids, first_row, group_name, rows_per_chunk, with_grad, with_stats
-    )
-    return loss, stats
+    image: Tensor  # [b, d]
+    text: Tensor  # [B, d]
+    logit_scale: Tensor  # []
+    ids: Tensor | None  # [B]
+    first_row: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def labels(self) -> slice:
+        """The text rows of the image rows."""
+        return slice(self.first_row, self.first_row + self.image.shape[0])
+
+    @property
+    def window(self) -> slice:
+        """The columns that have an image somewhere, and with it a text->image term: all, or those of this call."""
+        return self.labels if self.group is None else slice(0, self.text.shape[0])
+
+    @property
+    def own(self) -> slice:
+        """The labels, counted inside the window."""
+        return slice(self.labels.start - self.window.start, self.labels.stop - self.window.start)
+
+    @property
+    def terms(self) -> int:
+        """How many pairs the mean is over."""
+        return self.window.stop - self.window.start
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.image, self.text)
 
 
-@torch.library.custom_op("textlock::contrastive_chunked", mutates_args=())
-def _chunked(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    ids: Tensor | None,
-    first_row: int,
-    group_name: str | None,
-    rows_per_chunk: int,
-    with_grad: bool,
-    with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, statistics, d loss/d image, d loss/d logit_scale; the last three are empty where not asked for."""
-    b, B = image.shape[0], text.shape[0]
-    group = None
-    if group_name is not None:
-        group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
-        _check_layout(group, first_row, b, B, image.device)
-    dtype = _compute_dtype(image, text)
-    lowest = torch.finfo(dtype).min  # stands for -inf where every logit is masked: -inf - lowest is still -inf
-    rows, columns = image.to(dtype), text.to(dtype)
-    scaled_rows = rows * logit_scale.to(dtype)
-    labels = slice(first_row, first_row + b)
-    # The columns that have an image somewhere, and with it a text->image term: all of them, or those of this call.
-    window = slice(0, B) if group is not None else labels
-    own = slice(labels.start - window.start, labels.stop - window.start)  # the labels, counted inside the window
-    n = window.stop - window.start
+@dataclass(frozen=True)
+class _Normalisers:
+    """What pass 1 of the rows here leaves, the matching pair apart from the rest. Natural logarithms."""
 
-    rows_per_chunk = min(rows_per_chunk, b)
-    logits_buffer = rows.new_empty(rows_per_chunk, B)
-    weights_buffer = torch.empty_like(logits_buffer)
-    masked_buffer = None if ids is None else torch.empty_like(logits_buffer, dtype=torch.bool)
-    positive = rows.new_empty(b, dtype=torch.float64)  # S_{i,t_i}, with the very bits that the tile has
-    row_rest = torch.empty_like(positive)  # r'_i
-    row_hits = rows.new_empty(b, dtype=torch.bool)
-    column_peak = rows.new_full((n,), -torch.inf)
-    # One message: column sums [n], then this rank's part of the loss and of three statistics.
-    message = rows.new_zeros(n + 4, dtype=torch.float64)
+    positive: Tensor  # [b] float64: S_{i,t_i}
+    row_rest: Tensor  # [b] float64: r'_i
+    column_sums: Tensor  # [terms] float64: Σ_i e^S of the images here
+    row_peak: Tensor | None  # [b]: highest logit of a negative
+    column_peak: Tensor | None  # [terms]
+
+
+@dataclass(frozen=True)
+class _Coupled:
+    """What all ranks together know after the all-reduce."""
+
+    loss: Tensor  # [] float64
+    stats: Tensor  # [4] float64, or [0]
+    row_lse: Tensor  # [b] float64: r_i
+    column_lse: Tensor  # [terms] float64: c_j
+    doubt: Tensor  # [b] float64: k_i
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """Each empty where not asked for."""
+
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+
+
+def _couple(pairs: _Pairs, here: _Normalisers) -> _Coupled:
+    """Combine the ranks: one SUM all-reduce of the column sums, the loss and the statistics in the same message."""
+    n, own, group = pairs.terms, pairs.own, pairs.group
+    positive, row_rest = here.positive, here.row_rest
+    message = positive.new_zeros(n + 4)
     column_sums, totals = message[:n], message[n:]
+    column_sums.copy_(here.column_sums)
+    column_sums[own] += positive.exp()
+    totals[0] = (F.softplus(row_rest - positive) - positive).sum() / 2
+    totals[1] = positive.sum()
+    if here.row_peak is not None:
+        totals[2] = (positive > here.row_peak).sum()
+        totals[3] = _count_duplicates(pairs)
+    _all_reduce(message, group)
+    column_lse = column_sums.log()
+
+    stats = positive.new_empty(0)
+    if here.column_peak is not None:
+        column_peak = here.column_peak.clone()
+        _all_reduce(column_peak, group, dist.ReduceOp.MAX)
+        column_hits = (positive > column_peak[own]).sum().double()
+        _all_reduce(column_hits, group)
+        stats = torch.stack([totals[2] / n, column_hits / n, totals[1] / n, totals[3]])
+
+    column_rest = (column_sums[own] - positive.exp()).clamp_(min=0).log()  # c'_{t_i}
+    return _Coupled(
+        loss=(totals[0] + column_lse.sum() / 2) / n,
+        stats=stats,
+        row_lse=torch.logaddexp(row_rest, positive),
+        column_lse=column_lse,
+        doubt=torch.sigmoid(row_rest - positive) + torch.sigmoid(column_rest - positive),
+    )
+
+
+def _count_duplicates(pairs: _Pairs) -> Tensor | int:
+    """Return how many texts share the caption of an image row here, over all image rows, the matching ones left out."""
+    if pairs.ids is None:
+        return 0
+    ids, own = pairs.ids.sort().values, pairs.ids[pairs.labels]
+    equal = torch.searchsorted(ids, own, right=True) - torch.searchsorted(ids, own)
+    return equal.sum() - len(own)
+
+
+def _chunked(
+    pairs: _Pairs, chunk_mib: int | None, wants: tuple[bool, bool, bool], with_stats: bool
+) -> tuple[_Coupled, _Gradients]:
+    """Evaluate the loss over a chunk of image rows at a time: two buffers of [rows of a chunk, B] are all it holds."""
+    b, B, dtype = pairs.image.shape[0], pairs.text.shape[0], pairs.dtype
+    lowest = torch.finfo(dtype).min  # stands for -inf where every logit is masked: -inf - lowest is still -inf
+    rows, columns = pairs.image.to(dtype), pairs.text.to(dtype)
+    scale = pairs.logit_scale.to(dtype)
+    labels, window = pairs.labels, pairs.window
+
+    chunk_rows = min(b, rows_per_chunk(chunk_mib, B * (2 * dtype.itemsize + (pairs.ids is not None)), rows.device))
+    logits_buffer = rows.new_empty(chunk_rows, B)
+    weights_buffer = torch.empty_like(logits_buffer)
+    masked_buffer = None if pairs.ids is None else torch.empty_like(logits_buffer, dtype=torch.bool)
 
     def chunks() -> Iterator[slice]:
-        for start in range(0, b, rows_per_chunk):
-            yield slice(start, min(start + rows_per_chunk, b))
+        for start in range(0, b, chunk_rows):
+            yield slice(start, min(start + chunk_rows, b))
 
     def logits_without_matches(chunk: slice) -> tuple[Tensor, Tensor]:
         """Logits of a chunk [r, B] with matching pairs and duplicates at -inf, and the matching logits [r]."""
         r = chunk.stop - chunk.start
-        logits = torch.mm(scaled_rows[chunk], columns.T, out=logits_buffer[:r])
-        diagonal = logits.diagonal(first_row + chunk.start)
+        logits = torch.mm(rows[chunk] * scale, columns.T, out=logits_buffer[:r])
+        diagonal = logits.diagonal(pairs.first_row + chunk.start)
         matches = diagonal.clone()
         diagonal.fill_(-torch.inf)
-        if ids is not None and masked_buffer is not None:
-            masked = torch.eq(ids[labels][chunk, None], ids, out=masked_buffer[:r])
+        if pairs.ids is not None and masked_buffer is not None:
+            masked = torch.eq(pairs.ids[labels][chunk, None], pairs.ids, out=masked_buffer[:r])
             logits.masked_fill_(masked, -torch.inf)
-            if with_stats:
-                totals[3] += masked.sum() - r
         return logits, matches
 
+    positive = rows.new_empty(b, dtype=torch.float64)
+    row_rest, row_peak = torch.empty_like(positive), torch.empty_like(positive)
+    column_sums = rows.new_zeros(pairs.terms, dtype=torch.float64)
+    column_peak = rows.new_full((pairs.terms,), -torch.inf)
     for chunk in chunks():
-        logits, matches = logits_without_matches(chunk)
+        logits, positive[chunk] = logits_without_matches(chunk)
         weights = weights_buffer[: len(logits)]
-        positive[chunk] = matches
         peak = logits.amax(1)
-        row_hits[chunk] = matches > peak
+        row_peak[chunk] = peak
         peak.clamp_(min=lowest)
         torch.sub(logits, peak[:, None], out=weights).exp_()
         row_rest[chunk] = weights.sum(1).double().log() + peak
@@ -182,43 +270,151 @@ def _chunked(
         peak.clamp_(min=lowest)
         torch.sub(logits[:, window], peak, out=weights[:, window]).exp_()
         column_sums += weights[:, window].sum(0) * peak.double().exp()
+    peaks = (row_peak, column_peak) if with_stats else (None, None)
+    coupled = _couple(pairs, _Normalisers(positive, row_rest, column_sums, *peaks))
 
-    column_sums[own] += positive.exp()
-    totals[0] = (F.softplus(row_rest - positive) - positive).sum() / 2
-    totals[1] = row_hits.sum()
-    totals[2] = positive.sum()
-    _all_reduce(message, group)
-    column_lse = column_sums.log()  # c_j [n]
-    loss = ((totals[0] + column_lse.sum() / 2) / n).to(dtype)
-
-    stats = rows.new_empty(0, dtype=torch.float64)
-    if with_stats:
-        _all_reduce(column_peak, group, dist.ReduceOp.MAX)
-        column_hits = (positive > column_peak[own]).sum().double()
-        _all_reduce(column_hits, group)
-        stats = torch.stack([totals[1] / n, column_hits / n, totals[2] / n, totals[3]])
-    if not with_grad:
-        return loss, stats, rows.new_empty(0), rows.new_empty(0)
-
-    column_rest = (column_sums[own] - positive.exp()).clamp_(min=0).log()  # c'_{t_i}
-    doubt = torch.sigmoid(row_rest - positive) + torch.sigmoid(column_rest - positive)  # k_i
-    row_lse = torch.logaddexp(row_rest, positive).to(dtype)
-    column_lse, doubt = column_lse.to(dtype), doubt.to(dtype)
-    image_grad = torch.empty_like(rows)
+    wants_image, wants_text, wants_scale = wants
+    image_grad = rows.new_empty(rows.shape if wants_image or wants_scale else 0)
+    text_grad = rows.new_zeros(columns.shape if wants_text else 0)
+    if not any(wants):
+        return coupled, _Gradients(image_grad, text_grad, rows.new_empty(0))
+    row_lse, column_lse, doubt = (x.to(dtype) for x in (coupled.row_lse, coupled.column_lse, coupled.doubt))
     scale_grad = rows.new_zeros((), dtype=torch.float64)
-    logits_are_kept = rows_per_chunk == b
+    logits_are_kept = chunk_rows == b
     for chunk in chunks():
         logits = logits_buffer if logits_are_kept else logits_without_matches(chunk)[0]
         weights = torch.sub(logits, row_lse[chunk, None], out=weights_buffer[: len(logits)]).exp_()
         weights[:, window] += logits[:, window].sub_(column_lse).exp_()
-        grad = torch.mm(weights, columns, out=image_grad[chunk])
-        grad.addcmul_(doubt[chunk, None], columns[labels][chunk], value=-1)
-        scale_grad += (grad.double() * rows[chunk]).sum()
-    image_grad *= logit_scale.to(dtype) / (2 * n)
-    return loss, stats, image_grad, (scale_grad / (2 * n)).to(dtype)
+        if wants_text:
+            text_grad.addmm_(weights.T, rows[chunk])
+        if wants_image or wants_scale:
+            grad = torch.mm(weights, columns, out=image_grad[chunk])
+            grad.addcmul_(doubt[chunk, None], columns[labels][chunk], value=-1)
+            scale_grad += (grad.double() * rows[chunk]).sum()
+    if wants_text:
+        text_grad[labels].addcmul_(doubt[:, None], rows, value=-1)
+    factor = scale / (2 * pairs.terms)
+    gradients = _Gradients(image_grad.mul_(factor), text_grad.mul_(factor), (scale_grad / (2 * pairs.terms)).to(dtype))
+    return coupled, gradients
 
 
-@_chunked.register_fake
+def _tiled(
+    pairs: _Pairs,
+    store: bool,
+    chunk_mib: int | None,
+    wants: tuple[bool, bool, bool],
+    with_stats: bool,
+    progress: GatherProgress | None,
+) -> tuple[_Coupled, _Gradients]:
+    """Evaluate the loss by the kernels of `contrastive_tiles`, in log2 units, on float16 copies of the rows."""
+    wants_image, wants_text, wants_scale = wants
+    b, B = pairs.image.shape[0], pairs.text.shape[0]
+    image, text = operand(pairs.image), operand(pairs.text)
+    own_image, own_text = pairs.image.contiguous(), pairs.text[pairs.labels].contiguous()
+    scale = pairs.logit_scale.float()
+    ids = None if pairs.ids is None else dense_ids(pairs.ids)
+    sums = sum_exponentials(
+        image,
+        text,
+        scale,
+        ids,
+        pairs.first_row,
+        store=store and any(wants),
+        peaks=with_stats,
+        progress=progress,
+    )
+    here = _Normalisers(
+        positive=matching_cosines(own_image, own_text).double() * scale.double(),
+        row_rest=sums.rows.log(),
+        column_sums=sums.columns[pairs.window],
+        row_peak=None if sums.row_peaks is None else sums.row_peaks.double() * scale.double(),
+        column_peak=None if sums.column_peaks is None else sums.column_peaks[pairs.window].double() * scale.double(),
+    )
+    coupled = _couple(pairs, here)
+    image_grad, text_grad, scale_grad = (pairs.image.new_empty(0, dtype=torch.float32) for _ in range(3))
+    if not any(wants):
+        return coupled, _Gradients(image_grad, text_grad, scale_grad)
+
+    row_lse = (coupled.row_lse / math.log(2)).float()
+    column_lse = image.new_full((B,), torch.inf, dtype=torch.float32)  # no weight where no image has that column
+    column_lse[pairs.window] = coupled.column_lse / math.log(2)
+    doubt, factor = coupled.doubt.float(), scale / (2 * pairs.terms)
+    if sums.stored is not None:
+        # Beyond this range a weight that counts could have been rounded to zero: nan is loud, a wrong number is not.
+        gap = sums.stored.tops.amax() - column_lse.amin()
+        factor = torch.where(gap > STORED_RANGE, torch.nan, factor)
+    if wants_text:
+        text_grad = image.new_zeros(B, image.shape[1], dtype=torch.float32)
+
+    if sums.stored is not None and not wants_text:
+        parts = multiply_stored(sums.stored, text, row_lse, column_lse)
+        image_grad, dots = finish_gradient(parts, own_image, own_text, doubt, factor)
+        return coupled, _Gradients(image_grad, text_grad, dots.double().sum().float() / scale)
+
+    if sums.stored is not None:
+        weights = weigh_stored(sums.stored, B, row_lse, column_lse)
+    else:
+        weights = image.new_empty(min(b, rows_per_chunk(chunk_mib, 2 * B, image.device)), -(-B // 8) * 8)
+    dots = row_lse.new_zeros(b)
+    image_grad = row_lse.new_empty(image.shape if wants_image or wants_scale else 0)
+    text_part = torch.empty_like(text_grad)
+    for start in range(0, b, len(weights)):
+        chunk = slice(start, min(start + len(weights), b))
+        n = chunk.stop - start
+        if sums.stored is None:
+            write_weights(
+                image[chunk], text, scale, ids, pairs.first_row + start, row_lse[chunk], column_lse, weights[:n]
+            )
+        if wants_text:
+            text_grad += product(weights[:n, :B].T, image[chunk], out=text_part)
+        if wants_image or wants_scale:
+            part = product(weights[:n, :B], text, out=image_grad[chunk])
+            image_grad[chunk], dots[chunk] = finish_gradient(
+                part[None], own_image[chunk], own_text[chunk], doubt[chunk], factor
+            )
+    if wants_text:
+        text_grad /= WEIGHT_UNIT
+        text_grad[pairs.labels].addcmul_(doubt[:, None], pairs.image, value=-1)
+        text_grad *= factor
+    return coupled, _Gradients(image_grad, text_grad, dots.double().sum().float() / scale)
+
+
+@torch.library.custom_op("textlock::contrastive", mutates_args=())
+def _contrastive(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    ids: Tensor | None,
+    first_row: int,
+    group_name: str | None,
+    mode: str,
+    chunk_mib: int | None,
+    wants: list[bool],
+    with_stats: bool,
+    flags: Tensor | None,
+    arriving: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, statistics, and its gradients for image, text and logit_scale; empty where not asked for."""
+    group = None
+    if group_name is not None:
+        group = group_of(group_name)
+        check_layout(group, first_row, image.shape[0], text.shape[0], image.device)
+    pairs = _Pairs(image, text, logit_scale, ids, first_row, group)
+    wants_image, wants_text, wants_scale = wants
+    asked = (wants_image, wants_text, wants_scale)
+    if mode == "auto":
+        mode = _choose_mode(pairs)
+    if mode == "chunked":
+        coupled, gradients = _chunked(pairs, chunk_mib, asked, with_stats)
+    else:
+        progress = None if flags is None else GatherProgress(flags, *arriving)
+        with torch.cuda.device_of(image):  # Triton launches on the current device
+            coupled, gradients = _tiled(pairs, mode == "store", chunk_mib, asked, with_stats, progress)
+    loss = coupled.loss.to(pairs.dtype)
+    return loss, coupled.stats, gradients.image, gradients.text, gradients.scale
+
+
+@_contrastive.register_fake
 def _(
     image: Tensor,
     text: Tensor,
@@ -226,47 +422,52 @@ def _(
     ids: Tensor | None,
     first_row: int,
     group_name: str | None,
-    rows_per_chunk: int,
-    with_grad: bool,
+    mode: str,
+    chunk_mib: int | None,
+    wants: list[bool],
     with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(image, text)
+    flags: Tensor | None,
+    arriving: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(image, text)
+    wants_image, wants_text, wants_scale = wants
     return (
         image.new_empty((), dtype=dtype),
         image.new_empty(len(STATS) if with_stats else 0, dtype=torch.float64),
-        image.new_empty(image.shape if with_grad else (0,), dtype=dtype),
-        image.new_empty(() if with_grad else (0,), dtype=dtype),
+        image.new_empty(image.shape if wants_image or wants_scale else (0,), dtype=dtype),
+        image.new_empty(text.shape if wants_text else (0,), dtype=dtype),
+        image.new_empty(() if any(wants) else (0,), dtype=dtype),
     )
 
 
-def _save_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    image, _, logit_scale, *_ = inputs
-    _, stats, image_grad, scale_grad = output
-    ctx.mark_non_differentiable(stats, image_grad, scale_grad)
-    ctx.save_for_backward(image_grad, scale_grad)
-    ctx.dtypes = image.dtype, logit_scale.dtype
+def _save_gradients(ctx, inputs, output) -> None:
+    image, text, logit_scale, *_ = inputs
+    _, *rest = output
+    ctx.mark_non_differentiable(*rest)
+    ctx.save_for_backward(*rest[1:])
+    ctx.dtypes = image.dtype, text.dtype, logit_scale.dtype
 
 
-def _scale_gradients(ctx, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _scale_gradients(ctx, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: these gradients are constants to autograd, not functions
-        raise RuntimeError("this loss is differentiable once in its chunked mode; use mode='reference' for more")
-    image_grad, scale_grad = ctx.saved_tensors
-    image_dtype, scale_dtype = ctx.dtypes
-    wants_image, _, wants_scale, *rest = ctx.needs_input_grad
-    return (
-        (loss_grad * image_grad).to(image_dtype) if wants_image else None,
-        None,
-        (loss_grad * scale_grad).to(scale_dtype) if wants_scale else None,
-        *(None for _ in rest),
+        raise RuntimeError("this loss is differentiable once; use mode='reference' for more")
+    gradients = (
+        (loss_grad * gradient).to(dtype) if wanted else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
     )
+    return (*gradients, *(None for _ in ctx.needs_input_grad[3:]))
 
 
-_chunked.register_autograd(_scale_gradients, setup_context=_save_gradients)
+_contrastive.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
-def _compute_dtype(image: Tensor, text: Tensor) -> torch.dtype:
-    """float64 if either input is, else float32: half-width rows are data, not an arithmetic."""
-    return torch.float64 if torch.float64 in (image.dtype, text.dtype) else torch.float32
+def _choose_mode(pairs: _Pairs) -> str:
+    """Return the mode that `auto` stands for; see `contrastive_loss`."""
+    image = pairs.image
+    if not image.is_cuda or why_not_tiles(image, pairs.text) is not None:
+        return "chunked"
+    free = torch.cuda.get_device_properties(image.device).total_memory - torch.cuda.memory_allocated(image.device)
+    return "store" if 2 * image.shape[0] * pairs.text.shape[0] <= free / 2 else "recompute"
 
 
 def _all_reduce(
@@ -274,61 +475,6 @@ def _all_reduce(
 ) -> None:
     if group is not None:
         dist.all_reduce(values, op, group=group)
-
-
-# The batch sizes whose layout a group has agreed on. Asking costs a collective and a wait of the host for the device,
-# so it is asked once per batch size, which all ranks have in common.
-_AGREED: WeakKeyDictionary[dist.ProcessGroup, set[int]] = WeakKeyDictionary()
-
-
-def _check_layout(group: dist.ProcessGroup, first_row: int, b: int, B: int, device: torch.device) -> None:
-    agreed = _AGREED.setdefault(group, set())
-    if B in agreed:
-        return
-    mine = torch.tensor([first_row, first_row + b, B], device=device)
-    everyone = mine.new_empty(group.size() * 3)
-    dist.all_gather_into_tensor(everyone, mine, group=group)
-    layout = sorted(everyone.view(-1, 3).tolist())
-    end = 0
-    for start, stop, total in layout:
-        if start != end or total != B:
-            break
-        end = stop
-    if end != B:
-        rows = ", ".join(f"{start}:{stop} of {total}" for start, stop, total in layout)
-        raise ValueError(
-            f"the ranks of the group must hold every image row once and the same text rows, but they hold {rows}; "
-            "pass the text rows of all ranks as text and this rank's offset into them as first_row"
-        )
-    agreed.add(B)
-
-
-def _check_inputs(
-    image: Tensor, text: Tensor, logit_scale: Tensor, first_row: int, ids: Tensor | None, mode: str
-) -> None:
-    if mode not in ("auto", "reference", "chunked"):
-        raise ValueError(f"mode is {mode!r}; choose auto, reference or chunked")
-    if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1] or 0 in image.shape:
-        raise ValueError(
-            f"image must be [b, d] and text [B, d] with one d and b > 0, not {list(image.shape)} and {list(text.shape)}"
-        )
-    if logit_scale.ndim != 0:
-        raise ValueError(f"logit_scale must be a 0-dim tensor, not of shape {list(logit_scale.shape)}")
-    for name, tensor in (("image", image), ("text", text), ("logit_scale", logit_scale)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, not {tensor.dtype}")
-        if tensor.device != image.device:
-            raise ValueError(f"{name} is on {tensor.device} but image on {image.device}; move them to one device")
-    if text.requires_grad:
-        raise ValueError("text requires a gradient, but the text rows are constants of this loss; pass text.detach()")
-    b, B = image.shape[0], text.shape[0]
-    if first_row < 0 or first_row + b > B:
-        raise ValueError(f"image rows {first_row}:{first_row + b} must lie inside the {B} text rows; correct first_row")
-    if ids is not None and (ids.shape != (B,) or ids.dtype != torch.int64 or ids.device != image.device):
-        raise ValueError(
-            f"ids must be int64 [{B}] on {image.device}, one for every text row, "
-            f"not {ids.dtype} {list(ids.shape)} on {ids.device}"
-        )
 
 
 @overload
@@ -342,7 +488,8 @@ def contrastive_loss(
     group: dist.ProcessGroup | None = None,
     mode: Mode = "auto",
     return_stats: Literal[False] = False,
-    chunk_mib: int = 128,
+    chunk_mib: int | None = None,
+    progress: GatherProgress | None = None,
 ) -> Tensor: ...
 
 
@@ -357,7 +504,8 @@ def contrastive_loss(
     group: dist.ProcessGroup | None = None,
     mode: Mode = "auto",
     return_stats: Literal[True],
-    chunk_mib: int = 128,
+    chunk_mib: int | None = None,
+    progress: GatherProgress | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
@@ -371,60 +519,77 @@ def contrastive_loss(
     group: dist.ProcessGroup | None = None,
     mode: Mode = "auto",
     return_stats: bool = False,
-    chunk_mib: int = 128,
+    chunk_mib: int | None = None,
+    progress: GatherProgress | None = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Mean symmetric InfoNCE (CLIP, arXiv 2103.00020 section 2.3) of image rows against frozen text rows.
+    """Mean symmetric InfoNCE (CLIP, arXiv 2103.00020 section 2.3) of image rows against text rows, frozen or not.
 
     Args:
         image: [b, d] unit rows of this rank, float16, bfloat16, float32 or float64; takes the gradient.
-        text: [B, d] unit rows of all ranks, constant; its dtype may differ from that of `image`.
+        text: [B, d] unit rows of all ranks; its dtype may differ from that of `image`. Takes a gradient if it requires
+            one (see `textlock.kernels.gather.gather_rows`).
         logit_scale: 0-dim tensor, already exponentiated, any value from 1 to 690 and more (limit: top of this file).
         first_row: the text row that matches image row 0.
         ids: [B] int64; two text rows with equal ids are one caption, and neither is a negative of the other's image.
         group: the process group whose ranks hold the other image rows, in any order and in parts of any size.
-        mode: `reference` is dense and twice differentiable. `chunked` never holds a [b, B] tensor, has its gradient
-            ready when the forward ends and is differentiable once. `auto` is `chunked`, whatever the bytes of the
-            logits: where they fit one chunk it keeps them, and so takes fewer passes than the dense form; below about
-            500 pairs the dense form is 0.2 ms faster, which is not worth its error at small losses.
+        mode: the table at the top of this file. `store` and `recompute` run on GPUs of compute capability 9.0 and
+            later, for d from 64 to 4,096 in steps of 8 and rows that are not float64, which they round to float16.
+            `store` gives nan gradients where a column's normaliser lies 95 nats below a row's maximum, which takes a
+            scale above 47 and, at a scale of 100, a cosine 0.95 above another image's best. `auto` is `store` where
+            its exponentials take at most half of the memory that is free, else `recompute`, and `chunked` where the
+            two cannot run. All but `reference` are differentiable once.
         return_stats: also return a dict of detached float64 0-dim tensors over the same rows as the loss, the same on
             all ranks: `image_to_text_top1` and `text_to_image_top1` (a tie is a miss), `mean_positive_logit`,
             `masked_duplicates` (pairs). With a group this costs two more small all-reduces.
-        chunk_mib: MiB of logits, their exponentials and masks alive in `chunked` (at least one row of B).
+        chunk_mib: MiB of logits or weights alive in `chunked` and `recompute` (at least one row of B); None: 128 on a
+            GPU, 32 on a CPU.
+        progress: of the gather that is still filling `text` (`GatherHandle.arriving`), for `store` and `recompute`:
+            the first pass starts with this rank's own rows and waits for each block of the others as it needs it.
 
     Returns:
         A 0-dim loss, float64 if an input is, else float32.
         With a group: the mean over the B pairs of the global batch, the same number on all ranks. The gradient of
-        `image` is of that mean, and that of `logit_scale` is this rank's share: SUM (not mean) over ranks is exact.
+        `image` is of that mean; those of `logit_scale` and `text` are this rank's share: SUM (not mean) over ranks is
+        exact.
         Without a group: the mean over the b pairs here. Each image has all B texts as candidates; each of the b
         matching texts has the b images here. The B - b other texts are negatives of the image->text half only.
 
-    Arithmetic is float32 (float64 if an input is), also under autocast; float32 products follow
-    `torch.set_float32_matmul_precision`. Two runs give the same bits. `torch.compile(fullgraph=True)` works; `chunked`
-    is one opaque operator. Every rank must call with the same B, `ids` and kind of call; the first call
-    for each B checks that the ranks' rows make up the batch.
+    Autocast changes nothing; float32 products of `chunked` follow `torch.set_float32_matmul_precision`. Two runs give
+    the same bits. `torch.compile(fullgraph=True)` works; all but `reference` are one opaque operator. Every rank must
+    call with the same B, `ids` and kind of call; the first call for each B checks that the ranks' rows make up the
+    batch.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, `text` that requires a gradient, or ranks whose rows do
-            not make up the batch.
+        ValueError: shapes, dtypes or devices that do not fit, a mode that cannot run here, or ranks whose rows do not
+            make up the batch.
     """
-    _check_inputs(image, text, logit_scale, first_row, ids, mode)
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
+    check_rows(image, text, first_row, ids, {"logit_scale": logit_scale})
+    if mode in ("store", "recompute") and (refused := why_not_tiles(image, text)) is not None:
+        raise ValueError(f"mode {mode!r} cannot take {refused}; use mode='chunked' or 'auto'")
+    if progress is not None and mode not in ("store", "recompute"):
+        raise ValueError(f"mode {mode!r} cannot wait for text rows block by block; pass the rows of GatherHandle.wait")
     with torch.autocast(image.device.type, enabled=False):
         if mode == "reference":
             loss, stats = reference(
                 image, text, logit_scale, first_row=first_row, ids=ids, group=group, with_stats=return_stats
             )
         else:
-            dtype = _compute_dtype(image, text)
-            row_bytes = text.shape[0] * (2 * dtype.itemsize + (ids is not None))
-            loss, stats = chunked(
+            graph = torch.is_grad_enabled()
+            loss, stats, *_ = _contrastive(
                 image,
                 text,
                 logit_scale,
-                first_row=first_row,
-                ids=ids,
-                group=group,
-                rows_per_chunk=max(1, chunk_mib * 2**20 // row_bytes),
-                with_stats=return_stats,
+                ids,
+                first_row,
+                None if group is None else group.group_name,
+                mode,
+                chunk_mib,
+                [graph and x.requires_grad for x in (image, text, logit_scale)],
+                return_stats,
+                None if progress is None else progress.flags,
+                [] if progress is None else [progress.step, progress.rows_per_rank, progress.rows_per_block],
             )
     if return_stats:
         return loss, dict(zip(STATS, stats.unbind(), strict=True))

@@ -7,8 +7,10 @@ import importlib.util
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from textlock.kernels.contrastive import STATS, _chunked, chunked, contrastive_loss, reference
-from textlock.kernels.gather import TextGather
+from textlock.kernels import contrastive
+from textlock.kernels.contrastive import STATS, contrastive_loss
+from textlock.kernels.gather import TextGather, gather_rows
+from textlock.kernels.tiles import runs_tiles
 
 NAMES = ("loss", "image_grad", "scale_grad")
 SCALES = (1.0, 14.3, 50.0, 100.0, 300.0)
@@ -33,29 +37,37 @@ def make_rows(b, B, d, first_row=0, signal=0.1, seed=0):
     return F.normalize(noise + signal * text[first_row : first_row + b]), text
 
 
-def run(loss_fn, image, text, scale, dtype=torch.float64, **options):
+def in_chunks_of(rows):
+    return mock.patch.object(contrastive, "rows_per_chunk", lambda *_: rows)
+
+
+def run(mode, image, text, scale, dtype=torch.float64, *, rows_per_chunk=None, text_grad=False, **options):
     """Return loss, gradients (as float64) and statistics of one evaluation."""
     image = image.to(dtype, copy=True).requires_grad_()
+    text = text.to(dtype, copy=True).requires_grad_(text_grad)
     scale = torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32, requires_grad=True)
-    loss, stats = loss_fn(image, text.to(dtype), scale, **options, with_stats=True)
+    with in_chunks_of(rows_per_chunk) if rows_per_chunk else nullcontext():
+        loss, stats = contrastive_loss(image, text, scale, mode=mode, return_stats=True, **options)
     loss.backward()
     assert image.grad.dtype == dtype
-    return {
+    result = {
         "loss": loss.detach().double(),
         "image_grad": image.grad.double(),
         "scale_grad": scale.grad.double(),
-        "stats": stats,
+        "stats": torch.stack([stats[name] for name in STATS]),
     }
+    return result | {"text_grad": text.grad.double()} if text_grad else result
 
 
 def relative_error(value, truth):
     return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-def assert_close(result, truth, loss, image_grad, scale_grad):
-    for name, bound in zip(NAMES, (loss, image_grad, scale_grad), strict=True):
-        error = relative_error(result[name], truth[name])
-        assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.0e}"
+def assert_close(result, truth, loss, image_grad, scale_grad, text_grad=None):
+    for name, bound in zip((*NAMES, "text_grad"), (loss, image_grad, scale_grad, text_grad), strict=True):
+        if bound is not None:
+            error = relative_error(result[name], truth[name])
+            assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.0e}"
 
 
 # A second spelling of the loss, term by term, so that `reference` itself is not the only witness.
@@ -104,22 +116,21 @@ def test_chunked_float32_matches_float64_truth(b, B, d, first_row, rows_per_chun
     image, text = make_rows(b, B, d, first_row)
     image, text = image.float(), text.float()
     ids = torch.arange(B) % max(1, 2 * B // 3) if duplicates else None
-    truth = run(reference, image, text, scale, first_row=first_row, ids=ids)
-    result = run(
-        chunked, image, text, scale, torch.float32, first_row=first_row, ids=ids, rows_per_chunk=rows_per_chunk
-    )
+    options = {"first_row": first_row, "ids": ids, "text_grad": True}
+    truth = run("reference", image, text, scale, **options)
+    result = run("chunked", image, text, scale, torch.float32, rows_per_chunk=rows_per_chunk, **options)
     if B == 1:
         assert all(result[name].abs().max() <= 1e-12 for name in NAMES)
     else:
-        assert_close(result, truth, loss=2e-6, image_grad=2e-5, scale_grad=2e-5)
+        assert_close(result, truth, loss=2e-6, image_grad=2e-5, scale_grad=2e-5, text_grad=2e-5)
     torch.testing.assert_close(result["stats"], truth["stats"], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_half_width_rows_lose_only_their_own_rounding(dtype):
     image, text = (rows.to(dtype) for rows in make_rows(33, 70, 96, 5))
-    truth = run(reference, image, text, 100.0, first_row=5)
-    result = run(chunked, image, text, 100.0, dtype, first_row=5, rows_per_chunk=8)
+    truth = run("reference", image, text, 100.0, first_row=5)
+    result = run("chunked", image, text, 100.0, dtype, first_row=5, rows_per_chunk=8)
     assert_close(result, truth, loss=2e-6, image_grad=torch.finfo(dtype).eps, scale_grad=2e-5)
 
 
@@ -130,12 +141,11 @@ def test_gradcheck(mode, b, B, first_row):
     ids = torch.arange(B) % (B - 2)
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
 
-    def loss(image, scale):
-        if mode == "chunked":
-            return chunked(image, text, scale, first_row=first_row, ids=ids, rows_per_chunk=4)[0]
-        return reference(image, text, scale, first_row=first_row, ids=ids)[0]
+    def loss(image, text, scale):
+        return contrastive_loss(image, text, scale, first_row=first_row, ids=ids, mode=mode)
 
-    assert torch.autograd.gradcheck(loss, (image.requires_grad_(), scale))
+    with in_chunks_of(4):
+        assert torch.autograd.gradcheck(loss, (image.requires_grad_(), text.requires_grad_(), scale))
 
 
 @pytest.mark.parametrize(
@@ -148,9 +158,9 @@ def test_nearly_sure_model_keeps_its_gradient(scale, shared, rows_per_chunk):
     axes = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(1))).Q
     text = F.normalize(axes[:64] + shared * axes[64])
     image = F.normalize(text + 0.003 * axes.roll(1, 0)[:64])
-    truth = run(reference, image, text, scale)
+    truth = run("reference", image, text, scale)
     assert 1e-7 < truth["loss"] < 1e-5
-    result = run(chunked, image, text, scale, torch.float32, rows_per_chunk=rows_per_chunk)
+    result = run("chunked", image, text, scale, torch.float32, rows_per_chunk=rows_per_chunk)
     assert_close(result, truth, loss=2e-5, image_grad=1e-3, scale_grad=1e-3)
 
 
@@ -184,15 +194,15 @@ def test_scale_within_the_documented_range_is_exact_and_beyond_it_loud():
     limit = (1024 - 4) * math.log(2)  # B = 16
     # The worst case of the range: one pair of rows is parallel, another opposite.
     image[0], image[1] = text[5], -text[9]
-    truth = run(reference, image, text, limit - 1)
-    assert_close(run(chunked, image, text, limit - 1, rows_per_chunk=5), truth, 1e-12, 1e-9, 1e-9)
-    assert not run(chunked, image, text, limit + 10, rows_per_chunk=5)["loss"].isfinite()
+    truth = run("reference", image, text, limit - 1)
+    assert_close(run("chunked", image, text, limit - 1, rows_per_chunk=5), truth, 1e-12, 1e-9, 1e-9)
+    assert not run("chunked", image, text, limit + 10, rows_per_chunk=5)["loss"].isfinite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_two_runs_give_the_same_bits(dtype):
     image, text = make_rows(61, 130, 96, 7)
-    first, second = (run(chunked, image, text, 50.0, dtype, first_row=7, rows_per_chunk=16) for _ in range(2))
+    first, second = (run("chunked", image, text, 50.0, dtype, first_row=7, rows_per_chunk=16) for _ in range(2))
     for name in (*NAMES, "stats"):
         assert torch.equal(first[name], second[name]), name
 
@@ -208,7 +218,7 @@ def test_autocast_changes_nothing():
 @pytest.mark.parametrize("wanted", ["image", "scale"])
 def test_gradient_of_one_input_alone(wanted):
     image, text = make_rows(6, 9, 8)
-    truth = run(reference, image, text, 11.0)
+    truth = run("reference", image, text, 11.0)
     image.requires_grad_(wanted == "image")
     scale = torch.tensor(11.0, dtype=torch.float64, requires_grad=wanted == "scale")
     (3 * contrastive_loss(image, text, scale)).backward()
@@ -269,7 +279,8 @@ def test_number_of_matrix_products(rows_per_chunk, gradient, products):
     image, text = make_rows(20, 20, 8)
     image.requires_grad_(gradient)
     scale = torch.tensor(5.0)
-    assert profiled(lambda: chunked(image, text, scale, rows_per_chunk=rows_per_chunk))[1] == products
+    with in_chunks_of(rows_per_chunk):
+        assert profiled(lambda: contrastive_loss(image, text, scale))[1] == products
 
 
 def test_evaluation_without_grad_takes_one_pass():
@@ -297,8 +308,9 @@ def test_compiles_whole_and_equals_eager():
 def test_operator_is_registered_consistently(with_grad):
     image, text = (rows.float() for rows in make_rows(5, 8, 8))
     scale = torch.tensor(5.0, requires_grad=with_grad)
-    arguments = (image.requires_grad_(with_grad), text, scale, None, 2, None, 3, with_grad, True)
-    torch.library.opcheck(_chunked, arguments)
+    wants = [with_grad, False, with_grad]
+    arguments = (image.requires_grad_(with_grad), text, scale, None, 2, None, "chunked", 1, wants, True, None, [])
+    torch.library.opcheck(contrastive._contrastive, arguments)
 
 
 ONE = torch.tensor(1.0)
@@ -308,12 +320,16 @@ BAD_INPUTS = {
     "no rows": ({"image": torch.ones(0, 8)}, "b > 0"),
     "integer rows": ({"image": torch.ones(4, 8, dtype=torch.int64)}, "image must be floating point"),
     "scale is a vector": ({"logit_scale": torch.ones(1)}, "logit_scale must be a 0-dim tensor"),
-    "text is trained": ({"text": torch.ones(6, 8, requires_grad=True)}, "text requires a gradient"),
     "first_row too large": ({"first_row": 3}, "image rows 3:7 must lie inside the 6 text rows"),
     "first_row negative": ({"first_row": -1}, "must lie inside"),
     "ids too short": ({"ids": torch.arange(4)}, r"ids must be int64 \[6\]"),
     "ids not int64": ({"ids": torch.arange(6).int()}, "ids must be int64"),
-    "unknown mode": ({"mode": "dense"}, "choose auto"),
+    "unknown mode": ({"mode": "dense"}, "choose one of auto, reference, chunked, store, recompute"),
+    "too narrow for tiles": ({"mode": "store"}, "rows of width 8"),
+    "float64 in tiles": (
+        {"mode": "recompute", "image": torch.ones(4, 64).double(), "text": torch.ones(6, 64)},
+        "'recompute' cannot take float64 rows; use mode='chunked'",
+    ),
     "another device": ({"text": torch.ones(6, 8, device="meta")}, "text is on meta"),
 }
 
@@ -361,6 +377,11 @@ def splits(world: int) -> dict[str, Split]:
     }
 
 
+def tiled_split(world: int) -> Split:
+    """Return a batch for the kernels, uneven and wide enough for them."""
+    return Split({1: (67,), 2: (40, 27), 4: (33, 1, 20, 13)}[world], 64, 50.0, duplicates=True, dtype=torch.float32)
+
+
 def open_clip_loss(rank: int, world: int):
     """Load open_clip's distributed loss from its file alone: importing the package takes seconds in every process."""
     package = importlib.util.find_spec("open_clip")
@@ -376,20 +397,24 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     group = dist.group.WORLD
     found: dict[str, Tensor] = {}
-    for name, split in splits(world).items():
+    cases = [(name, split, ("reference", "chunked")) for name, split in splits(world).items()]
+    if runs_tiles(torch.empty(0)):
+        cases.append(("tiles", tiled_split(world), ("store", "recompute")))
+    for name, split, modes in cases:
         image, text, ids = split.rows()
         own = split.part(rank)
-        for mode, function, options in (("reference", reference, {}), ("chunked", chunked, {"rows_per_chunk": 4})):
+        for mode in modes:
             result = run(
-                function,
+                mode,
                 image[own],
                 text,
                 split.scale,
                 split.dtype,
+                rows_per_chunk=4,
+                text_grad=True,
                 first_row=own.start,
                 ids=ids,
                 group=group,
-                **options,
             )
             found |= {f"{name}/{mode}/{key}": value for key, value in result.items()}
 
@@ -400,14 +425,20 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
     found["gathered"] = gathered.clone()
     clip_loss = open_clip_loss(rank, world)
     if clip_loss is not None:
-        rows, scale = image[own].clone().requires_grad_(), torch.tensor(split.scale).double().requires_grad_()
-        loss = clip_loss(rows, text[own], scale)
-        loss.backward()
-        found |= {
-            "open_clip/loss": loss.detach(),
-            "open_clip/image_grad": rows.grad,
-            "open_clip/scale_grad": scale.grad,
-        }
+
+        def two_towers(loss_of) -> dict[str, Tensor]:
+            inputs = [rows[own].clone().requires_grad_() for rows in (image, text)]
+            scale = torch.tensor(split.scale).double().requires_grad_()
+            loss = loss_of(*inputs, scale)
+            loss.backward()
+            gradients = {"image_grad": inputs[0].grad, "text_grad": inputs[1].grad, "scale_grad": scale.grad}
+            return {"loss": loss.detach()} | gradients
+
+        def our_loss(rows: Tensor, columns: Tensor, scale: Tensor) -> Tensor:
+            return contrastive_loss(rows, gather_rows(columns, group), scale, first_row=own.start, group=group)
+
+        for name, loss_of in (("open_clip", clip_loss), ("ours", our_loss)):
+            found |= {f"{name}/{key}": value for key, value in two_towers(loss_of).items()}
 
     if world == 1:
         compiled = torch.compile(contrastive_loss, fullgraph=True, backend="aot_eager")
@@ -451,16 +482,37 @@ def ranks(request, tmp_path_factory):
 def test_ranks_together_equal_one_process(ranks, name, mode):
     split = splits(len(ranks))[name]
     image, text, ids = split.rows()
-    truth = run(reference, image, text, split.scale, ids=ids)
+    truth = run("reference", image, text, split.scale, ids=ids, text_grad=True)
     bound = 1e-6 if split.dtype == torch.float32 else 1e-10
-    scale_grad = torch.zeros(())
+    scale_grad = text_grad = torch.zeros(())
     for rank, tensors in enumerate(ranks):
-        part = {key: tensors.get_tensor(f"{name}/{mode}/{key}") for key in (*NAMES, "stats")}
+        part = {key: tensors.get_tensor(f"{name}/{mode}/{key}") for key in (*NAMES, "text_grad", "stats")}
         assert relative_error(part["loss"], truth["loss"]) <= bound
         assert relative_error(part["image_grad"], truth["image_grad"][split.part(rank)]) <= bound
         torch.testing.assert_close(part["stats"], truth["stats"], rtol=1e-6, atol=1e-6)
         scale_grad = scale_grad + part["scale_grad"]
+        text_grad = text_grad + part["text_grad"]
     assert relative_error(scale_grad, truth["scale_grad"]) <= bound
+    assert relative_error(text_grad, truth["text_grad"]) <= bound
+
+
+@pytest.mark.skipif(not runs_tiles(torch.empty(0)), reason="the kernels run on CPU tensors in the interpreter only")
+@pytest.mark.parametrize("mode", ["store", "recompute"])
+def test_ranks_together_equal_one_process_by_tiles(ranks, mode):
+    """The loss to 1e-6; the tiles of other ranks begin elsewhere, so weights are rounded from other row maxima."""
+    split = tiled_split(len(ranks))
+    image, text, ids = split.rows()
+    truth = run(mode, image, text, split.scale, split.dtype, ids=ids, text_grad=True)
+    parts = [
+        {key: tensors.get_tensor(f"tiles/{mode}/{key}") for key in (*NAMES, "text_grad", "stats")} for tensors in ranks
+    ]
+    bound = 1e-3 if mode == "store" else 1e-5
+    for rank, part in enumerate(parts):
+        assert relative_error(part["loss"], truth["loss"]) <= 1e-6
+        assert relative_error(part["image_grad"], truth["image_grad"][split.part(rank)]) <= bound
+        torch.testing.assert_close(part["stats"], truth["stats"], rtol=1e-6, atol=1e-6)
+    for name in ("scale_grad", "text_grad"):
+        assert relative_error(sum(part[name] for part in parts), truth[name]) <= bound
 
 
 def test_open_clip_agrees(ranks):
@@ -472,11 +524,11 @@ def test_open_clip_agrees(ranks):
     def values(key):
         return [tensors.get_tensor(key).double() for tensors in ranks]
 
-    ours = values("even/chunked/loss")[0]
-    torch.testing.assert_close(ours, sum(values("open_clip/loss")) / world)
-    for mine, theirs in zip(values("even/chunked/image_grad"), values("open_clip/image_grad"), strict=True):
-        torch.testing.assert_close(mine, theirs / world)
-    torch.testing.assert_close(sum(values("even/chunked/scale_grad")), sum(values("open_clip/scale_grad")) / world)
+    torch.testing.assert_close(values("ours/loss")[0], sum(values("open_clip/loss")) / world)
+    for name in ("image_grad", "text_grad"):
+        for mine, theirs in zip(values(f"ours/{name}"), values(f"open_clip/{name}"), strict=True):
+            torch.testing.assert_close(mine, theirs / world)
+    torch.testing.assert_close(sum(values("ours/scale_grad")), sum(values("open_clip/scale_grad")) / world)
 
 
 def test_gathered_text_is_the_global_batch(ranks):

@@ -1,88 +1,374 @@
-"""TextGather: two processes over gloo, one process without a copy.
+"""TextGather and gather_rows: four processes over gloo, their slabs in shared memory, kernels in the interpreter.
 
-Run as a script this file is one rank: `python test_gather.py RANK WORLD FOLDER`.
+Run as a script this file is one rank: `python test_gather.py RANK FOLDER`.
 """
 
+import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
+import triton
+import triton.language as tl
 
-from textlock.kernels.gather import TextGather
+from textlock.kernels import gather as gather_module
+from textlock.kernels.gather import GatherProgress, TextGather, gather_rows, wait_for_rows
 
-B, D, WORLD = 10, 6, 2
+WORLD = 4
+STEPS = 6
+POISON = 0x7F  # every byte of a new slab: a flag would be far beyond any step, a float16 is a nan
+
+# Ranks of the group, nodes of the ranks, (b, d), dtype. Blocks are of 128 rows.
+LAYOUTS = {
+    "two ranks, ragged blocks": ([0, 1], "aa", (300, 96), torch.float16),
+    "four ranks": ([0, 1, 2, 3], "aaaa", (130, 6), torch.float32),
+    "ids": ([0, 1, 2, 3], "aaaa", (5, 1), torch.int64),
+    "rows of one word": ([0, 1], "aa", (3, 2), torch.float16),
+    "not the first ranks": ([1, 3], "aa", (4, 8), torch.float32),
+    "two nodes": ([0, 1, 2, 3], "aabb", (131, 5), torch.float32),
+    "two interleaved nodes": ([0, 1, 2, 3], "abab", (129, 1), torch.int64),
+}
+
+# Nodes of four ranks, whether each can read its peers, (b, d), dtype, the choice.
+TRANSPORTS = {
+    "one node": ("aaaa", [True] * 4, (2, 4), torch.float16, "symmetric"),
+    "two nodes": ("abba", [True] * 4, (2, 4), torch.float16, "symmetric"),
+    "one rank without peer access": ("aaaa", [True, True, False, True], (2, 4), torch.float16, "collective"),
+    "nodes of different sizes": ("aaab", [True] * 4, (2, 4), torch.float16, "collective"),
+    "one rank a node": ("abcd", [True] * 4, (2, 4), torch.float16, "collective"),
+    "rows of six bytes": ("aaaa", [True] * 4, (2, 3), torch.float16, "collective"),
+}
+
+# first, last, rows of a rank, rows of a block
+RANGES = [
+    (0, 1, 5, 2),
+    (0, 5, 5, 2),
+    (4, 6, 5, 2),
+    (5, 15, 5, 2),
+    (3, 8, 8, 8),
+    (7, 9, 8, 8),
+    (1, 2, 1, 4),
+    (0, 12, 3, 128),
+]
 
 
-def make_step(step: int) -> torch.Tensor:
-    return torch.arange(B * D, dtype=torch.float16).view(B, D) + 100 * step
+def make_rows(step: int, ranks: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    rows = torch.randint(-1000, 1000, (ranks * shape[0], shape[1]), generator=torch.Generator().manual_seed(step))
+    return rows.to(dtype)
 
 
-def one_rank(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    own = slice(rank * B // world, (rank + 1) * B // world)
-    gather = TextGather(dist.group.WORLD, (B // world, D), torch.float16)
-    handle = gather.start(make_step(0)[own])
-    first = handle.wait()
-    again = handle.wait()
-    copies = {"first": first.clone()}
-    # The second step's rows are not contiguous: every other row of a larger tensor.
-    spread = make_step(1)[own].repeat_interleave(2, 0)[::2]
-    second = gather.start(spread).wait()
-    copies["second"] = second.clone()
+class SharedSlabs:
+    """Stands for symmetric memory: each rank's slab is a file that the others map."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mapped: list[torch.Tensor] = []
+
+    def open(self, nbytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        self.folder.mkdir(exist_ok=True)
+        ranks = dist.get_process_group_ranks(group)
+        own = self.map(f"slab{dist.get_rank()}", nbytes, torch.uint8).fill_(POISON)
+        dist.barrier(group)
+        slabs = [self.map(f"slab{rank}", nbytes, torch.uint8) for rank in ranks]
+        return own, torch.tensor([slab.data_ptr() for slab in slabs])
+
+    def map(self, name: str, size: int, dtype: torch.dtype) -> torch.Tensor:
+        self.mapped.append(torch.from_file(str(self.folder / name), shared=True, size=size, dtype=dtype))
+        return self.mapped[-1]
+
+
+def use_shared_slabs(folder: Path, nodes: str, group_ranks: list[int], can_read: bool = True) -> None:
+    """Replace what asks for GPUs: where the ranks are, what they can read, and the slabs."""
+    node = nodes[group_ranks.index(dist.get_rank())]
+    gather_module._host_key = lambda: ord(node)
+    gather_module._can_read = lambda device, peers: can_read
+    gather_module._open_peers = SharedSlabs(folder).open
+
+
+def before_first_wait(action: Callable[[], None]) -> None:
+    """Run something once when this rank has published and is about to pull."""
+    wait = gather_module._wait_for_step
+
+    def acting_wait(*args):
+        gather_module._wait_for_step = wait
+        action()
+        wait(*args)
+
+    gather_module._wait_for_step = acting_wait
+
+
+def run_steps(group: dist.ProcessGroup, shape: tuple[int, int], dtype: torch.dtype) -> dict:
+    """Gather new rows step after step with late ranks; return what was wrong."""
+    rank, ranks = group.rank(), group.size()
+    gather = TextGather(group, shape, dtype)
+    wrong, buffers = [], set()
+    for step in range(STEPS):
+        rows = make_rows(step, ranks, shape, dtype)
+        # In turn one rank is late to publish and another, which has published, late to pull. The others go on.
+        if step > 0 and step % ranks == rank:
+            time.sleep(0.1)
+        if step > 0 and (step + 1) % ranks == rank:
+            before_first_wait(lambda: time.sleep(0.1))
+        gathered = gather.start(rows.chunk(ranks)[rank]).wait()
+        if not torch.equal(gathered, rows):
+            wrong.append(step)
+        buffers.add(gathered.data_ptr())
+        gathered.fill_(-7)  # no row may be left from this step
+    return {"wrong": wrong, "buffers": len(buffers), "transport": gather.transport}
+
+
+def run_without_waiting(group: dist.ProcessGroup) -> bool:
+    """Gather with the wait for flags taken out, rank 0 publishing last; return whether the rows were right."""
+    gather = TextGather(group, (3, 4), torch.float32)
+    gather.start(make_rows(0, WORLD, (3, 4), torch.float32).chunk(WORLD)[group.rank()])
+    wait, gather_module._wait_for_step = gather_module._wait_for_step, lambda *_: None
+    rows = make_rows(1, WORLD, (3, 4), torch.float32)
+    if group.rank() == 0:
+        dist.barrier(group)
+    gathered = gather.start(rows.chunk(WORLD)[group.rank()]).wait()
+    if group.rank() != 0:
+        dist.barrier(group)
+    gather_module._wait_for_step = wait
+    return torch.equal(gathered, rows)
+
+
+@triton.jit(do_not_specialize=["step"])
+def copy_arriving(rows, flags, out, step, total, rows_per_rank, rows_per_block, TILE: tl.constexpr, D: tl.constexpr):
+    """Copy tiles of rows as they arrive, the tiles of the second rank first."""
+    tiles = tl.cdiv(total, TILE)
+    for t in range(0, tiles):
+        first = (t + tiles // 2) % tiles * TILE
+        last = tl.minimum(first + TILE, total)
+        wait_for_rows(flags, step, first, last, rows_per_rank, rows_per_block)
+        row = first + tl.arange(0, TILE)[:, None]
+        at = row * D + tl.arange(0, D)[None, :]
+        tl.store(out + at, tl.load(rows + at, mask=row < total), mask=row < total)
+
+
+def consume_while_arriving(folder: Path, group: dist.ProcessGroup | None) -> dict:
+    """Rank 2 reads rank 1's buffer, which ranks 0 and 1 are filling; rank 0 is late. Returns what rank 2 found."""
+    shape, dtype = (300, 8), torch.float32
+    blocks = 3
+    shared = SharedSlabs(folder)
+    dist.barrier()
+    flags = shared.map("flags", 2 * blocks, torch.int32)
+    rows = shared.map("rows", 2 * shape[0] * shape[1], dtype).view(-1, shape[1])
+    expected = make_rows(1, 2, shape, dtype)
+    told: dict = {}
+    if group is not None:
+        gather = TextGather(group, shape, dtype)
+        gather.start(make_rows(0, 2, shape, dtype).chunk(2)[group.rank()])
+        if group.rank() == 1:
+            rows.fill_(torch.nan)
+            gather._gather._gathered, gather._gather._progress = rows, flags.fill_(1)
+        dist.barrier()
+        if group.rank() == 0:
+            time.sleep(0.4)
+        gathered, progress = gather.start(expected.chunk(2)[group.rank()]).arriving()
+        told = {"flags": progress.flags.tolist(), "right": torch.equal(gathered, expected)}
+        told |= {"step": progress.step, "rows_per_rank": progress.rows_per_rank, "blocks": progress.rows_per_block}
+    else:
+        dist.barrier()
+        if dist.get_rank() == 2:
+            out = torch.full_like(rows, torch.nan)
+            progress = GatherProgress(flags, 2, shape[0], 128)
+            copy_arriving[(1,)](
+                rows, progress.flags, out, progress.step, len(rows), progress.rows_per_rank, progress.rows_per_block,
+                TILE=64, D=shape[1],
+            )  # fmt: skip
+            told = {"right": torch.equal(out, expected)}
+    dist.barrier()
+    return told
+
+
+@triton.jit
+def wait_once(flags, first, last, rows_per_rank, rows_per_block):
+    wait_for_rows(flags, 1, first, last, rows_per_rank, rows_per_block)
+
+
+def blocks_waited_for(first: int, last: int, rows_per_rank: int, rows_per_block: int) -> list[int]:
+    flags = torch.zeros(64, dtype=torch.int32)
+    seen = []
+    wait = gather_module._wait_for_step
+    gather_module._wait_for_step = lambda flag, step, scope: seen.append(int(flag.handle.data.item()))
+    wait_once[(1,)](flags, first, last, rows_per_rank, rows_per_block)
+    gather_module._wait_for_step = wait
+    return [(address - flags.data_ptr()) // 4 for address in seen]
+
+
+def loss_of(gathered: torch.Tensor, rank: int) -> torch.Tensor:
+    """A loss that is another function of the gathered rows on every rank."""
+    weights = torch.rand(gathered.shape, dtype=gathered.dtype, generator=torch.Generator().manual_seed(rank))
+    return (gathered.sin() * weights).sum()
+
+
+def run_gather_rows(group: dist.ProcessGroup, gather: Callable) -> dict:
+    everyone = torch.randn(group.size() * 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    expected = everyone.clone().requires_grad_()
+    torch.stack([loss_of(expected, rank) for rank in range(group.size())]).sum().backward()
+    rows = everyone.chunk(group.size())[group.rank()].clone().requires_grad_()
+    gathered = gather(rows, group)
+    loss_of(gathered, group.rank()).backward()
+    return {
+        "rows": torch.equal(gathered, everyone),
+        "gradient": (rows.grad - expected.grad.chunk(group.size())[group.rank()]).abs().max().item(),
+    }
+
+
+def one_rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    world = dist.group.WORLD
+    groups = {ranks: dist.new_group(list(ranks)) for ranks in [(0, 1), (1, 3)]}
+    groups[0, 1, 2, 3] = world
+    told: dict = {}
+
+    told["collective"] = run_steps(world, (3, 6), torch.float16)
+    # Rows that are not contiguous: every other row of a larger tensor.
+    rows = make_rows(0, WORLD, (3, 6), torch.float16)
+    spread = rows.chunk(WORLD)[rank].repeat_interleave(2, 0)[::2]
+    told["spread"] = torch.equal(TextGather(world, (3, 6), torch.float16).start(spread).wait(), rows)
     try:
-        TextGather(dist.group.WORLD, (3 + rank, D), torch.float16).start(torch.ones(3 + rank, D).half())
-        error = "no error"
+        TextGather(world, (3 + rank, 6), torch.float16).start(torch.ones(3 + rank, 6).half())
+        told["error"] = "no error"
     except ValueError as problem:
-        error = str(problem)
-    one_buffer = first.data_ptr() == second.data_ptr() == again.data_ptr()
-    save_file(copies, folder / f"{rank}", {"error": error, "one_buffer": str(one_buffer)})
+        told["error"] = str(problem)
+
+    told["transports"] = {}
+    for name, (nodes, can_read, shape, dtype, _) in TRANSPORTS.items():
+        use_shared_slabs(folder / f"transport {name}", nodes, [0, 1, 2, 3], can_read[rank])
+        gather = TextGather(world, shape, dtype)
+        before = gather.transport
+        gather.start(torch.ones(shape, dtype=dtype))
+        told["transports"][name] = [before, gather.transport]
+
+    told["layouts"] = {}
+    for name, (ranks, nodes, shape, dtype) in LAYOUTS.items():
+        if rank in ranks:
+            use_shared_slabs(folder / name, nodes, ranks)
+            told["layouts"][name] = run_steps(groups[tuple(ranks)], shape, dtype)
+
+    use_shared_slabs(folder / "torn", "aaaa", [0, 1, 2, 3])
+    told["right without waiting"] = run_without_waiting(world)
+
+    use_shared_slabs(folder / "arriving", "aaaa", [0, 1, 2, 3])
+    (folder / "arriving").mkdir(exist_ok=True)
+    told["arriving"] = consume_while_arriving(folder / "arriving", groups[0, 1] if rank < 2 else None)
+    if rank == 3:
+        told["waited"] = [blocks_waited_for(*row_range) for row_range in RANGES]
+
+    told["gather_rows"] = {"4": run_gather_rows(world, gather_rows)}
+    if rank < 2:
+        told["gather_rows"]["2"] = run_gather_rows(groups[0, 1], gather_rows)
+        told["compiled"] = run_gather_rows(
+            groups[0, 1], torch.compile(gather_rows, fullgraph=True, backend="aot_eager")
+        )
+        half = gather_rows(torch.ones(3, 4, dtype=torch.bfloat16, requires_grad=True), groups[0, 1])
+        told["gather_rows"]["dtype"] = str(half.dtype)
+
+    (folder / f"{rank}.json").write_text(json.dumps(told))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gather")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(WORLD), str(folder)], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(WORLD)
-    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as stream:
+            command = [sys.executable, __file__, str(rank), str(folder)]
+            processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment))
+    deadline = time.monotonic() + 180
     try:
-        failures = [process.communicate(timeout=120)[1] for process in processes]
+        # One rank that fails leaves the others waiting for it.
+        while time.monotonic() < deadline and not any(process.poll() for process in processes):
+            if all(process.poll() == 0 for process in processes):
+                break
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(failures)
-    return [safe_open(folder / f"{rank}", "pt") for rank in range(WORLD)]
+            process.wait()
+    assert all(process.returncode == 0 for process in processes), "\n".join(log.read_text() for log in logs)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
 def test_every_rank_gets_every_row_in_rank_order(ranks):
-    for tensors in ranks:
-        assert torch.equal(tensors.get_tensor("first"), make_step(0))
-        assert torch.equal(tensors.get_tensor("second"), make_step(1))
-
-
-def test_the_buffer_is_reused(ranks):
-    assert all(tensors.metadata()["one_buffer"] == "True" for tensors in ranks)
+    for told in ranks:
+        assert told["collective"] == {"wrong": [], "buffers": 1, "transport": "collective"}
+        assert told["spread"]
 
 
 def test_shapes_that_differ_between_ranks_are_an_error_on_all(ranks):
-    for tensors in ranks:
-        assert "every rank must gather rows of one shape" in tensors.metadata()["error"]
-        assert "[[3, 6], [4, 6]]" in tensors.metadata()["error"]
+    for told in ranks:
+        assert "every rank must gather rows of one shape" in told["error"]
+        assert "[[3, 6], [4, 6], [5, 6], [6, 6]]" in told["error"]
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_all_ranks_choose_one_transport(ranks, name):
+    for told in ranks:
+        assert told["transports"][name] == [None, TRANSPORTS[name][-1]]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_symmetric_memory_brings_every_row_whoever_is_late(ranks, name):
+    for rank in LAYOUTS[name][0]:
+        assert ranks[rank]["layouts"][name] == {"wrong": [], "buffers": 1, "transport": "symmetric"}
+
+
+def test_without_waiting_for_flags_the_rows_would_be_wrong(ranks):
+    assert [told["right without waiting"] for told in ranks] == [True, False, False, False]
+
+
+def test_a_kernel_reads_rows_as_they_arrive(ranks):
+    arrived = {"flags": [2] * 6, "right": True, "step": 2, "rows_per_rank": 300, "blocks": 128}
+    assert ranks[0]["arriving"] == arrived
+    assert ranks[1]["arriving"] == arrived
+    assert ranks[2]["arriving"] == {"right": True}
+
+
+@pytest.mark.parametrize("row_range", RANGES, ids=str)
+def test_a_row_range_waits_for_the_blocks_that_hold_it(ranks, row_range):
+    first, last, rows_per_rank, rows_per_block = row_range
+    blocks_per_rank = -(-rows_per_rank // rows_per_block)
+
+    def block_of(row: int) -> int:
+        return row // rows_per_rank * blocks_per_rank + row % rows_per_rank // rows_per_block
+
+    assert ranks[3]["waited"][RANGES.index(row_range)] == sorted({block_of(row) for row in range(first, last)})
+
+
+def test_gathered_rows_take_the_gradients_of_all_ranks(ranks):
+    for rank, told in enumerate(ranks):
+        for size in ("4", "2") if rank < 2 else ("4",):
+            assert told["gather_rows"][size]["rows"]
+            assert told["gather_rows"][size]["gradient"] < 1e-14
+    assert ranks[0]["gather_rows"]["dtype"] == "torch.bfloat16"
+
+
+def test_gather_rows_compiles_into_one_graph(ranks):
+    for told in ranks[:2]:
+        assert told["compiled"]["rows"]
+        assert told["compiled"]["gradient"] < 1e-14
 
 
 def test_one_process_gets_its_own_tensor_back():
     rows = torch.randn(4, 8)
-    handle = TextGather(None, (4, 8), torch.float32).start(rows)
+    gather = TextGather(None, (4, 8), torch.float32)
+    assert gather.transport == "none"
+    handle = gather.start(rows)
     assert handle.wait() is rows
     assert handle.wait() is rows
+    assert handle.arriving() == (rows, None)
+    assert gather_rows(rows, None) is rows
 
 
 @pytest.mark.parametrize(
@@ -101,4 +387,4 @@ def test_rows_that_do_not_fit_are_an_error(rows, message):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    one_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    one_rank(int(sys.argv[1]), Path(sys.argv[2]))
