@@ -28,7 +28,8 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/mypy -p textlock.kernels -p textlock.models -p textlock.data -p textlock.engine -p textlock.evals \
 		-p textlock.bench -m textlock.train -m textlock.evaluate -m textlock.export
 
-# The stamp is newer than what decides the environment, or the environment is made again.
+# The stamp is newer than what decides the environment, or the environment is made again. The second Triton is the
+# oldest supported one: the tests compile every kernel with both.
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable .
@@ -36,6 +37,8 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[gpu,test,peers,tensorboard]'
+	rm -rf $(VENV)/triton-3.6
+	$(RUN) -m pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
 	touch $@
 
 clean:

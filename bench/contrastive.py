@@ -1,23 +1,28 @@
-"""Time and peak memory of the contrastive loss with its gradient, against open_clip's, in one process on one data set.
+"""Time and memory of the contrastive losses with their gradients, beside those of other projects, on the same data.
 
-    python -m textlock.bench.contrastive                               # CPU: 2,048 and 8,192 pairs, width 128 and 768
-    python -m textlock.bench.contrastive --batch 4096 --world 16       # one rank of 16: 4,096 images, 65,536 texts
+    python -m textlock.bench.contrastive                             # the sizes that fit this device
+    python -m textlock.bench.contrastive --batch 4096 --world 16     # one rank of 16: 4,096 images, 65,536 texts
+    python -m textlock.bench.contrastive --losses chunked open_clip > bench/results/NAME.jsonl
+    pytest bench/test_contrastive.py --benchmark-only                # the same figures through pytest-benchmark
 
-The text rows are frozen, the logit scale is learnt. With `--world` the other ranks' share of each collective is
-computed beforehand and added where the collective would run, so results are exact and no communication is timed.
-Every candidate is first compared with float64; one that is wrong prints no figure. One JSON line a figure on stdout,
-a table on stderr. `floor` is two matrix products of the logits' size, timed in the same run: no exact method with
-a gradient does less.
+Rows are float32, the text rows are frozen, logit scale and bias are learnt. With `--world` the other ranks' share of
+each collective is computed beforehand and added where the collective would run, so results are exact and no
+communication is timed. Every loss is first compared with float64; one that is wrong prints no figure. One JSON line a
+figure on stdout, a table on stderr. `floor` is two matrix products of the size of the logits in the loss's own dtype,
+timed in the same run: no exact method with a gradient does less. TFLOP/s count those two products alone.
 """
 
+import inspect
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -30,55 +35,88 @@ from torch import Tensor
 
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.kernels import contrastive
+from textlock.kernels.sigmoid import sigmoid_loss
+from textlock.kernels.tiles import runs_tiles
 
-# Largest relative error of (loss, d loss/d image, d loss/d scale) against float64 that still counts as right. Rows
-# in half width round every logit before open_clip sees it: its error, not this bound, is the figure to read there.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# Largest relative error of loss and gradients against float64 that still counts as right, by the dtype of the matrix
+# products. bfloat16 rounds every logit before a loss sees it: its error, not this bound, is the figure to read there.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-1}
+
+# Image rows of one rank and ranks; widths of the embedding.
+SIZES = {"cpu": ((2048, 1), (4096, 2)), "cuda": ((4096, 16), (16384, 1), (65536, 1))}
+WIDTHS = {"cpu": (128, 768), "cuda": (768,)}
+
+# Logits of the floor that are alive at a time: they should fit the cache of a CPU, and fill a GPU.
+FLOOR_BYTES = {"cpu": 2**24, "cuda": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    batch: tuple[int, ...] = (2048, 8192)
-    """Image rows of one rank."""
-    width: tuple[int, ...] = (128, 768)
-    """Width of the embedding."""
+    batch: tuple[int, ...] = ()
+    """Image rows of one rank; left out: sizes that fit the device."""
     world: int = 1
     """Ranks; the text rows are batch x world."""
+    width: tuple[int, ...] = ()
+    """Width of the embedding; left out: 768, on a CPU also 128."""
+    losses: tuple[str, ...] = ()
+    """Names as in the table; left out: all."""
     scale: float = 50.0
     """Logit scale."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Of the image and text rows."""
     seconds: float = 2.0
     """Time spent on each figure, at least three runs."""
     seed: int = 0
     """Of the data."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """Image rows of all ranks and text rows, unit, with a mean positive cosine near 0.2; this rank is the first."""
 
     images: Tensor  # [B, d]
     text: Tensor  # [B, d]
     scale: Tensor
+    bias: Tensor
     b: int
 
-    def to(self, dtype: torch.dtype) -> "Case":
-        return replace(self, images=self.images.to(dtype), text=self.text.to(dtype), scale=self.scale.to(dtype))
+    @property
+    def B(self) -> int:
+        return self.text.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.text.shape[1]
+
+    @property
+    def world(self) -> int:
+        return self.B // self.b
+
+    def double(self) -> "Case":
+        return Case(self.images.double(), self.text.double(), self.scale.double(), self.bias.double(), self.b)
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # own image rows, all text rows, scale
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # own image rows, scale, bias
+Result = dict[str, Tensor]  # "loss" and the gradient of what it depends on
 
 
 @dataclass(frozen=True)
-class Result:
-    loss: Tensor
-    image_grad: Tensor
-    scale_grad: Tensor
+class Candidate:
+    """A loss of one case, the dtype of its matrix products, and what float64 says."""
 
-    def errors(self, truth: "Result") -> dict[str, float]:
-        pairs = {name: (getattr(self, name).double(), getattr(truth, name)) for name in vars(truth)}
-        return {name: ((value - true).norm() / true.norm()).item() for name, (value, true) in pairs.items()}
+    loss: Loss
+    dtype: torch.dtype
+    truth: Callable[[], Result]
+
+
+class Unavailable(Exception):
+    """A candidate that this machine or this case cannot measure, and why."""
+
+
+class Wrong(Exception):
+    """A candidate that does not agree with float64."""
+
+    def __init__(self, name: str, found: dict[str, float]) -> None:
+        super().__init__(f"{name} is wrong, so it has no figures; its relative errors are {found}")
+        self.errors = found
 
 
 def make_case(b: int, world: int, d: int, scale: float, seed: int, device: torch.device) -> Case:
@@ -89,82 +127,226 @@ def make_case(b: int, world: int, d: int, scale: float, seed: int, device: torch
 
     text = noise()
     images = F.normalize(noise() + 0.2 * text)
-    return Case(images, text, torch.tensor(scale, device=device), b)
+    return Case(images, text, torch.tensor(scale, device=device), torch.tensor(-10.0, device=device), b)
 
 
-def evaluate(loss: Loss, case: Case) -> Result:
-    image = case.images[: case.b].clone().requires_grad_()
-    scale = case.scale.clone().requires_grad_()
-    value = loss(image, case.text, scale)
+def leaves(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Return own image rows, scale and bias as fresh tensors that take gradients."""
+    return (
+        case.images[: case.b].clone().requires_grad_(),
+        case.scale.clone().requires_grad_(),
+        case.bias.clone().requires_grad_(),
+    )
+
+
+def evaluate(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Result:
+    """Run a loss forward and backward."""
+    for tensor in inputs:
+        tensor.grad = None
+    value = loss(*inputs)
     value.backward()
-    assert image.grad is not None and scale.grad is not None
-    return Result(value.detach(), image.grad, scale.grad)
+    names = ("image_grad", "scale_grad", "bias_grad")
+    grads = {name: tensor.grad for name, tensor in zip(names, inputs, strict=True) if tensor.grad is not None}
+    return {"loss": value.detach()} | grads
 
 
-def truth_of(case: Case) -> Result:
+def errors(result: Result, truth: Result) -> dict[str, float]:
+    """Return the relative error of the loss and of every gradient, in the Euclidean norm."""
+    if missing := truth.keys() - result.keys():
+        return dict.fromkeys(sorted(missing), float("nan"))
+    return {name: ((result[name].double() - true).norm() / true.norm()).item() for name, true in truth.items()}
+
+
+@lru_cache(1)
+def contrastive_truth(case: Case) -> Result:
     """Float64 loss of the global batch, its gradient for the own rows and their share of the scale gradient."""
-    exact = case.to(torch.float64)
+    exact = case.double()
     image, scale = exact.images.requires_grad_(), exact.scale.requires_grad_()
-    dense = image.shape[0] ** 2 * 8 <= 2**29
+    dense = case.B**2 * 8 <= 2**29
     loss = contrastive.contrastive_loss(image, exact.text, scale, mode="reference" if dense else "chunked")
     loss.backward()
     assert image.grad is not None
     own = image.grad[: case.b]
-    return Result(loss.detach(), own, (own * image.detach()[: case.b]).sum() / scale.detach())
+    share = (own * image.detach()[: case.b]).sum() / scale.detach()
+    return {"loss": loss.detach(), "image_grad": own, "scale_grad": share}
+
+
+@lru_cache(1)
+def contrastive_share_truth(case: Case) -> Result:
+    """Float64 truth of libraries whose ranks differentiate their own rows and columns and exchange the rest."""
+    if case.world == 1:
+        return contrastive_truth(case)
+    exact = case.double()
+
+    def share(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        labels = torch.arange(case.b, device=image.device)
+        everyone = torch.cat([image, exact.images[case.b :]])
+        image_to_text = F.cross_entropy(scale * image @ exact.text.T, labels)
+        text_to_image = F.cross_entropy(scale * exact.text[: case.b] @ everyone.T, labels)
+        return (image_to_text + text_to_image) / 2
+
+    return evaluate(share, leaves(exact))
+
+
+@lru_cache(1)
+def sigmoid_truth(case: Case) -> Result:
+    """Float64 mean over the own images of their losses against all texts, which is what every rank differentiates."""
+    exact = case.double()
+    mode: Literal["reference", "chunked"] = "reference" if case.b * case.B * 8 <= 2**29 else "chunked"
+
+    def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return sigmoid_loss(image, exact.text, scale, bias, mode=mode)
+
+    return evaluate(loss, leaves(exact))
 
 
 @contextmanager
 def collectives(add: Callable[[Tensor], object]) -> Iterator[None]:
     """Run `add` on the message where `contrastive_loss` would all-reduce it."""
     with (
-        mock.patch.object(contrastive, "_check_layout"),
+        mock.patch.object(contrastive, "check_layout"),
         mock.patch.object(contrastive, "_all_reduce", lambda message, *_: add(message)),
     ):
         yield
 
 
-def other_ranks(case: Case, world: int) -> Tensor:
+def other_ranks(case: Case, mode: contrastive.Mode) -> Tensor:
     """Sum of the messages that all ranks but the first send."""
     messages: list[Tensor] = []
     with torch.no_grad(), collectives(lambda message: messages.append(message.clone())):
-        for first_row in range(case.b, case.b * world, case.b):
+        for first_row in range(case.b, case.B, case.b):
             rows = case.images[first_row : first_row + case.b]
-            contrastive.contrastive_loss(rows, case.text, case.scale, first_row=first_row, group=dist.group.WORLD)
+            contrastive.contrastive_loss(
+                rows, case.text, case.scale, first_row=first_row, group=dist.group.WORLD, mode=mode
+            )
     return torch.stack(messages).sum(0)
 
 
-def candidates(case: Case, world: int) -> dict[str, tuple[Loss, Result]]:
-    """Name -> (loss, its float64 truth)."""
-    truth = truth_of(case)
-    found: dict[str, tuple[Loss, Result]] = {}
-    if world == 1:
-        # The dense form holds the logits of all ranks on each, so it is a candidate for one rank only.
-        found["reference"] = partial(contrastive.contrastive_loss, mode="reference"), truth
-        found["chunked"] = partial(contrastive.contrastive_loss, mode="chunked"), truth
+def ours(case: Case, *, mode: contrastive.Mode) -> Candidate:
+    dtype = dtype_of_tiles(case) if mode in ("store", "recompute") else torch.float32
+    if case.world == 1:
+
+        def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            return contrastive.contrastive_loss(image, case.text, scale, mode=mode)
+    elif mode == "reference":
+        raise Unavailable("it holds the logits of all ranks on each, so it is measured on one rank only")
     else:
-        message = other_ranks(case, world)
+        message = other_ranks(case, mode)
 
-        def chunked(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
             with collectives(lambda values: values.add_(message)):
-                return contrastive.contrastive_loss(image, text, scale, group=dist.group.WORLD, mode="chunked")
+                return contrastive.contrastive_loss(image, case.text, scale, group=dist.group.WORLD, mode=mode)
 
-        found["chunked"] = chunked, truth
+    return Candidate(loss, dtype, partial(contrastive_truth, case))
+
+
+def our_sigmoid(case: Case, *, mode: Literal["chunked", "fused"]) -> Candidate:
+    dtype = dtype_of_tiles(case) if mode == "fused" else torch.float32
+
+    def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return sigmoid_loss(image, case.text, scale, bias, mode=mode)
+
+    return Candidate(loss, dtype, partial(sigmoid_truth, case))
+
+
+def dtype_of_tiles(case: Case) -> torch.dtype:
+    """Return the dtype our kernels round rows to, where they are compiled: interpreted ones are no measurement."""
+    if not (case.text.is_cuda and runs_tiles(case.text)):
+        raise Unavailable("its kernels need an H100 or later")
+    return torch.float16
+
+
+def open_clip_losses() -> Any:
     try:
         import open_clip.loss
     except ImportError:
-        print("open_clip is not installed: no figure of it (pip install open-clip-torch)", file=sys.stderr)
-        return found
-    clip_loss = open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, world_size=world)
+        raise Unavailable("open_clip is not installed (pip install open-clip-torch)") from None
+    return open_clip.loss
 
-    def open_clip_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-        everyone = torch.cat([image, case.images[case.b :].to(image.dtype)])
-        with mock.patch.object(open_clip.loss, "gather_features", lambda *_, **__: (everyone, text)):
-            return clip_loss(image, text[: case.b], scale)
 
-    # Its ranks differentiate their own part of the loss and exchange the rest, so on one rank its truth is its own.
-    own_truth = truth if world == 1 else evaluate(open_clip_loss, case.to(torch.float64))
-    found["open_clip"] = (open_clip_loss, own_truth)
-    return found
+def peers_dtype(case: Case) -> torch.dtype:
+    """Return the dtype other projects train in."""
+    return torch.bfloat16 if case.text.is_cuda else torch.float32
+
+
+def peers_autocast(case: Case) -> AbstractContextManager[object]:
+    return torch.autocast("cuda", peers_dtype(case)) if case.text.is_cuda else nullcontext()
+
+
+def open_clip(case: Case, *, compiled: bool) -> Candidate:
+    """ClipLoss as its training command uses it: under bfloat16 autocast on a GPU, local rows against gathered ones."""
+    losses = open_clip_losses()
+    clip_loss = losses.ClipLoss(local_loss=True, gather_with_grad=True, world_size=case.world)
+    if compiled:
+        compiler = os.environ.get("CXX", "g++")
+        if case.text.device.type == "cpu" and shutil.which(compiler) is None:
+            raise Unavailable(f"torch.compile needs a C++ compiler on a CPU, and there is no {compiler}")
+        torch.compiler.reset()
+        clip_loss = torch.compile(clip_loss, dynamic=False)
+    others = case.images[case.b :]
+
+    def gather(image: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return torch.cat([image, others]), case.text
+
+    def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        with mock.patch.object(losses, "gather_features", gather), peers_autocast(case):
+            return clip_loss(image, case.text[: case.b], scale)
+
+    return Candidate(loss, peers_dtype(case), partial(contrastive_share_truth, case))
+
+
+def open_clip_sigmoid(case: Case, *, chunk_size: int | None = None) -> Candidate:
+    """SigLipLoss with the text rows of the other ranks arriving where it exchanges them."""
+    losses = open_clip_losses()
+    settings = {} if chunk_size is None else {"chunk_size": chunk_size}
+    if not settings.keys() <= inspect.signature(losses.SigLipLoss).parameters.keys():
+        raise Unavailable("SigLipLoss of this open_clip has no chunk_size")
+    siglip_loss = losses.SigLipLoss(world_size=case.world, dist_impl="shift", **settings)
+
+    def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        arriving = iter(case.text.split(case.b)[1:])
+        exchange = mock.patch.object(losses, "neighbour_exchange_with_grad", lambda *_: next(arriving))
+        with exchange, peers_autocast(case):
+            return siglip_loss(image, case.text[: case.b], scale, bias)
+
+    return Candidate(loss, peers_dtype(case), partial(sigmoid_truth, case))
+
+
+def linear_cross_entropy(case: Case) -> Candidate:
+    """PyTorch's chunked projection and cross entropy, once a direction.
+
+    It has one direction only, so the logits are computed twice, and on many ranks the second call needs all image rows
+    gathered and their gradients reduced (neither is timed here). It knows no mask for duplicate captions.
+    """
+    function, settings = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or settings is None:
+        raise Unavailable("torch has F.linear_cross_entropy with options from 2.13 on")
+    dtype = peers_dtype(case)
+    text, others = case.text.to(dtype), case.images[case.b :]
+    labels = torch.arange(case.b, device=text.device)
+
+    def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        everyone = (scale * torch.cat([image, others])).to(dtype)
+        image_to_text = function(everyone[: case.b], text, labels, options=settings())
+        text_to_image = function(text[: case.b], everyone, labels, options=settings())
+        return (image_to_text + text_to_image) / 2
+
+    return Candidate(loss, dtype, partial(contrastive_share_truth, case))
+
+
+CANDIDATES: dict[str, Callable[[Case], Candidate]] = {
+    "reference": partial(ours, mode="reference"),
+    "chunked": partial(ours, mode="chunked"),
+    "recompute": partial(ours, mode="recompute"),
+    "store": partial(ours, mode="store"),
+    "open_clip": partial(open_clip, compiled=False),
+    "open_clip_compiled": partial(open_clip, compiled=True),
+    "linear_cross_entropy": linear_cross_entropy,
+    "sigmoid_chunked": partial(our_sigmoid, mode="chunked"),
+    "sigmoid_fused": partial(our_sigmoid, mode="fused"),
+    "open_clip_sigmoid": open_clip_sigmoid,
+    "open_clip_sigmoid_256": partial(open_clip_sigmoid, chunk_size=256),
+}
 
 
 def synchronize(device: torch.device) -> None:
@@ -172,17 +354,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def time_of(run: Callable[[], object], seconds: float, device: torch.device) -> float:
+def time_of(run: Callable[[], object], seconds: float) -> float:
     """Seconds of the fastest run, after one that is not counted: other work on the machine can only add."""
     run()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        synchronize(device)
+    fastest, runs, end = float("inf"), 0, time.perf_counter() + seconds
+    while runs < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        fastest, runs = min(fastest, time.perf_counter() - start), runs + 1
+    return fastest
+
+
+def floor_of(case: Case, dtype: torch.dtype, seconds: float) -> float:
+    """Seconds of the two matrix products I·Tᵀ and G·T, some rows of the logits at a time."""
+    image, text = case.images[: case.b].to(dtype), case.text.to(dtype)
+    step = max(1, min(case.b, FLOOR_BYTES[text.device.type] // (case.B * dtype.itemsize)))
+    logits, grad = image.new_empty(step, case.B), torch.empty_like(image)
+
+    def two_products() -> None:
+        for rows, out in zip(image.split(step), grad.split(step), strict=True):
+            torch.mm(torch.mm(rows, text.T, out=logits[: len(rows)]), text, out=out)
+        synchronize(text.device)
+
+    return time_of(two_products, seconds)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -203,53 +397,127 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    return {"device": device_name(device), "versions": versions(), "commit": commit()}
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that agrees with float64 on a case."""
+
+    case: Case
+    candidate: Candidate
+    errors: dict[str, float]
+
+    def runner(self) -> Callable[[], None]:
+        """Return a function that runs loss and gradient to their end, on inputs of its own."""
+        inputs, device = leaves(self.case), self.case.text.device
+
+        def run() -> None:
+            evaluate(self.candidate.loss, inputs)
+            synchronize(device)
+
+        return run
+
+    def peak_bytes(self) -> int:
+        return peak_bytes(self.runner(), self.case.text.device)
+
+
+def check(case: Case, name: str) -> Trial:
+    """Compare a candidate with float64; raises Unavailable, or Wrong with its errors."""
+    candidate = CANDIDATES[name](case)
+    found = errors(evaluate(candidate.loss, leaves(case)), candidate.truth())
+    if not all(error <= TOLERANCE[candidate.dtype] for error in found.values()):  # nan is wrong too
+        raise Wrong(name, found)
+    return Trial(case, candidate, found)
+
+
+def figures(trial: Trial, seconds: float, floor: float) -> dict[str, Any]:
+    """Return what is published of a time: in percent of the floor, as useful operations, with memory and errors."""
+    case = trial.case
+    return {
+        "dtype": str(trial.candidate.dtype).removeprefix("torch."),
+        "ms": seconds * 1e3,
+        "floor_ms": floor * 1e3,
+        "percent_of_floor": 100 * floor / seconds,
+        "useful_tflops": 4 * case.b * case.B * case.d / seconds / 1e12,
+        "peak_bytes": trial.peak_bytes(),
+        "errors": trial.errors,
+    }
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Make the group of this one process, which stands for that of all ranks."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def device_of_this_machine() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cases(options: Options) -> Iterator[Case]:
+    device = device_of_this_machine()
+    sizes = tuple((b, options.world) for b in options.batch) or SIZES[device.type]
+    for b, world in sizes:
+        for d in options.width or WIDTHS[device.type]:
+            yield make_case(b, world, d, options.scale, options.seed, device)
 
 
 def main(options: Options) -> None:
-    if min(*options.batch, *options.width, options.world, options.scale) <= 0:
-        raise ValueError("batch, width, world and scale must be positive")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype: torch.dtype = getattr(torch, options.dtype)
-    if options.world > 1:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    table = Table(
-        title=f"contrastive loss and gradient, {options.dtype}, scale {options.scale:g}, one of {options.world}"
-    )
-    for column in ("b", "B", "d", "loss", "ms", "x floor", "TFLOP/s", "peak MiB", "error loss", "error dI", "error ds"):
+    if min(*options.batch, *options.width, options.world, options.scale, options.seconds) <= 0:
+        raise ValueError("batch, width, world, scale and seconds must be positive")
+    if unknown := set(options.losses) - CANDIDATES.keys():
+        raise ValueError(f"no loss is named {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
+    machine = {"device": device_name(device_of_this_machine()), "versions": versions(), "commit": commit()}
+    table = Table(title=f"loss and gradient, scale {options.scale:g}, {machine['device']}")
+    for column in COLUMNS:
         table.add_column(column, justify="right")
-    for b in options.batch:
-        for d in options.width:
-            B = b * options.world
-            case = make_case(b, options.world, d, options.scale, options.seed, device).to(dtype)
-            image, text = case.images[:b], case.text
-            floor = 2 * time_of(partial(torch.mm, image, text.T), options.seconds / 2, device)
-            for name, (loss, truth) in candidates(case, options.world).items():
-                errors = evaluate(loss, case).errors(truth)
-                row = {"case": {"b": b, "B": B, "d": d, "scale": options.scale, "dtype": options.dtype}, "loss": name}
-                cells = [f"{b}", f"{B}", f"{d}", name]
-                if not all(error <= TOLERANCE[dtype] for error in errors.values()):  # nan is wrong too
-                    print(json.dumps(row | {"wrong": errors} | machine(device)), flush=True)
-                    table.add_row(*cells, "wrong", "", "", "", *(f"{error:.0e}" for error in errors.values()))
+    absent: dict[str, set[str]] = {}  # reason -> names
+    with process_group():
+        for case in cases(options):
+            floors: dict[torch.dtype, float] = {}
+            shape = {"b": case.b, "B": case.B, "d": case.d, "scale": options.scale}
+            for name in options.losses or CANDIDATES:
+                try:
+                    trial = check(case, name)
+                    dtype = trial.candidate.dtype
+                    if dtype not in floors:
+                        floors[dtype] = floor_of(case, dtype, options.seconds)
+                    seconds = time_of(trial.runner(), options.seconds)
+                    outcome = figures(trial, seconds, floors[dtype])
+                except Unavailable as reason:
+                    absent.setdefault(str(reason), set()).add(name)
                     continue
-                run = partial(evaluate, loss, case)
-                seconds, peak = time_of(run, options.seconds, device), peak_bytes(run, device)
-                rate = 4 * b * B * d / seconds / 1e12
-                figures = {"ms": seconds * 1e3, "floor_ms": floor * 1e3, "useful_tflops": rate, "peak_bytes": peak}
-                print(json.dumps(row | figures | {"errors": errors} | machine(device)), flush=True)
-                table.add_row(
-                    *cells,
-                    f"{seconds * 1e3:.1f}",
-                    f"{seconds / floor:.2f}",
-                    f"{rate:.3g}",
-                    f"{peak / 2**20:.0f}",
-                    *(f"{error:.0e}" for error in errors.values()),
-                )
-    Console(stderr=True, width=120).print(table)
-    if options.world > 1:
-        dist.destroy_process_group()
+                except Wrong as wrong:
+                    outcome = {"wrong": wrong.errors}
+                except torch.OutOfMemoryError:
+                    outcome = {"failed": "out of memory"}
+                print(json.dumps({"case": shape, "loss": name} | outcome | machine), flush=True)
+                table.add_row(*(str(shape[letter]) for letter in "bBd"), name, *cells(outcome))
+    Console(stderr=True, width=140).print(table)
+    for why, names in absent.items():
+        print(f"left out {', '.join(sorted(names))}: {why}", file=sys.stderr)
+
+
+COLUMNS = ("b", "B", "d", "loss", "dtype", "ms", "% floor", "TFLOP/s", "peak MiB", "errors: loss", "dI", "ds", "dβ")
+
+
+def cells(outcome: dict[str, Any]) -> list[str]:
+    """Return the cells of the table from `dtype` on."""
+    if "failed" in outcome:
+        return ["", outcome["failed"]]
+    if "wrong" in outcome:
+        return ["", "wrong", "", "", "", *(f"{error:.0e}" for error in outcome["wrong"].values())]
+    return [
+        outcome["dtype"],
+        f"{outcome['ms']:.1f}",
+        f"{outcome['percent_of_floor']:.0f}",
+        f"{outcome['useful_tflops']:.3g}",
+        f"{outcome['peak_bytes'] / 2**20:.0f}",
+        *(f"{error:.0e}" for error in outcome["errors"].values()),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,294 @@
+"""Compile every Triton kernel of the project for an H100, on a machine without one, and read what the compiler made.
+
+    python -m textlock.bench.compile                              # with the installed Triton
+    python -m textlock.bench.compile --triton .venv/triton-3.6    # with another (make test puts 3.6 there)
+
+Kernels are compiled as their own launchers launch them: the launchers run on tensors without data, and each launch is
+compiled in place of being run. Registers, stack and instructions are read from the binary. One JSON line a kernel on
+stdout, a table on stderr. Exit status 1 and one sentence a fault: registers spilled to memory, a dot product that is
+no wgmma, or fewer programs in a multiprocessor than the launcher counts on.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+from textlock.kernels import contrastive_tiles, gather, sigmoid
+
+# An H100, and what one of its multiprocessors holds (CUDA programming guide, table of compute capability 9.0).
+MULTIPROCESSORS = 132
+REGISTERS, THREADS, PROGRAMS, SHARED_BYTES = 64 * 1024, 2048, 32, 228 * 1024
+RESERVED_BYTES = 1024  # of shared memory, for each program
+
+# Kernels whose grid says how many programs their launcher expects side by side; others have one program for a block.
+PERSISTENT = ("sums_kernel", "weights_kernel", "sigmoid_kernel")
+
+# The shape that the cases are launched at: one rank of 16 at a batch of 65,536.
+b, B, d = 4096, 65536, 768
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    triton: Path | None = None
+    """Folder made by `pip install --no-deps --target FOLDER triton==VERSION`; that Triton compiles."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call that launches kernels."""
+
+    name: str
+    launch: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What the compiler made of one kernel."""
+
+    kernel: str
+    case: str
+    registers: int  # of a thread
+    threads: int
+    shared_bytes: int
+    stack_bytes: int
+    spills: int  # instructions that store registers to the stack or load them back
+    dots: int  # in the source, after inlining
+    tensor_core: dict[str, int]  # instruction -> occurrences, in the binary
+    wgmma: list[str]  # kinds of matrix product, in PTX
+    programs: int  # that fit a multiprocessor
+    programs_wanted: int  # that the launcher counts on
+
+    def faults(self) -> list[str]:
+        """Say what is wrong, a clause each."""
+        found = []
+        if self.spills or self.stack_bytes:
+            found.append(f"keeps {self.stack_bytes} bytes a thread on the stack, with {self.spills} loads and stores")
+        others = [name for name in self.tensor_core if not name.startswith("HGMMA")]
+        if self.dots and (not self.wgmma or others):
+            found.append(f"computes a dot product by {', '.join(others) or 'scalar instructions'}, not by wgmma")
+        if self.programs < self.programs_wanted:
+            found.append(f"fits a multiprocessor {self.programs} times, its launcher counts on {self.programs_wanted}")
+        return found
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor without data, which is all that a compiler needs."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def cases() -> Iterator[Case]:
+    yield from contrastive_cases()
+    yield from sigmoid_cases()
+    yield from gather_cases()
+
+
+def contrastive_cases() -> Iterator[Case]:
+    image, text, scale = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
+    all_ids = tensor(B, dtype=torch.int32)
+    for ids, store, peaks in product((None, all_ids), (False, True), (False, True)):
+        yield Case(
+            listed(ids=ids is not None, store=store, peaks=peaks),
+            partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, store=store, peaks=peaks),
+        )
+    progress = gather.GatherProgress(tensor(B // 128, dtype=torch.int32), 2, b, 128)
+    for ids, store in product((None, all_ids), (False, True)):
+        settings: dict[str, Any] = {"store": store, "peaks": False, "progress": progress}
+        yield Case(
+            listed(ids=ids is not None, store=store, arriving=True),
+            partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, **settings),
+        )
+    yield Case("", partial(contrastive_tiles.matching_cosines, image, tensor(b, d, dtype=torch.float16)))
+    row_lse, column_lse, doubt, weights = tensor(b), tensor(B), tensor(b), tensor(b, B, dtype=torch.float16)
+    for ids in (None, all_ids):
+        yield Case(
+            listed(ids=ids is not None),
+            partial(contrastive_tiles.write_weights, image, text, scale, ids, 0, row_lse, column_lse, weights),
+        )
+    stored = contrastive_tiles.Stored(tensor(b, B, dtype=torch.bfloat16), tensor(B // 128, b), 128, tensor(b))
+    yield Case("", partial(contrastive_tiles.multiply_stored, stored, text, row_lse, column_lse))
+    yield Case("", partial(contrastive_tiles.weigh_stored, stored, B, row_lse, column_lse))
+    for splits, dtype in product((1, 4), (torch.float16, torch.float32)):
+        parts, own, matching = tensor(splits, b, d), tensor(b, d), tensor(b, d, dtype=dtype)
+        yield Case(
+            listed(split=splits > 1, half_width_text=dtype == torch.float16),
+            partial(contrastive_tiles.finish_gradient, parts, own, matching, doubt, scale),
+        )
+
+
+def sigmoid_cases() -> Iterator[Case]:
+    image, text, scalar = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
+    all_ids = tensor(B, dtype=torch.int32)
+    for ids, with_grad in product((None, all_ids), (False, True)):
+        visit = sigmoid.tile_visitor(text, scalar, scalar, ids, b, with_grad)
+        yield Case(listed(ids=ids is not None, gradient=with_grad), partial(visit, image, 0))
+
+
+def gather_cases() -> Iterator[Case]:
+    """Return the gather of one rank of eight on a node, and of one of sixteen on two."""
+    for nodes in ([[*range(8)]], [[*range(8)], [*range(8, 16)]]):
+        group: Any = SimpleNamespace(rank=lambda: 0, size=partial(sum, map(len, nodes)))
+        others: dict[str, Any] = {
+            "_part_of": lambda group, parts: parts[0],
+            "_ranks_of": lambda part, group: part,
+            "_exchange": lambda group, numbers, device: [numbers] * group.size(),
+            "_open_peers": lambda nbytes, peers, device: (
+                tensor(nbytes, dtype=torch.uint8),
+                tensor(8, dtype=torch.int64),
+            ),
+        }
+        with mock.patch.multiple(gather, **others), mock.patch("torch.distributed.all_gather_into_tensor"):
+            rows = tensor(b, d, dtype=torch.float16)
+            yield Case(
+                listed(across_nodes=len(nodes) > 1), partial(gather._SymmetricGather(group, nodes, rows).start, rows)
+            )
+
+
+def listed(**settings: bool) -> str:
+    return ", ".join(name.replace("_", " ") for name, value in settings.items() if value)
+
+
+class H100:
+    """Stands for the driver of a GPU: says what to compile for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_launches(case: Case, binaries: dict[Any, Binary]) -> None:
+    """Compile the kernels that a case launches, print those that are new and add them to `binaries`."""
+
+    def compiler_of(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        def compile_one(*arguments: object, **constants: object) -> None:
+            compiled = kernel.warmup(*arguments, grid=grid, **constants)
+            if compiled in binaries:
+                return
+            wanted = -(-grid[0] // MULTIPROCESSORS) if kernel.__name__ in PERSISTENT else 1
+            binary = binaries[compiled] = read(compiled, kernel.__name__, case.name, wanted)
+            print(json.dumps({"triton": triton.__version__, "target": "sm_90"} | asdict(binary)), flush=True)
+
+        return compile_one
+
+    with mock.patch.object(JITFunction, "__getitem__", compiler_of), ExitStack() as stack:
+        for module in (contrastive_tiles, sigmoid):
+            stack.enter_context(mock.patch.object(module, "multiprocessors_of", return_value=MULTIPROCESSORS))
+        case.launch()
+
+
+def read(compiled: Any, kernel: str, case: str, programs_wanted: int) -> Binary:
+    """Read the PTX and the binary of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        resources, assembly = cuobjdump("--dump-resource-usage", file.name), cuobjdump("--dump-sass", file.name)
+    registers, stack, local = (int(re.findall(rf"\b{name}:(\d+)", resources)[0]) for name in ("REG", "STACK", "LOCAL"))
+    opcodes = Counter(re.findall(r"^ +/\*[0-9a-f]+\*/ +(?:@!?U?P\w+ +)?(\w[\w.]*)", assembly, re.MULTILINE))
+    ptx = compiled.asm["ptx"]
+    threads = int(re.findall(r"\.reqntid (\d+)", ptx)[0])
+    shared = compiled.metadata.shared
+    return Binary(
+        kernel=kernel,
+        case=case,
+        registers=registers,
+        threads=threads,
+        shared_bytes=shared,
+        stack_bytes=stack + local,
+        spills=sum(count for name, count in opcodes.items() if name.startswith(("STL", "LDL"))),
+        dots=len(re.findall(r"\btt\.dot\b", compiled.asm["ttir"])),
+        tensor_core={name: count for name, count in sorted(opcodes.items()) if name.split(".")[0].endswith("MMA")},
+        wgmma=sorted(set(re.findall(r"wgmma\.mma_async\S*\.(m\d+n\d+k\d+\S*)", ptx))),
+        programs=programs_that_fit(registers, threads, shared),
+        programs_wanted=programs_wanted,
+    )
+
+
+def programs_that_fit(registers: int, threads: int, shared_bytes: int) -> int:
+    """Return how many programs a multiprocessor holds; a warp takes registers by 256."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    by_shared_memory = SHARED_BYTES // (shared_bytes + RESERVED_BYTES)
+    return min(by_registers, by_shared_memory, THREADS // threads, PROGRAMS)
+
+
+def cuobjdump(*arguments: str) -> str:
+    """Run the disassembler that comes with Triton."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not program.exists():
+        raise FileNotFoundError(f"Triton {triton.__version__} comes without {program}; install its wheel from PyPI")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def show(binaries: Iterable[Binary]) -> None:
+    table = Table(title=f"Triton {triton.__version__}, sm_90")
+    for column in ("kernel", "case", "registers", "shared KiB", "stack", "spills", "tensor core", "wgmma", "programs"):
+        table.add_column(column, justify="left" if column in ("kernel", "case") else "right")
+    for binary in binaries:
+        table.add_row(
+            binary.kernel,
+            binary.case,
+            str(binary.registers),
+            f"{binary.shared_bytes / 1024:.0f}",
+            str(binary.stack_bytes),
+            str(binary.spills),
+            "\n".join(f"{count} {name}" for name, count in binary.tensor_core.items()),
+            "\n".join(binary.wgmma),
+            f"{binary.programs} of {binary.programs_wanted}",
+        )
+    Console(stderr=True, width=160).print(table)
+
+
+def main(options: Options) -> None:
+    if options.triton is not None:
+        if not (options.triton / "triton" / "__init__.py").is_file():
+            raise FileNotFoundError(
+                f"{options.triton} holds no Triton; make it with pip install --no-deps --target {options.triton} triton"
+            )
+        paths = [str(options.triton.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        os.execve(sys.executable, [sys.executable, "-m", "textlock.bench.compile"], environment)
+    if triton.knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
+    triton.runtime.driver.set_active(H100())
+    binaries: dict[Any, Binary] = {}  # by what Triton compiled: cases share kernels
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):
+        for case in cases():
+            compile_launches(case, binaries)
+    show(binaries.values())
+    faults = [f"{binary.kernel} ({binary.case}) {fault}" for binary in binaries.values() for fault in binary.faults()]
+    if faults:
+        print("\n".join(f"error: {fault}" for fault in faults), file=sys.stderr)
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
