@@ -454,7 +454,7 @@ def sum_exponentials(
     shape = sums_shape(store=store, has_ids=ids is not None, peaks=peaks)
     blocks_n = triton.cdiv(B, shape.block_n)
     # A launch takes this many rows: it bounds the partial sums to 16 bytes x 64 x B, whatever b is.
-    launch_rows = min(b, 64 * shape.block_m if image.is_cuda else 2 * shape.block_m)
+    launch_rows = min(b, (2 if INTERPRETED else 64) * shape.block_m)
     blocks_m = triton.cdiv(launch_rows, shape.block_m)
     row_stride = (triton.cdiv(b, shape.block_m) if store else blocks_m) * shape.block_m
     column_stride = blocks_n * shape.block_n
@@ -474,7 +474,7 @@ def sum_exponentials(
 
     text_tiles = descriptor(text, (shape.block_n, shape.block_k))
     programs = shape.programs * multiprocessors_of(image.device)
-    if progress is not None and image.is_cuda:
+    if progress is not None and not INTERPRETED:
         programs -= PULL_PROGRAMS  # which must find a place beside these
     for start in range(0, b, launch_rows):
         here = slice(start, min(start + launch_rows, b))

@@ -41,7 +41,8 @@ class TileShape:
 
     def options(self) -> dict[str, int]:
         """Return the compiler's options of a launch."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        # Triton 3.10 no longer fuses multiplications and additions where it is not asked to.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
