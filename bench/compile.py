@@ -35,7 +35,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from textlock.kernels import contrastive_tiles, gather, sigmoid
+from textlock.kernels import contrastive_tiles, gather, gelu, norm, patchify, rows, sigmoid, swiglu
 
 # An H100, and what one of its multiprocessors holds (CUDA programming guide, table of compute capability 9.0).
 MULTIPROCESSORS = 132
@@ -43,7 +43,11 @@ REGISTERS, THREADS, PROGRAMS, SHARED_BYTES = 64 * 1024, 2048, 32, 228 * 1024
 RESERVED_BYTES = 1024  # of shared memory, for each program
 
 # Kernels whose grid says how many programs their launcher expects side by side; others have one program for a block.
-PERSISTENT = ("sums_kernel", "weights_kernel", "sigmoid_kernel")
+PERSISTENT = (
+    *("sums_kernel", "weights_kernel", "sigmoid_kernel"),
+    *("add_norm_kernel", "normalize_kernel", "add_norm_backward_kernel"),
+    *("swiglu_kernel", "swiglu_backward_kernel", "gelu_kernel", "gelu_backward_kernel"),
+)
 
 # The shape that the cases are launched at: one rank of 16 at a batch of 65,536.
 b, B, d = 4096, 65536, 768
@@ -102,6 +106,7 @@ def cases() -> Iterator[Case]:
     yield from contrastive_cases()
     yield from sigmoid_cases()
     yield from gather_cases()
+    yield from block_cases()
 
 
 def contrastive_cases() -> Iterator[Case]:
@@ -165,6 +170,34 @@ def gather_cases() -> Iterator[Case]:
             )
 
 
+def block_cases() -> Iterator[Case]:
+    """Return the row kernels of EVA02 ViT-B/16 and ViT-B/16 for a micro-batch of 512 images, and their patches."""
+    N, D, bf16 = 512 * 197, 768, torch.bfloat16
+    weight, of_rows, branch = tensor(D), tensor(N), tensor(N, D, dtype=bf16)
+    for dtype, scale in product((bf16, torch.float32), (None, weight)):
+        x = tensor(N, D, dtype=dtype)
+        name = listed(wide_stream=dtype == torch.float32, layer_scale=scale is not None)
+        kept = None if scale is None else branch
+        yield Case(name, partial(norm._launch_add_norm, x, branch, scale, weight, weight, 1e-6, bf16))
+        yield Case(
+            name, partial(norm._launch_add_norm_backward, branch, x, x, of_rows, of_rows, weight, kept, scale, bf16)
+        )
+    yield Case("no branch", partial(norm._launch_add_norm, branch, None, None, weight, weight, 1e-6, bf16))
+    yield Case("", partial(norm._launch_normalize, branch, of_rows, of_rows, weight, weight, bf16))
+    for H, sub_norm in ((2048, True), (352, True), (2048, False)):
+        gate_up, h = tensor(N, 2 * H, dtype=bf16), tensor(N, H, dtype=bf16)
+        weights, moments = (tensor(H), of_rows) if sub_norm else (None, None)
+        name = f"{H}, {listed(sub_norm=sub_norm)}".rstrip(", ")
+        yield Case(name, partial(swiglu._launch_swiglu_norm, gate_up, weights, weights, 1e-5))
+        backward = partial(swiglu._launch_swiglu_norm_backward, h, gate_up, moments, moments, weights, weights)
+        yield Case(name, backward)
+    fc1 = tensor(N, 3072, dtype=bf16)
+    yield Case("", partial(gelu._launch_gelu, fc1))
+    yield Case("", partial(gelu._launch_gelu_backward, fc1, fc1))
+    images = tensor(512, 224, 224, 3, dtype=torch.uint8)
+    yield Case("", partial(patchify._launch_patchify, images, 16, (0.5,) * 3, (0.25,) * 3, bf16))
+
+
 def listed(**settings: bool) -> str:
     return ", ".join(name.replace("_", " ") for name, value in settings.items() if value)
 
@@ -197,7 +230,7 @@ def compile_launches(case: Case, binaries: dict[Any, Binary]) -> None:
         return compile_one
 
     with mock.patch.object(JITFunction, "__getitem__", compiler_of), ExitStack() as stack:
-        for module in (contrastive_tiles, sigmoid):
+        for module in (contrastive_tiles, rows, sigmoid):
             stack.enter_context(mock.patch.object(module, "multiprocessors_of", return_value=MULTIPROCESSORS))
         case.launch()
 

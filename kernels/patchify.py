@@ -3,12 +3,85 @@
 A raw uint8 image is normalised on the way: loaders carry and copy one byte per value, and no normalised image ever
 exists. Column (c, row, col) of a patch is (pixel / 255 - mean[c]) / std[c], in the order of a flattened convolution
 kernel. Memory bound: one byte read and one number of ``dtype`` written per value.
+
+On a GPU a thread takes 8 neighbouring pixels of 3 channels, which are three words of 8 bytes, and writes 8 neighbouring
+columns of each channel: 16 bytes in bfloat16. Images of other shapes go the way of the CPU, channel by channel.
 """
 
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+_BLOCK = 256  # words of 8 pixels that a program takes
+
+
+@triton.jit
+def patchify_kernel(
+    images,  # [b, H, W, 3 / 8] int64: 8 bytes each
+    patches,  # [b, N, 3 * p * p]
+    factors,  # 3 of float32: of a pixel
+    offsets,  # 3 of float32
+    height,
+    width,
+    blocks,  # programs an image
+    P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Groups of 8 pixels are counted in the order in which one channel of the patches lies in memory.
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    group = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    groups = height * width // 8
+    patch = group // (P * P // 8)
+    row = (patch // (width // P)) * P + group // (P // 8) % P
+    column = (patch % (width // P)) * P + group % (P // 8) * 8
+    word = images + image * groups * 3 + (row * width + column) // 8 * 3
+    first = tl.load(word, mask=group < groups, other=0)[:, None]  # [BLOCK, 1]
+    second = tl.load(word + 1, mask=group < groups, other=0)[:, None]
+    third = tl.load(word + 2, mask=group < groups, other=0)[:, None]
+
+    pixel = tl.arange(0, 8)[None, :]
+    own = patches + image * groups * 24 + patch * (3 * P * P) + group % (P * P // 8) * 8
+    for channel in tl.static_range(3):
+        byte = 3 * pixel + channel
+        words = tl.where(byte < 8, first, tl.where(byte < 16, second, third))  # [BLOCK, 8]
+        value = ((words >> (byte % 8 * 8)) & 255).to(tl.float32) * factors[channel] + offsets[channel]
+        at = own[:, None] + channel * P * P + pixel
+        tl.store(at, value.to(patches.dtype.element_ty), mask=(group < groups)[:, None])
+
+
+def _runs_kernel(images: Tensor, patch_size: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes these raw images: words of 8 bytes must not reach beyond a patch."""
+    if not images.is_cuda or dtype == torch.float64 or torch.cuda.get_device_capability(images.device) < (8, 0):
+        return False
+    in_words = images.is_contiguous() and int(images.storage_offset()) % 8 == 0
+    return in_words and images.shape[-1] == 3 and patch_size % 8 == 0
+
+
+def _launch_patchify(
+    images: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    batch, height, width, channels = images.shape
+    count = (height // patch_size) * (width // patch_size)
+    patches = images.new_empty((batch, count, channels * patch_size**2), dtype=dtype)
+    blocks = triton.cdiv(height * width // 8, _BLOCK)
+    factors = tuple(1 / (255 * deviation) for deviation in std)
+    offsets = tuple(-m / deviation for m, deviation in zip(mean, std, strict=True))
+    patchify_kernel[(batch * blocks,)](
+        images.flatten().view(torch.int64),
+        patches,
+        factors,
+        offsets,
+        height,
+        width,
+        blocks,
+        P=patch_size,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
+    return patches
 
 
 def patchify(
@@ -50,6 +123,8 @@ def patchify(
     if channels != len(mean):
         raise ValueError(f"images have {channels} channels but {len(mean)} means were given")
 
+    if raw and _runs_kernel(images, patch_size, dtype):
+        return _launch_patchify(images, patch_size, mean, std, dtype)
     rows, columns = height // patch_size, width // patch_size
     shape = (batch, rows * columns, channels * patch_size**2)
     if not raw:

@@ -2,7 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from textlock.kernels import patchify as module
 from textlock.kernels.patchify import patchify
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 MEAN = (0.48, 0.46, 0.41)
 STD = (0.27, 0.26, 0.28)
@@ -49,6 +52,50 @@ def test_normalises_in_float32_and_rounds_once(dtype):
     patches = patchify(images, 4, mean=MEAN, std=STD, dtype=dtype)
     assert patches.dtype == dtype
     torch.testing.assert_close(patches.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill what `torch.empty` returns with nan, so that a place no kernel writes is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((1, 8, 8, 8), id="one-patch"),
+        pytest.param((3, 32, 48, 16), id="rectangle"),
+        pytest.param((2, 40, 72, 8), id="patch-8, a last block in part"),
+        pytest.param((1, 64, 32, 32), id="patch-32"),
+        pytest.param((1, 48, 24, 24), id="patch-24"),
+        pytest.param((0, 16, 16, 8), id="empty-batch"),
+    ],
+)
+def test_kernel_writes_what_the_cpu_does(shape, dtype):
+    """In Triton's interpreter, or on a GPU where there is one."""
+    batch, height, width, patch = shape
+    images = raw_images(batch, height, width)
+    exact = patchify(images, patch, mean=MEAN, std=STD, dtype=torch.float64)
+    patches = module._launch_patchify(images.to(DEVICE), patch, MEAN, STD, dtype).cpu()
+    assert patches.dtype == dtype and patches.shape == exact.shape
+    # The interpreter cuts float32 off to bfloat16 instead of rounding it.
+    rounding = 1 if dtype == torch.bfloat16 and DEVICE.type == "cpu" else 0.5
+    torch.testing.assert_close(patches.double(), exact, rtol=rounding * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU: on a CPU no image goes to the kernel")
+@pytest.mark.parametrize(("patch", "offset"), [(16, 0), (16, 3), (4, 0)], ids=["kernel", "odd-address", "patch-4"])
+def test_gpu_images_give_what_cpu_images_do(patch, offset):
+    images = raw_images(2, 33, 32).flatten()[offset : offset + 2 * 32 * 32 * 3].view(2, 32, 32, 3)
+    settings = {"mean": MEAN, "std": STD, "dtype": torch.float32}
+    on_gpu = raw_images(2, 33, 32).to(DEVICE).flatten()[offset : offset + 2 * 32 * 32 * 3].view(2, 32, 32, 3)
+    torch.testing.assert_close(patchify(on_gpu, patch, **settings).cpu(), patchify(images, patch, **settings))
 
 
 def test_reads_strided_images():

@@ -1,0 +1,423 @@
+"""Residual add, layer scale and LayerNorm in one pass over N rows of D channels, forward and backward.
+
+    r = x + s·y          x: residual stream, y: output of the branch before (or none), s: layer scale [D] or 1
+    z = (r - µ)·ρ        µ and ρ: mean and reciprocal deviation of the row
+    n = w·z + b
+
+With g = w·dn, and dr for what comes down the residual stream from behind:
+
+    dx = dr + ρ·(g - mean(g) - z·mean(g·z))     dy = s·dx
+    dw = Σ dn·z     db = Σ dn     ds = Σ dx·y     all Σ over rows
+    Σ dy is the gradient of the bias of the linear layer that made y, taken while dy is in registers.
+
+r, µ and ρ are kept for the backward pass, z and n never are: `normalize` makes n again where a matrix product has to be
+run again. The arithmetic is float32. The residual stream may be float32 under bfloat16 branches; where r is rounded,
+its statistics are those of the rounded values, so that the backward pass sees the same z.
+
+Blocks of rows, persistent programs and sums as in `rows.py`.
+
+Floor: memory traffic, every tensor read or written once. Bytes an element with a bfloat16 (float32) residual stream:
+forward 8 (12), backward 8 (16), with layer scale 12 (18). Not yet measured.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import check_rows, row_block, runs_rows
+
+_FORWARD_ROWS = 2
+
+
+class AddNorm(NamedTuple):
+    """What `add_norm` returns."""
+
+    residual: Tensor  # [..., D], of x's dtype
+    normed: Tensor  # [..., D]
+    mean: Tensor  # [...] float32
+    rstd: Tensor  # [...] float32
+
+
+class NormGradients(NamedTuple):
+    """What `add_norm_backward` returns; sums over rows are float32."""
+
+    d_x: Tensor  # [..., D], of the residual's dtype
+    d_branch: Tensor | None  # [..., D]; the same tensor as d_x where that is the same thing
+    d_weight: Tensor  # [D]
+    d_bias: Tensor  # [D]
+    d_branch_sum: Tensor | None  # [D]
+    d_scale: Tensor | None  # [D]
+
+
+def layer_norm_backward(
+    d_normed: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, weight and bias of a LayerNorm, all of one floating-point type: for references."""
+    weight = weight.to(x.dtype)
+    bias = weight  # its values do not matter
+    return torch.ops.aten.native_layer_norm_backward(
+        d_normed, x, weight.shape, mean[..., None], rstd[..., None], weight, bias, [True, True, True]
+    )
+
+
+def _add_norm_reference(
+    x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> AddNorm:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    residual = x
+    if branch is not None:
+        branch = branch.to(wide) if scale is None else branch.to(wide) * scale
+        residual = (x + branch).to(x.dtype)
+    normed, mean, rstd = torch.native_layer_norm(residual.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
+    return AddNorm(residual, normed.to(dtype), mean.squeeze(-1), rstd.squeeze(-1))
+
+
+def _normalize_reference(
+    residual: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return (residual - mean[..., None]).mul_(rstd[..., None]).mul_(weight).add_(bias).to(dtype)
+
+
+def _add_norm_backward_reference(
+    d_normed: Tensor,
+    d_residual: Tensor | None,
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    branch_dtype: torch.dtype | None,
+) -> NormGradients:
+    d_x, d_weight, d_bias = layer_norm_backward(d_normed.to(mean.dtype), residual.to(mean.dtype), mean, rstd, weight)
+    if d_residual is not None:
+        d_x += d_residual
+    rounded = d_x.to(residual.dtype)
+    rows = tuple(range(d_x.ndim - 1))
+    d_branch = d_branch_sum = d_scale = None
+    if branch_dtype is not None:
+        d_branch = rounded if branch_dtype == residual.dtype else d_x.to(branch_dtype)
+        d_branch_sum = d_x.sum(rows)
+        if scale is not None and branch is not None:
+            d_branch = (d_x * scale).to(branch_dtype)
+            d_branch_sum *= scale
+            d_scale = (d_x * branch).sum(rows)
+    return NormGradients(rounded, d_branch, d_weight, d_bias, d_branch_sum, d_scale)
+
+
+@triton.jit
+def moments(x, inside, eps, D: tl.constexpr):
+    """Return mean and reciprocal deviation [BLOCK_N] of rows [BLOCK_N, BLOCK_D] that are zero outside."""
+    mean = tl.sum(x, 1) / D
+    centred = tl.where(inside, x - mean[:, None], 0.0)
+    return mean, tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+
+
+@triton.jit
+def through_norm(g, z, rstd, D: tl.constexpr):
+    """Return the gradient of what was normalised to z, from that of z; g is zero outside."""
+    mean, slope = tl.sum(g, 1) / D, tl.sum(g * z, 1) / D
+    return (g - mean[:, None] - z * slope[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def add_norm_kernel(
+    x,  # [N, D]
+    branch,  # [N, D] or None
+    scale,  # [D] or None
+    weight,  # [D]
+    bias,  # [D]
+    residual,  # [N, D] or None
+    normed,  # [N, D]
+    mean,  # [N] float32
+    rstd,  # [N] float32
+    N,
+    eps,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    j = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
+    b = tl.load(bias + j, mask=j < D, other=0.0).to(tl.float32)
+    if scale is not None:
+        s = tl.load(scale + j, mask=j < D, other=0.0).to(tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
+        i = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (i < N)[:, None] & (j < D)[None, :]
+        at = i.to(tl.int64)[:, None] * D + j[None, :]
+        r = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        if branch is not None:
+            y = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+            if scale is not None:
+                y *= s[None, :]
+            rounded = (r + y).to(residual.dtype.element_ty)
+            tl.store(residual + at, rounded, mask=inside)
+            r = rounded.to(tl.float32)
+        row_mean, row_rstd = moments(r, inside, eps, D)
+        tl.store(mean + i, row_mean, mask=i < N)
+        tl.store(rstd + i, row_rstd, mask=i < N)
+        n = (r - row_mean[:, None]) * row_rstd[:, None] * w[None, :] + b[None, :]
+        tl.store(normed + at, n.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normalize_kernel(
+    residual,  # [N, D]
+    mean,  # [N] float32
+    rstd,  # [N] float32
+    weight,  # [D]
+    bias,  # [D]
+    normed,  # [N, D]
+    N,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    j = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
+    b = tl.load(bias + j, mask=j < D, other=0.0).to(tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
+        i = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (i < N)[:, None] & (j < D)[None, :]
+        at = i.to(tl.int64)[:, None] * D + j[None, :]
+        r = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        row_mean = tl.load(mean + i, mask=i < N, other=0.0)
+        row_rstd = tl.load(rstd + i, mask=i < N, other=0.0)
+        n = (r - row_mean[:, None]) * row_rstd[:, None] * w[None, :] + b[None, :]
+        tl.store(normed + at, n.to(normed.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_norm_backward_kernel(
+    d_normed,  # [N, D]
+    d_residual,  # [N, D] or None
+    residual,  # [N, D]
+    mean,  # [N] float32
+    rstd,  # [N] float32
+    weight,  # [D]
+    branch,  # [N, D], or None without scale
+    scale,  # [D] or None
+    d_x,  # [N, D]
+    d_branch,  # [N, D], or None where d_x serves as both
+    sums,  # [programs, 2 to 4, D] float32: of d_weight, d_bias, d_branch, d_scale
+    N,
+    D: tl.constexpr,
+    SUMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    j = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
+    weight_sum = tl.zeros((BLOCK_D,), tl.float32)
+    bias_sum = tl.zeros((BLOCK_D,), tl.float32)
+    branch_sum = tl.zeros((BLOCK_D,), tl.float32)
+    scale_sum = tl.zeros((BLOCK_D,), tl.float32)
+    s = tl.full((BLOCK_D,), 1.0, tl.float32)
+    if scale is not None:
+        s = tl.load(scale + j, mask=j < D, other=0.0).to(tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
+        i = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (i < N)[:, None] & (j < D)[None, :]
+        at = i.to(tl.int64)[:, None] * D + j[None, :]
+        dn = tl.load(d_normed + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        r = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        row_mean = tl.load(mean + i, mask=i < N, other=0.0)
+        row_rstd = tl.load(rstd + i, mask=i < N, other=0.0)
+        z = (r - row_mean[:, None]) * row_rstd[:, None]
+        weight_sum += tl.sum(dn * z, 0)
+        bias_sum += tl.sum(dn, 0)
+        dx = through_norm(dn * w[None, :], z, row_rstd, D)
+        if d_residual is not None:
+            dx += tl.load(d_residual + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(d_x + at, dx.to(d_x.dtype.element_ty), mask=inside)
+        if SUMS > 2:
+            branch_sum += tl.sum(dx, 0)
+        if d_branch is not None:
+            tl.store(d_branch + at, (dx * s[None, :]).to(d_branch.dtype.element_ty), mask=inside)
+        if scale is not None:
+            y = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+            scale_sum += tl.sum(dx * y, 0)
+    own = sums + tl.program_id(0) * SUMS * D + j
+    tl.store(own, weight_sum, mask=j < D)
+    tl.store(own + D, bias_sum, mask=j < D)
+    if SUMS > 2:
+        tl.store(own + 2 * D, branch_sum * s, mask=j < D)
+    if scale is not None:
+        tl.store(own + 3 * D, scale_sum, mask=j < D)
+
+
+def _launch_add_norm(
+    x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> AddNorm:
+    check_rows(x=x, branch=branch, scale=scale, weight=weight, bias=bias)
+    width = weight.numel()
+    rows = x.numel() // width
+    summed = None if branch is None else torch.empty_like(x)
+    normed = torch.empty_like(x, dtype=dtype)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    block = row_block(width, _FORWARD_ROWS)
+    add_norm_kernel[(block.programs(rows, x.device),)](
+        x, branch, scale, weight, bias, summed, normed, mean, rstd, rows, eps, D=width, **block.settings()
+    )
+    return AddNorm(x if summed is None else summed, normed, mean, rstd)
+
+
+def _launch_normalize(
+    residual: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    check_rows(residual=residual, mean=mean, rstd=rstd, weight=weight, bias=bias)
+    rows, width = mean.numel(), weight.numel()
+    normed = torch.empty_like(residual, dtype=dtype)
+    block = row_block(width, _FORWARD_ROWS)
+    normalize_kernel[(block.programs(rows, residual.device),)](
+        residual, mean, rstd, weight, bias, normed, rows, D=width, **block.settings()
+    )
+    return normed
+
+
+def _launch_add_norm_backward(
+    d_normed: Tensor,
+    d_residual: Tensor | None,
+    residual: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    branch: Tensor | None,
+    scale: Tensor | None,
+    branch_dtype: torch.dtype | None,
+) -> NormGradients:
+    check_rows(
+        d_normed=d_normed,
+        d_residual=d_residual,
+        residual=residual,
+        mean=mean,
+        rstd=rstd,
+        weight=weight,
+        branch=branch,
+        scale=scale,
+    )
+    rows, width = mean.numel(), weight.numel()
+    d_x = torch.empty_like(residual)
+    one_gradient = branch_dtype is None or (branch_dtype == residual.dtype and scale is None)
+    d_branch = None if one_gradient else torch.empty_like(residual, dtype=branch_dtype)
+    # A second row would spill registers where there is more of a row to hold.
+    block = row_block(width, 2 if residual.element_size() == 2 and scale is None else 1)
+    programs = block.programs(rows, residual.device)
+    count = 2 + (branch_dtype is not None) + (scale is not None)
+    sums = mean.new_empty((programs, count, width))
+    add_norm_backward_kernel[(programs,)](
+        d_normed,
+        d_residual,
+        residual,
+        mean,
+        rstd,
+        weight,
+        branch,
+        scale,
+        d_x,
+        d_branch,
+        sums,
+        rows,
+        D=width,
+        SUMS=count,
+        **block.settings(),
+    )
+    d_weight, d_bias, *of_branch = sums.sum(0)
+    d_branch_sum, d_scale = [*of_branch, None, None][:2]
+    if one_gradient and branch_dtype is not None:
+        d_branch = d_x
+    return NormGradients(d_x, d_branch, d_weight, d_bias, d_branch_sum, d_scale)
+
+
+def add_norm(
+    x: Tensor,  # [..., D]
+    branch: Tensor | None,  # [..., D]
+    weight: Tensor,  # [D]
+    bias: Tensor,  # [D]
+    eps: float,
+    *,
+    scale: Tensor | None = None,  # [D]
+    dtype: torch.dtype | None = None,
+) -> AddNorm:
+    """Add a branch to the residual stream and normalise the sum.
+
+    Args:
+        x: residual stream, bfloat16, float16 or float32; contiguous, like all tensors here.
+        branch: output of the branch before, of any of these types; None: nothing to add.
+        weight: of the LayerNorm.
+        bias: of the LayerNorm.
+        eps: of the LayerNorm.
+        scale: layer scale that multiplies the branch (https://arxiv.org/abs/2103.17239).
+        dtype: of ``normed``; None: that of the branch, or of x without one.
+
+    Returns:
+        residual = x + scale·branch in x's dtype (x itself without a branch, not a copy), normed = its LayerNorm, and
+        mean and rstd of its rows in float32. Everything is float64 for float64 x. Not differentiable: the gradients
+        are `add_norm_backward`'s.
+
+    Raises:
+        ValueError: a tensor on a GPU that is not contiguous.
+    """
+    if dtype is None:
+        dtype = x.dtype if branch is None else branch.dtype
+    run = _launch_add_norm if runs_rows(x) else _add_norm_reference
+    return run(x, branch, scale, weight, bias, eps, dtype)
+
+
+def normalize(
+    residual: Tensor,  # [..., D]
+    mean: Tensor,  # [...]
+    rstd: Tensor,  # [...]
+    weight: Tensor,  # [D]
+    bias: Tensor,  # [D]
+    dtype: torch.dtype,
+) -> Tensor:
+    """Make ``normed`` of `add_norm` again from what is kept for the backward pass."""
+    run = _launch_normalize if runs_rows(residual) else _normalize_reference
+    return run(residual, mean, rstd, weight, bias, dtype)
+
+
+def add_norm_backward(
+    d_normed: Tensor,  # [..., D]
+    d_residual: Tensor | None,  # [..., D]
+    residual: Tensor,  # [..., D]
+    mean: Tensor,  # [...]
+    rstd: Tensor,  # [...]
+    weight: Tensor,  # [D]
+    *,
+    branch_dtype: torch.dtype | None,
+    branch: Tensor | None = None,  # [..., D]
+    scale: Tensor | None = None,  # [D]
+) -> NormGradients:
+    """Return the gradients of `add_norm`.
+
+    Args:
+        d_normed: gradient of ``normed``.
+        d_residual: gradient of ``residual`` from all that reads it later; None: nothing does.
+        residual: as returned by `add_norm`, like mean and rstd.
+        mean: of the rows.
+        rstd: of the rows.
+        weight: of the LayerNorm.
+        branch_dtype: of d_branch, the branch's; None: there was no branch, or its gradient is not wanted.
+        branch: the branch that was added; needed with scale only.
+        scale: layer scale, if there was one.
+
+    Returns:
+        d_x in the residual's dtype, d_branch (the same tensor as d_x if there is no scale and the types agree), and
+        the sums over rows d_weight, d_bias, d_branch_sum (the bias gradient of the linear layer that made the branch)
+        and d_scale in float32. What does not exist is None.
+
+    Raises:
+        ValueError: a scale without its branch or its dtype; a tensor on a GPU that is not contiguous.
+    """
+    if scale is not None and (branch is None or branch_dtype is None):
+        raise ValueError("the gradient of a layer scale needs the branch that it multiplied: give branch, branch_dtype")
+    run = _launch_add_norm_backward if runs_rows(residual) else _add_norm_backward_reference
+    return run(d_normed, d_residual, residual, mean, rstd, weight, branch, scale, branch_dtype)
