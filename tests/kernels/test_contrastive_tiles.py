@@ -121,6 +121,17 @@ def test_float32_rows_lose_what_float16_operands_lose(scale, mode):
     assert_close(run(mode, image, text, scale), truth_of(image, text, scale), loss=1e-4)
 
 
+@pytest.mark.parametrize("text_grad", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tiles_of_the_size_that_a_gpu_runs(mode, text_grad, monkeypatch):
+    """Their sides differ, unlike the interpreter's: [128, 128] in pass 1, [128, 256] in steps of 64 in pass 2."""
+    monkeypatch.setattr(contrastive_tiles, "INTERPRETED", False)
+    assert contrastive_tiles.product_shape() != tiles.INTERPRETED_SHAPE
+    image, text = as_float16(*make_rows(140, 330, 136, 150))
+    options = {"first_row": 150, "ids": torch.arange(330, device=DEVICE) % 290, "text_grad": text_grad}
+    assert_close(run(mode, image, text, 50.0, **options), truth_of(image, text, 50.0, **options))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_half_width_rows(dtype, mode):
