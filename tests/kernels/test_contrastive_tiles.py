@@ -16,6 +16,7 @@ import triton.language as tl
 
 from textlock.kernels import contrastive, contrastive_tiles, pairs, tiles
 from textlock.kernels.contrastive import STATS, contrastive_loss
+from textlock.kernels.contrastive_tiles import STORED_RANGE
 from textlock.kernels.gather import GatherProgress
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -212,10 +213,25 @@ def test_column_far_below_its_tile_is_summed_again():
 
 def test_store_is_nan_rather_than_wrong_beyond_its_range():
     image, text = spread_apart()
-    assert_close(run("store", image, text, 50.0), truth_of(image, text, 50.0))
-    result = run("store", image, text, 300.0)
-    assert_close({"loss": result["loss"]}, truth_of(image, text, 300.0))
-    assert result["image_grad"].isnan().all()
+    cosines = image.double() @ text.double().T
+
+    def gap(scale):
+        """Return by how much the highest row maximum exceeds the lowest normaliser of a column, in units of log2."""
+        logits = scale * cosines
+        lowest = logits.logsumexp(0).amin()
+        return (logits.fill_diagonal_(-torch.inf).amax() - lowest) / math.log(2)
+
+    inside, beyond = (
+        min(range(50, 400), key=lambda scale: abs(gap(scale) - wanted)) for wanted in (STORED_RANGE - 4, 160.0)
+    )
+    assert STORED_RANGE - 8 < gap(inside) < STORED_RANGE < 150 < gap(beyond) < 170
+    assert_close(run("store", image, text, float(inside)), truth_of(image, text, float(inside)))
+    truth = truth_of(image, text, float(beyond))
+    for text_grad in (False, True):
+        result = run("store", image, text, float(beyond), text_grad=text_grad)
+        assert_close({"loss": result["loss"]}, truth)
+        assert result["image_grad"].isnan().all()
+    assert_close(run("recompute", image, text, float(beyond)), truth)
 
 
 def test_scale_beyond_the_documented_range_is_loud():
