@@ -279,7 +279,11 @@ class _SymmetricGather:
             rows.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
             if self._across is not None:
-                dist.all_gather_into_tensor(self._halves[self._step % 2], rows, group=self._across)
+                # async_op: on the communicator's own stream, which keeps the gathers that share it in order.
+                half = self._halves[self._step % 2]
+                work = dist.all_gather_into_tensor(half, rows, group=self._across, async_op=True)
+                assert work is not None
+                work.wait()
             is_next = self._record()
             _publish_and_pull[(self._programs,)](
                 rows.view(torch.int32),

@@ -1,6 +1,6 @@
 """TextGather and gather_rows: four processes over gloo, their slabs in shared memory, kernels in the interpreter.
 
-Run as a script this file is one rank: `python test_gather.py RANK FOLDER`.
+Run as a script this file is one rank: `python test_gather.py RANK FOLDER cpu|cuda`.
 """
 
 import json
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from textlock.kernels import gather as gather_module
 from textlock.kernels.gather import GatherProgress, TextGather, gather_rows, wait_for_rows
 
 WORLD = 4
-STEPS = 6
+STEPS = 5
 POISON = 0x7F  # every byte of a new slab: a flag would be far beyond any step, a float16 is a nan
 
 # Ranks of the group, nodes of the ranks, (b, d), dtype. Blocks are of 128 rows.
@@ -91,16 +92,21 @@ def use_shared_slabs(folder: Path, nodes: str, group_ranks: list[int], can_read:
     gather_module._open_peers = SharedSlabs(folder).open
 
 
-def before_first_wait(action: Callable[[], None]) -> None:
-    """Run something once when this rank has published and is about to pull."""
-    wait = gather_module._wait_for_step
+def delay_call(name: str, seconds: float, *, once: bool) -> Callable[[], None]:
+    """Make this rank sleep before its kernels call a function of gather.py; return what ends it."""
+    function = getattr(gather_module, name)
 
-    def acting_wait(*args):
-        gather_module._wait_for_step = wait
-        action()
-        wait(*args)
+    def late(*args):
+        if once:
+            end()
+        time.sleep(seconds)
+        function(*args)
 
-    gather_module._wait_for_step = acting_wait
+    def end() -> None:
+        setattr(gather_module, name, function)
+
+    setattr(gather_module, name, late)
+    return end
 
 
 def run_steps(group: dist.ProcessGroup, shape: tuple[int, int], dtype: torch.dtype) -> dict:
@@ -111,10 +117,10 @@ def run_steps(group: dist.ProcessGroup, shape: tuple[int, int], dtype: torch.dty
     for step in range(STEPS):
         rows = make_rows(step, ranks, shape, dtype)
         # In turn one rank is late to publish and another, which has published, late to pull. The others go on.
-        if step > 0 and step % ranks == rank:
-            time.sleep(0.1)
-        if step > 0 and (step + 1) % ranks == rank:
-            before_first_wait(lambda: time.sleep(0.1))
+        if step % ranks == rank:
+            delay_call("_copy_words", 0.1, once=True)
+        if (step + 1) % ranks == rank:
+            delay_call("_wait_for_step", 0.1, once=True)
         gathered = gather.start(rows.chunk(ranks)[rank]).wait()
         if not torch.equal(gathered, rows):
             wrong.append(step)
@@ -167,6 +173,7 @@ def consume_while_arriving(folder: Path, group: dist.ProcessGroup | None) -> dic
         if group.rank() == 1:
             rows.fill_(torch.nan)
             gather._gather._gathered, gather._gather._progress = rows, flags.fill_(1)
+            delay_call("_copy_words", 0.05, once=False)
         dist.barrier()
         if group.rank() == 0:
             time.sleep(0.4)
@@ -275,15 +282,58 @@ def one_rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gather")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
+def run_steps_on_gpu(gathers: dict[int, TextGather], shape: tuple[int, int], dtype: torch.dtype) -> list[int]:
+    """Gather in this process for one or both of two ranks, each with a stream; return the steps that went wrong."""
+    streams = {rank: torch.cuda.Stream() for rank in gathers}
+    wrong = []
+    for step in range(STEPS):
+        late = step % 2
+        everyone = make_rows(step, 2, shape, dtype).cuda()
+        torch.cuda.synchronize()
+        handles = {}
+        for rank in sorted(gathers, key=lambda rank: rank == late):
+            with torch.cuda.stream(streams[rank]):
+                if rank == late:
+                    torch.cuda._sleep(20_000_000)
+                handles[rank] = gathers[rank].start(everyone.chunk(2)[rank])
+        for rank, handle in handles.items():
+            with torch.cuda.stream(streams[rank]):
+                out = torch.zeros_like(everyone)
+                rows, progress = handle.arriving()
+                copy_arriving[(1,)](
+                    rows, progress.flags, out, progress.step, len(rows), progress.rows_per_rank,
+                    progress.rows_per_block, TILE=16, D=shape[1],
+                )  # fmt: skip
+                if not (torch.equal(out, everyone) and torch.equal(handle.wait(), everyone)):
+                    wrong.append(step)
+                rows.fill_(-7)
+    return wrong
+
+
+GPU_SHAPES = [((4096, 512), torch.float16), ((300, 64), torch.float32), ((131, 1), torch.int64)]
+
+
+def one_gpu_rank(rank: int, folder: Path) -> None:
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    store = f"file://{folder}/store"
+    dist.init_process_group("nccl", init_method=store, rank=rank, world_size=2, device_id=device)
+    told = []
+    for shape, dtype in GPU_SHAPES:
+        gather = TextGather(dist.group.WORLD, shape, dtype)
+        told.append([run_steps_on_gpu({rank: gather}, shape, dtype), gather.transport])
+    (folder / f"{rank}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
+def run_ranks(world: int, device: str, folder: Path) -> list:
+    """Run this file as every rank and return what they wrote."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0", "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"{rank}.log" for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w") as stream:
-            command = [sys.executable, __file__, str(rank), str(folder)]
+            command = [sys.executable, __file__, str(rank), str(folder), device]
             processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment))
     deadline = time.monotonic() + 180
     try:
@@ -297,7 +347,12 @@ def ranks(tmp_path_factory):
             process.kill()
             process.wait()
     assert all(process.returncode == 0 for process in processes), "\n".join(log.read_text() for log in logs)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return run_ranks(WORLD, "cpu", tmp_path_factory.mktemp("gather"))
 
 
 def test_every_rank_gets_every_row_in_rank_order(ranks):
@@ -360,6 +415,34 @@ def test_gather_rows_compiles_into_one_graph(ranks):
         assert told["compiled"]["gradient"] < 1e-14
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_read_each_other(tmp_path):
+    if not torch.cuda.can_device_access_peer(0, 1):
+        pytest.skip("needs two GPUs with peer access")
+    assert run_ranks(2, "cuda", tmp_path) == [[[[], "symmetric"]] * len(GPU_SHAPES)] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("shape", "dtype"), GPU_SHAPES, ids=str)
+def test_two_ranks_on_one_gpu_run_side_by_side(monkeypatch, shape, dtype):
+    slabs = []
+
+    def open_peers(nbytes, peers, device):
+        if not slabs:
+            slabs.extend(torch.full((nbytes,), POISON, dtype=torch.uint8, device=device) for _ in range(2))
+        return slabs[rank], torch.tensor([slab.data_ptr() for slab in slabs], device=device)
+
+    monkeypatch.setattr(gather_module, "_open_peers", open_peers)
+    monkeypatch.setattr(gather_module, "_ranks_of", lambda part, group: [0, 1])
+    monkeypatch.setattr(gather_module, "_exchange", lambda group, numbers, device: [[0], [1]])
+    rows = torch.zeros(shape, dtype=dtype, device="cuda")
+    gathers = {}
+    for rank in range(2):
+        group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 2)
+        gathers[rank] = gather_module._SymmetricGather(group, [[0, 1]], rows)
+    assert run_steps_on_gpu(gathers, shape, dtype) == []
+
+
 def test_one_process_gets_its_own_tensor_back():
     rows = torch.randn(4, 8)
     gather = TextGather(None, (4, 8), torch.float32)
@@ -387,4 +470,5 @@ def test_rows_that_do_not_fit_are_an_error(rows, message):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    one_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    run = one_rank if sys.argv[3] == "cpu" else one_gpu_rank
+    run(int(sys.argv[1]), Path(sys.argv[2]))
