@@ -125,3 +125,13 @@ def test_its_figures_are_those_of_the_result_file():
     ]
     for figure in expected:
         assert figure in shown, figure
+
+
+def test_its_loss_table_is_that_of_the_result_file():
+    lines = (ROOT / "bench" / "results" / "contrastive_cpu.jsonl").read_text().splitlines()
+    rows = {row["loss"]: row for row in map(json.loads, lines) if (row["case"]["b"], row["case"]["d"]) == (4096, 768)}
+    ours_and_peers = "chunked open_clip open_clip_compiled linear_cross_entropy sigmoid_chunked open_clip_sigmoid"
+    expected = [f"{rows[name]['ms']:.0f} | {rows[name]['peak_bytes'] / 2**20:.0f} |" for name in ours_and_peers.split()]
+    table = README.split("<!-- loss figures -->")[1].split("<!-- /loss figures -->")[0]
+    assert [line.split(" | ", 1)[1] for line in table.strip().splitlines()[2:]] == expected
+    assert f"take {rows['chunked']['floor_ms']:.0f} ms there" in " ".join(README.split())
