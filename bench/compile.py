@@ -35,7 +35,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from textlock.kernels import contrastive_tiles, gather, gelu, norm, patchify, rows, sigmoid, swiglu
+from textlock.kernels import (
+    attention,
+    contrastive_tiles,
+    gather,
+    gelu,
+    latent_pool,
+    norm,
+    patchify,
+    rows,
+    sigmoid,
+    swiglu,
+)
 
 # An H100, and what one of its multiprocessors holds (CUDA programming guide, table of compute capability 9.0).
 MULTIPROCESSORS = 132
@@ -45,8 +56,9 @@ RESERVED_BYTES = 1024  # of shared memory, for each program
 # Kernels whose grid says how many programs their launcher expects side by side; others have one program for a block.
 PERSISTENT = (
     *("sums_kernel", "weights_kernel", "sigmoid_kernel"),
-    *("add_norm_kernel", "normalize_kernel", "add_norm_backward_kernel"),
+    *("add_norm_kernel", "add_norm_backward_kernel"),
     *("swiglu_kernel", "swiglu_backward_kernel", "gelu_kernel", "gelu_backward_kernel"),
+    *("latent_pool_kernel", "latent_pool_backward_kernel"),
 )
 
 # The shape that the cases are launched at: one rank of 16 at a batch of 65,536.
@@ -105,8 +117,11 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def cases() -> Iterator[Case]:
     yield from contrastive_cases()
     yield from sigmoid_cases()
+    yield from image_to_text_cases()
     yield from gather_cases()
     yield from block_cases()
+    yield from attention_cases()
+    yield from latent_pool_cases()
 
 
 def contrastive_cases() -> Iterator[Case]:
@@ -150,6 +165,19 @@ def sigmoid_cases() -> Iterator[Case]:
         yield Case(listed(ids=ids is not None, gradient=with_grad), partial(visit, image, 0))
 
 
+def image_to_text_cases() -> Iterator[Case]:
+    """Return what the kernels of the contrastive loss do for rows alone."""
+    image, text, scale = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
+    for ids, store in product((None, tensor(B, dtype=torch.int32)), (False, True)):
+        settings: dict[str, Any] = {"store": store, "peaks": False, "with_columns": False}
+        yield Case(
+            listed(ids=ids is not None, store=store, rows_alone=True),
+            partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, **settings),
+        )
+    stored = contrastive_tiles.Stored(tensor(b, B, dtype=torch.bfloat16), tensor(B // 128, b), 128, tensor(b))
+    yield Case("rows alone", partial(contrastive_tiles.multiply_stored, stored, text, tensor(b), None))
+
+
 def gather_cases() -> Iterator[Case]:
     """Return the gather of one rank of eight on a node, and of one of sixteen on two."""
     for nodes in ([[*range(8)]], [[*range(8)], [*range(8, 16)]]):
@@ -174,16 +202,16 @@ def block_cases() -> Iterator[Case]:
     """Return the row kernels of EVA02 ViT-B/16 and ViT-B/16 for a micro-batch of 512 images, and their patches."""
     N, D, bf16 = 512 * 197, 768, torch.bfloat16
     weight, of_rows, branch = tensor(D), tensor(N), tensor(N, D, dtype=bf16)
-    for dtype, scale in product((bf16, torch.float32), (None, weight)):
+    for dtype, bias in product((bf16, torch.float32), (None, weight)):
         x = tensor(N, D, dtype=dtype)
-        name = listed(wide_stream=dtype == torch.float32, layer_scale=scale is not None)
-        kept = None if scale is None else branch
-        yield Case(name, partial(norm._launch_add_norm, x, branch, scale, weight, weight, 1e-6, bf16))
-        yield Case(
-            name, partial(norm._launch_add_norm_backward, branch, x, x, of_rows, of_rows, weight, kept, scale, bf16)
-        )
+        name = listed(wide_stream=dtype == torch.float32, branch_bias=bias is not None)
+        yield Case(name, partial(norm._launch_add_norm, x, branch, bias, weight, weight, 1e-6, bf16))
+    for dtype, behind in product((bf16, torch.float32), (True, False)):
+        x = tensor(N, D, dtype=dtype)
+        name = listed(wide_stream=dtype == torch.float32, nothing_behind=not behind)
+        d_residual = x if behind else None
+        yield Case(name, partial(norm._launch_add_norm_backward, branch, d_residual, x, of_rows, of_rows, weight, bf16))
     yield Case("no branch", partial(norm._launch_add_norm, branch, None, None, weight, weight, 1e-6, bf16))
-    yield Case("", partial(norm._launch_normalize, branch, of_rows, of_rows, weight, weight, bf16))
     for H, sub_norm in ((2048, True), (352, True), (2048, False)):
         gate_up, h = tensor(N, 2 * H, dtype=bf16), tensor(N, H, dtype=bf16)
         weights, moments = (tensor(H), of_rows) if sub_norm else (None, None)
@@ -196,6 +224,35 @@ def block_cases() -> Iterator[Case]:
     yield Case("", partial(gelu._launch_gelu_backward, fc1, fc1))
     images = tensor(512, 224, 224, 3, dtype=torch.uint8)
     yield Case("", partial(patchify._launch_patchify, images, 16, (0.5,) * 3, (0.25,) * 3, bf16))
+
+
+def attention_cases() -> Iterator[Case]:
+    """Return the attention of a ViT-B/16, of one that drops patches, and of other numbers of tokens, for 512 images."""
+    B, H, bf16, f16 = 512, 12, torch.bfloat16, torch.float16
+    settings = [(197, 1, bf16), (197, B, bf16), (197, 0, bf16), (197, 1, f16), (192, B, bf16)]
+    settings += [(50, 0, bf16), (65, 1, bf16), (256, 1, bf16)]
+    for T, tables, dtype in settings:
+        qkv, out = tensor(B, T, 3, H, 64, dtype=dtype), tensor(B, T, H * 64, dtype=dtype)
+        rope = {0: None, 1: tensor(T, 32, 2), B: tensor(B, T, 32, 2)}[tables]
+        name = f"{T} tokens, {dtype}, RoPE tables: {tables}"
+        yield Case(name, partial(attention._launch_forward, qkv, rope))
+        yield Case(name, partial(attention._launch_backward, out, qkv, rope, out, tensor(B, H, T)))
+
+
+def latent_pool_cases() -> Iterator[Case]:
+    """Return the pooling of a ViT-B/16, of one with a float32 residual stream, and of small towers, for 512 images."""
+    B, bf16, f16, f32 = 512, torch.bfloat16, torch.float16, torch.float32
+    settings = [(197, 768, 12, bf16, bf16), (197, 768, 12, f32, bf16), (197, 768, 12, f16, f16)]
+    settings += [(65, 128, 2, bf16, bf16), (17, 64, 1, f32, bf16)]
+    for T, D, H, stream, products in settings:
+        tokens, first = tensor(B, T, D, dtype=stream), tensor(B, D, dtype=stream)
+        rounded, absorbed = tensor(B, T, D, dtype=products), tensor(H, D, dtype=products)
+        pooled, lse = tensor(B, H, D, dtype=products), tensor(B, H)
+        name = f"{T} tokens of {D} channels, {stream}, products {products}"
+        yield Case(name, partial(latent_pool._launch_latent_pool, tokens, absorbed))
+        yield Case(
+            name, partial(latent_pool._launch_latent_pool_backward, pooled, first, rounded, absorbed, pooled, lse)
+        )
 
 
 def listed(**settings: bool) -> str:
@@ -230,7 +287,7 @@ def compile_launches(case: Case, binaries: dict[Any, Binary]) -> None:
         return compile_one
 
     with mock.patch.object(JITFunction, "__getitem__", compiler_of), ExitStack() as stack:
-        for module in (contrastive_tiles, rows, sigmoid):
+        for module in (contrastive_tiles, latent_pool, rows, sigmoid):
             stack.enter_context(mock.patch.object(module, "multiprocessors_of", return_value=MULTIPROCESSORS))
         case.launch()
 

@@ -1,23 +1,25 @@
-"""Residual add, layer scale and LayerNorm in one pass over N rows of D channels, forward and backward.
+"""Residual add and LayerNorm in one pass over N rows of D channels, forward and backward.
 
-    r = x + s·y          x: residual stream, y: output of the branch before (or none), s: layer scale [D] or 1
+    r = x + (y + c)      x: residual stream, y: output of the branch before (or none), c: bias [D] of its last linear
+                         layer, whose matrix product ran without it (or none)
     z = (r - µ)·ρ        µ and ρ: mean and reciprocal deviation of the row
     n = w·z + b
 
 With g = w·dn, and dr for what comes down the residual stream from behind:
 
-    dx = dr + ρ·(g - mean(g) - z·mean(g·z))     dy = s·dx
-    dw = Σ dn·z     db = Σ dn     ds = Σ dx·y     all Σ over rows
-    Σ dy is the gradient of the bias of the linear layer that made y, taken while dy is in registers.
+    dx = dr + ρ·(g - mean(g) - z·mean(g·z))     dy = dx
+    dw = Σ dn·z     db = Σ dn     dc = Σ dx     all Σ over rows, taken while the terms are in registers
 
-r, µ and ρ are kept for the backward pass, z and n never are: `normalize` makes n again where a matrix product has to be
-run again. The arithmetic is float32. The residual stream may be float32 under bfloat16 branches; where r is rounded,
-its statistics are those of the rounded values, so that the backward pass sees the same z.
+A layer scale has no place here: s·(aWᵀ + c) = a(diag(s)W)ᵀ + s·c, so it belongs in the weights that made y.
+
+r is kept for the backward pass, z and n never are: `add_norm` of r without a branch makes n again, with µ and ρ, bit
+for bit. The arithmetic is float32. The residual stream may be float32 under bfloat16 branches; where r is rounded, its
+statistics are those of the rounded values, so that the backward pass sees the same z.
 
 Blocks of rows, persistent programs and sums as in `rows.py`.
 
 Floor: memory traffic, every tensor read or written once. Bytes an element with a bfloat16 (float32) residual stream:
-forward 8 (12), backward 8 (16), with layer scale 12 (18). Not yet measured.
+forward 8 (12), backward 8 (16). Not yet measured.
 """
 
 from typing import NamedTuple
@@ -48,8 +50,7 @@ class NormGradients(NamedTuple):
     d_branch: Tensor | None  # [..., D]; the same tensor as d_x where that is the same thing
     d_weight: Tensor  # [D]
     d_bias: Tensor  # [D]
-    d_branch_sum: Tensor | None  # [D]
-    d_scale: Tensor | None  # [D]
+    d_branch_bias: Tensor | None  # [D]
 
 
 def layer_norm_backward(
@@ -64,21 +65,21 @@ def layer_norm_backward(
 
 
 def _add_norm_reference(
-    x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> AddNorm:
     wide = torch.promote_types(x.dtype, torch.float32)
     residual = x
     if branch is not None:
-        branch = branch.to(wide) if scale is None else branch.to(wide) * scale
-        residual = (x + branch).to(x.dtype)
+        branch = branch.to(wide)
+        residual = (x + branch if branch_bias is None else (branch + branch_bias.to(wide)).add_(x)).to(x.dtype)
     normed, mean, rstd = torch.native_layer_norm(residual.to(wide), weight.shape, weight.to(wide), bias.to(wide), eps)
     return AddNorm(residual, normed.to(dtype), mean.squeeze(-1), rstd.squeeze(-1))
-
-
-def _normalize_reference(
-    residual: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return (residual - mean[..., None]).mul_(rstd[..., None]).mul_(weight).add_(bias).to(dtype)
 
 
 def _add_norm_backward_reference(
@@ -88,24 +89,17 @@ def _add_norm_backward_reference(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    branch: Tensor | None,
-    scale: Tensor | None,
     branch_dtype: torch.dtype | None,
 ) -> NormGradients:
     d_x, d_weight, d_bias = layer_norm_backward(d_normed.to(mean.dtype), residual.to(mean.dtype), mean, rstd, weight)
     if d_residual is not None:
         d_x += d_residual
     rounded = d_x.to(residual.dtype)
-    rows = tuple(range(d_x.ndim - 1))
-    d_branch = d_branch_sum = d_scale = None
+    d_branch = d_branch_bias = None
     if branch_dtype is not None:
         d_branch = rounded if branch_dtype == residual.dtype else d_x.to(branch_dtype)
-        d_branch_sum = d_x.sum(rows)
-        if scale is not None and branch is not None:
-            d_branch = (d_x * scale).to(branch_dtype)
-            d_branch_sum *= scale
-            d_scale = (d_x * branch).sum(rows)
-    return NormGradients(rounded, d_branch, d_weight, d_bias, d_branch_sum, d_scale)
+        d_branch_bias = d_x.flatten(0, -2).sum(0)
+    return NormGradients(rounded, d_branch, d_weight, d_bias, d_branch_bias)
 
 
 @triton.jit
@@ -127,7 +121,7 @@ def through_norm(g, z, rstd, D: tl.constexpr):
 def add_norm_kernel(
     x,  # [N, D]
     branch,  # [N, D] or None
-    scale,  # [D] or None
+    branch_bias,  # [D] or None
     weight,  # [D]
     bias,  # [D]
     residual,  # [N, D] or None
@@ -144,8 +138,8 @@ def add_norm_kernel(
     j = tl.arange(0, BLOCK_D)
     w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
     b = tl.load(bias + j, mask=j < D, other=0.0).to(tl.float32)
-    if scale is not None:
-        s = tl.load(scale + j, mask=j < D, other=0.0).to(tl.float32)
+    if branch_bias is not None:
+        c = tl.load(branch_bias + j, mask=j < D, other=0.0).to(tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
         i = block * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (i < N)[:, None] & (j < D)[None, :]
@@ -153,42 +147,14 @@ def add_norm_kernel(
         r = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
         if branch is not None:
             y = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-            if scale is not None:
-                y *= s[None, :]
+            if branch_bias is not None:
+                y += c[None, :]
             rounded = (r + y).to(residual.dtype.element_ty)
             tl.store(residual + at, rounded, mask=inside)
             r = rounded.to(tl.float32)
         row_mean, row_rstd = moments(r, inside, eps, D)
         tl.store(mean + i, row_mean, mask=i < N)
         tl.store(rstd + i, row_rstd, mask=i < N)
-        n = (r - row_mean[:, None]) * row_rstd[:, None] * w[None, :] + b[None, :]
-        tl.store(normed + at, n.to(normed.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def normalize_kernel(
-    residual,  # [N, D]
-    mean,  # [N] float32
-    rstd,  # [N] float32
-    weight,  # [D]
-    bias,  # [D]
-    normed,  # [N, D]
-    N,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    j = tl.arange(0, BLOCK_D)
-    w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
-    b = tl.load(bias + j, mask=j < D, other=0.0).to(tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
-        i = block * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (i < N)[:, None] & (j < D)[None, :]
-        at = i.to(tl.int64)[:, None] * D + j[None, :]
-        r = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-        row_mean = tl.load(mean + i, mask=i < N, other=0.0)
-        row_rstd = tl.load(rstd + i, mask=i < N, other=0.0)
         n = (r - row_mean[:, None]) * row_rstd[:, None] * w[None, :] + b[None, :]
         tl.store(normed + at, n.to(normed.dtype.element_ty), mask=inside)
 
@@ -201,11 +167,9 @@ def add_norm_backward_kernel(
     mean,  # [N] float32
     rstd,  # [N] float32
     weight,  # [D]
-    branch,  # [N, D], or None without scale
-    scale,  # [D] or None
     d_x,  # [N, D]
     d_branch,  # [N, D], or None where d_x serves as both
-    sums,  # [programs, 2 to 4, D] float32: of d_weight, d_bias, d_branch, d_scale
+    sums,  # [programs, 2 or 3, D] float32: of d_weight, d_bias, d_branch_bias
     N,
     D: tl.constexpr,
     SUMS: tl.constexpr,
@@ -217,11 +181,7 @@ def add_norm_backward_kernel(
     w = tl.load(weight + j, mask=j < D, other=0.0).to(tl.float32)
     weight_sum = tl.zeros((BLOCK_D,), tl.float32)
     bias_sum = tl.zeros((BLOCK_D,), tl.float32)
-    branch_sum = tl.zeros((BLOCK_D,), tl.float32)
-    scale_sum = tl.zeros((BLOCK_D,), tl.float32)
-    s = tl.full((BLOCK_D,), 1.0, tl.float32)
-    if scale is not None:
-        s = tl.load(scale + j, mask=j < D, other=0.0).to(tl.float32)
+    branch_bias_sum = tl.zeros((BLOCK_D,), tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0), num_stages=STAGES):
         i = block * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (i < N)[:, None] & (j < D)[None, :]
@@ -238,25 +198,26 @@ def add_norm_backward_kernel(
             dx += tl.load(d_residual + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x + at, dx.to(d_x.dtype.element_ty), mask=inside)
         if SUMS > 2:
-            branch_sum += tl.sum(dx, 0)
+            branch_bias_sum += tl.sum(dx, 0)
         if d_branch is not None:
-            tl.store(d_branch + at, (dx * s[None, :]).to(d_branch.dtype.element_ty), mask=inside)
-        if scale is not None:
-            y = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
-            scale_sum += tl.sum(dx * y, 0)
+            tl.store(d_branch + at, dx.to(d_branch.dtype.element_ty), mask=inside)
     own = sums + tl.program_id(0) * SUMS * D + j
     tl.store(own, weight_sum, mask=j < D)
     tl.store(own + D, bias_sum, mask=j < D)
     if SUMS > 2:
-        tl.store(own + 2 * D, branch_sum * s, mask=j < D)
-    if scale is not None:
-        tl.store(own + 3 * D, scale_sum, mask=j < D)
+        tl.store(own + 2 * D, branch_bias_sum, mask=j < D)
 
 
 def _launch_add_norm(
-    x: Tensor, branch: Tensor | None, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    branch: Tensor | None,
+    branch_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> AddNorm:
-    check_rows(x=x, branch=branch, scale=scale, weight=weight, bias=bias)
+    check_rows(x=x, branch=branch, branch_bias=branch_bias, weight=weight, bias=bias)
     width = weight.numel()
     rows = x.numel() // width
     summed = None if branch is None else torch.empty_like(x)
@@ -264,22 +225,9 @@ def _launch_add_norm(
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     block = row_block(width, _FORWARD_ROWS)
     add_norm_kernel[(block.programs(rows, x.device),)](
-        x, branch, scale, weight, bias, summed, normed, mean, rstd, rows, eps, D=width, **block.settings()
+        x, branch, branch_bias, weight, bias, summed, normed, mean, rstd, rows, eps, D=width, **block.settings()
     )
     return AddNorm(x if summed is None else summed, normed, mean, rstd)
-
-
-def _launch_normalize(
-    residual: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> Tensor:
-    check_rows(residual=residual, mean=mean, rstd=rstd, weight=weight, bias=bias)
-    rows, width = mean.numel(), weight.numel()
-    normed = torch.empty_like(residual, dtype=dtype)
-    block = row_block(width, _FORWARD_ROWS)
-    normalize_kernel[(block.programs(rows, residual.device),)](
-        residual, mean, rstd, weight, bias, normed, rows, D=width, **block.settings()
-    )
-    return normed
 
 
 def _launch_add_norm_backward(
@@ -289,28 +237,17 @@ def _launch_add_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    branch: Tensor | None,
-    scale: Tensor | None,
     branch_dtype: torch.dtype | None,
 ) -> NormGradients:
-    check_rows(
-        d_normed=d_normed,
-        d_residual=d_residual,
-        residual=residual,
-        mean=mean,
-        rstd=rstd,
-        weight=weight,
-        branch=branch,
-        scale=scale,
-    )
+    check_rows(d_normed=d_normed, d_residual=d_residual, residual=residual, mean=mean, rstd=rstd, weight=weight)
     rows, width = mean.numel(), weight.numel()
     d_x = torch.empty_like(residual)
-    one_gradient = branch_dtype is None or (branch_dtype == residual.dtype and scale is None)
+    one_gradient = branch_dtype in (None, residual.dtype)
     d_branch = None if one_gradient else torch.empty_like(residual, dtype=branch_dtype)
-    # A second row would spill registers where there is more of a row to hold.
-    block = row_block(width, 2 if residual.element_size() == 2 and scale is None else 1)
+    # A second row would spill registers where a row takes more of them.
+    block = row_block(width, 2 if residual.element_size() == 2 else 1)
     programs = block.programs(rows, residual.device)
-    count = 2 + (branch_dtype is not None) + (scale is not None)
+    count = 2 if branch_dtype is None else 3
     sums = mean.new_empty((programs, count, width))
     add_norm_backward_kernel[(programs,)](
         d_normed,
@@ -319,8 +256,6 @@ def _launch_add_norm_backward(
         mean,
         rstd,
         weight,
-        branch,
-        scale,
         d_x,
         d_branch,
         sums,
@@ -330,20 +265,19 @@ def _launch_add_norm_backward(
         **block.settings(),
     )
     d_weight, d_bias, *of_branch = sums.sum(0)
-    d_branch_sum, d_scale = [*of_branch, None, None][:2]
-    if one_gradient and branch_dtype is not None:
-        d_branch = d_x
-    return NormGradients(d_x, d_branch, d_weight, d_bias, d_branch_sum, d_scale)
+    if branch_dtype is None:
+        return NormGradients(d_x, None, d_weight, d_bias, None)
+    return NormGradients(d_x, d_x if d_branch is None else d_branch, d_weight, d_bias, *of_branch)
 
 
 def add_norm(
     x: Tensor,  # [..., D]
     branch: Tensor | None,  # [..., D]
+    branch_bias: Tensor | None,  # [D]
     weight: Tensor,  # [D]
     bias: Tensor,  # [D]
     eps: float,
     *,
-    scale: Tensor | None = None,  # [D]
     dtype: torch.dtype | None = None,
 ) -> AddNorm:
     """Add a branch to the residual stream and normalise the sum.
@@ -351,37 +285,27 @@ def add_norm(
     Args:
         x: residual stream, bfloat16, float16 or float32; contiguous, like all tensors here.
         branch: output of the branch before, of any of these types; None: nothing to add.
+        branch_bias: of the linear layer that made the branch without adding it, of any of these types; None: there is
+            none, or the branch has it.
         weight: of the LayerNorm.
         bias: of the LayerNorm.
         eps: of the LayerNorm.
-        scale: layer scale that multiplies the branch (https://arxiv.org/abs/2103.17239).
         dtype: of ``normed``; None: that of the branch, or of x without one.
 
     Returns:
-        residual = x + scale·branch in x's dtype (x itself without a branch, not a copy), normed = its LayerNorm, and
-        mean and rstd of its rows in float32. Everything is float64 for float64 x. Not differentiable: the gradients
-        are `add_norm_backward`'s.
+        residual = x + (branch + branch_bias) in x's dtype (x itself without a branch, not a copy), normed = its
+        LayerNorm, and mean and rstd of its rows in float32. Everything is float64 for float64 x. Not differentiable:
+        the gradients are `add_norm_backward`'s.
 
     Raises:
-        ValueError: a tensor on a GPU that is not contiguous.
+        ValueError: a bias without its branch; a tensor on a GPU that is not contiguous.
     """
+    if branch is None and branch_bias is not None:
+        raise ValueError("branch_bias is added to a branch, and there is none: give the branch, or no bias")
     if dtype is None:
         dtype = x.dtype if branch is None else branch.dtype
     run = _launch_add_norm if runs_rows(x) else _add_norm_reference
-    return run(x, branch, scale, weight, bias, eps, dtype)
-
-
-def normalize(
-    residual: Tensor,  # [..., D]
-    mean: Tensor,  # [...]
-    rstd: Tensor,  # [...]
-    weight: Tensor,  # [D]
-    bias: Tensor,  # [D]
-    dtype: torch.dtype,
-) -> Tensor:
-    """Make ``normed`` of `add_norm` again from what is kept for the backward pass."""
-    run = _launch_normalize if runs_rows(residual) else _normalize_reference
-    return run(residual, mean, rstd, weight, bias, dtype)
+    return run(x, branch, branch_bias, weight, bias, eps, dtype)
 
 
 def add_norm_backward(
@@ -393,8 +317,6 @@ def add_norm_backward(
     weight: Tensor,  # [D]
     *,
     branch_dtype: torch.dtype | None,
-    branch: Tensor | None = None,  # [..., D]
-    scale: Tensor | None = None,  # [D]
 ) -> NormGradients:
     """Return the gradients of `add_norm`.
 
@@ -406,18 +328,13 @@ def add_norm_backward(
         rstd: of the rows.
         weight: of the LayerNorm.
         branch_dtype: of d_branch, the branch's; None: there was no branch, or its gradient is not wanted.
-        branch: the branch that was added; needed with scale only.
-        scale: layer scale, if there was one.
 
     Returns:
-        d_x in the residual's dtype, d_branch (the same tensor as d_x if there is no scale and the types agree), and
-        the sums over rows d_weight, d_bias, d_branch_sum (the bias gradient of the linear layer that made the branch)
-        and d_scale in float32. What does not exist is None.
+        d_x in the residual's dtype, d_branch (the same tensor as d_x if the types agree), and the sums over rows
+        d_weight, d_bias and d_branch_bias in float32. What belongs to the branch is None without a dtype for it.
 
     Raises:
-        ValueError: a scale without its branch or its dtype; a tensor on a GPU that is not contiguous.
+        ValueError: a tensor on a GPU that is not contiguous.
     """
-    if scale is not None and (branch is None or branch_dtype is None):
-        raise ValueError("the gradient of a layer scale needs the branch that it multiplied: give branch, branch_dtype")
     run = _launch_add_norm_backward if runs_rows(residual) else _add_norm_backward_reference
-    return run(d_normed, d_residual, residual, mean, rstd, weight, branch, scale, branch_dtype)
+    return run(d_normed, d_residual, residual, mean, rstd, weight, branch_dtype)

@@ -40,6 +40,7 @@ class RowBlock:
             "STAGES": _STAGES,
             "num_warps": self.num_warps,
             "maxnreg": _REGISTERS,
+            "enable_fp_fusion": True,  # the default until Triton 3.9
         }
 
 

@@ -8,9 +8,13 @@ averaged before the value projection. This is exact, and two projections of T to
 The key bias adds the same number to all scores of a head and drops out of the softmax.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from ..kernels.latent_pool import latent_pool, latent_pool_backward
 from .block import FeedForward
 
 
@@ -33,10 +37,11 @@ class AttentionPooling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[b, T, D] to [b, D]."""
-        return tokens[:, 0] + self.mlp(self.norm(self.attend(tokens)))
+        attended, first = self.attend(tokens)
+        return first + self.mlp(self.norm(attended))
 
-    def attend(self, tokens: Tensor) -> Tensor:
-        """Attention of the latent query over the tokens, [b, T, D] to [b, D]."""
+    def attend(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attention of the latent query over the tokens [b, T, D], and the first token, [b, D] each."""
         width = tokens.shape[-1]
         head_dim = width // self.heads
         key_weight, value_weight = self.key_value.weight.view(2, self.heads, head_dim, width).unbind()
@@ -44,8 +49,23 @@ class AttentionPooling(nn.Module):
 
         query = self.query(self.latent).view(self.heads, 1, head_dim) * head_dim**-0.5
         absorbed = (query @ key_weight).squeeze(1)  # [heads, D]
-        scores = tokens @ absorbed.mT  # [b, T, heads]
-        weights = scores.softmax(dim=1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(tokens.dtype)
-        pooled = weights.mT @ tokens  # [b, heads, D]
+        pooled, first = _LatentPool.apply(tokens, absorbed)  # [b, heads, D], [b, D]
         values = pooled.transpose(0, 1) @ value_weight.mT  # [heads, b, head_dim]
-        return self.out_proj(values.transpose(0, 1).flatten(1) + value_bias)
+        return self.out_proj(values.transpose(0, 1).flatten(1) + value_bias), first
+
+
+class _LatentPool(torch.autograd.Function):
+    """Tokens and absorbed queries to what they pool and the first token, as `latent_pool` has it."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, absorbed: Tensor) -> tuple[Tensor, Tensor]:
+        # matmul takes another route for an operand that requires a gradient, and another forward would differ in a bit.
+        pooled, first, lse, rounded = latent_pool(tokens.detach(), absorbed.detach())
+        ctx.save_for_backward(rounded, absorbed, pooled, lse)
+        return pooled, first
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_pooled: Tensor, d_first: Tensor) -> tuple[Tensor, Tensor]:
+        d_tokens, d_absorbed = latent_pool_backward(d_pooled, d_first.contiguous(), *ctx.saved_tensors)
+        return d_tokens, d_absorbed

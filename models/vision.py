@@ -4,6 +4,7 @@
 after the last block. The ViTs are the other backbones of that report; the small EVA02 towers are for demos and tests.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.patchify import patchify
-from .block import Block
+from .block import Block, Implementation, Keep, Stream, compute_dtype
 from .pooling import AttentionPooling
 from .weights import load_weights
 
@@ -156,6 +157,11 @@ class VisionTower(nn.Module):
         pooling: ``cls`` (the class token), ``mean`` (over patch tokens) or ``map`` (attention pooling).
         embed_dim: width d of the embeddings; a projection without bias is added only where it differs from the trunk's
             width. None: the trunk's width.
+        block: how the blocks are computed, see `Block`.
+        attention: backend of the fused blocks' attention, see `attention`.
+        residual: type of the tokens between the blocks. None: that of the blocks' products.
+        kept_patches: patches of each image that go through the trunk in training mode, drawn anew for each image and
+            forward (https://arxiv.org/abs/2212.00794); their positions stay their own. None: all.
 
     The trunk's weights are drawn as DeiT and EVA draw them (https://arxiv.org/abs/2012.12877): truncated normal with
     standard deviation 0.02, biases zero. The head keeps PyTorch's defaults.
@@ -163,16 +169,30 @@ class VisionTower(nn.Module):
 
     rope: Tensor | None
 
-    def __init__(self, config: VisionConfig, *, pooling: Pooling = "map", embed_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        config: VisionConfig,
+        *,
+        pooling: Pooling = "map",
+        embed_dim: int | None = None,
+        block: Implementation = "fused",
+        attention: str = "auto",
+        residual: torch.dtype | None = None,
+        kept_patches: int | None = None,
+    ) -> None:
         super().__init__()
         if pooling not in get_args(Pooling):
             raise ValueError(f"pooling {pooling!r} is unknown: choose from {', '.join(get_args(Pooling))}")
         if pooling == "cls" and not config.class_token:
             raise ValueError("pooling 'cls' needs a class token, which this tower has not: choose mean or map")
+        if kept_patches is not None and not 0 < kept_patches <= config.grid**2:
+            raise ValueError(f"{kept_patches} patches of an image cannot be kept: it has {config.grid**2}")
         self.config = config
         self.pooling = pooling
         self.embed_dim = config.width if embed_dim is None else embed_dim
         self.image_size = config.image_size
+        self.residual = residual
+        self.kept_patches = kept_patches
 
         def learned_tokens(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(1, count, config.width)) if count else None
@@ -191,6 +211,8 @@ class VisionTower(nn.Module):
                 sub_norm=config.sub_norm,
                 layer_scale=config.layer_scale,
                 norm_eps=config.norm_eps,
+                implementation=block,
+                attention_backend=attention,
             )
             for _ in range(config.depth)
         )
@@ -205,6 +227,11 @@ class VisionTower(nn.Module):
         self.projection = (
             nn.Linear(config.width, self.embed_dim, bias=False) if self.embed_dim != config.width else None
         )
+
+    @property
+    def tokens_in_training(self) -> int:
+        """Length of the sequence in training mode."""
+        return self.config.prefix_tokens + (self.kept_patches or self.config.grid**2)
 
     def _initialise_trunk(self) -> None:
         for module in self.modules():
@@ -222,19 +249,25 @@ class VisionTower(nn.Module):
             self.rope = rotary_table(self.config).to(self.rope.device)
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, *, keep: Keep = "all", on_gradients: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Embed images; the rows are not normalised.
 
         Args:
             images: uint8 [b, S, S, 3] raw, or floating point [b, 3, S, S] normalised by IMAGE_MEAN and IMAGE_STD.
+            keep: what every block keeps for the backward pass, see models/block.py.
+            on_gradients: called in the backward pass with the number of each block whose parameters have received all
+                they receive from these images.
 
         Returns:
             [b, embed_dim].
 
         Raises:
-            ValueError: images of another type, layout or size.
+            ValueError: images of another type, layout or size; a tier that the blocks do not know; fused blocks on a
+                GPU that they do not run on.
         """
-        tokens = self.forward_features(images)
+        tokens = self.forward_features(images, keep=keep, on_gradients=on_gradients)
         if self.pool is not None:
             embeddings = self.pool(tokens)
         elif self.pooling == "mean":
@@ -243,8 +276,42 @@ class VisionTower(nn.Module):
             embeddings = tokens[:, 0]
         return embeddings if self.projection is None else self.projection(embeddings)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(
+        self, images: Tensor, *, keep: Keep = "all", on_gradients: Callable[[int], None] | None = None
+    ) -> Tensor:
         """Images as in `forward` to tokens [b, T, D] before pooling: class token, registers, patches row by row."""
+        self._check(images)
+        dtype = compute_dtype(self.patch_embed.weight)
+        patches = patchify(images, self.config.patch_size, mean=IMAGE_MEAN, std=IMAGE_STD, dtype=dtype)
+        position: Tensor | None = self.position
+        rope = self.rope
+        if self.training and self.kept_patches is not None:
+            kept = self._draw_tokens(len(images))  # [b, T]
+            of_patches = kept[:, self.config.prefix_tokens :, None] - self.config.prefix_tokens
+            patches = patches.take_along_dim(of_patches, dim=1)
+            position = None if position is None else position[0, kept]
+            rope = None if rope is None else rope[kept]
+        prefix = [t.expand(len(images), -1, -1) for t in (self.class_token, self.register_tokens) if t is not None]
+        tokens = torch.cat((*prefix, self.patch_embed(patches)), dim=1)  # [b, T, D]
+        if position is not None:
+            tokens = tokens + position
+        stream = Stream(tokens.to(self.residual or dtype))
+        for number, block in enumerate(self.blocks):
+            if on_gradients is not None and stream.x.requires_grad:
+                # Autograd gives leaves their gradients before it goes on to what made the stream.
+                stream.x.register_hook(functools.partial(_call_with, on_gradients, number))
+            stream = block(stream, rope, keep)
+        tokens = stream.total()
+        return tokens if self.norm is None else self.norm(tokens)
+
+    def _draw_tokens(self, images: int) -> Tensor:
+        """Return the numbers of the tokens to keep, ascending in a row: [images, prefix tokens + kept patches]."""
+        prefix = self.config.prefix_tokens
+        draws = torch.rand(images, self.config.tokens, device=self.patch_embed.weight.device)
+        draws[:, :prefix] = -1
+        return draws.argsort(dim=1)[:, : prefix + (self.kept_patches or 0)].sort(dim=1).values
+
+    def _check(self, images: Tensor) -> None:
         size = self.image_size
         layout = (size, size, 3) if images.dtype == torch.uint8 else (3, size, size)
         known_dtype = images.dtype == torch.uint8 or images.is_floating_point()
@@ -253,16 +320,10 @@ class VisionTower(nn.Module):
                 f"images are {str(images.dtype).removeprefix('torch.')} of shape {list(images.shape)}: this tower takes"
                 f" uint8 [batch, {size}, {size}, 3], or normalised floating point [batch, 3, {size}, {size}]"
             )
-        patches = patchify(
-            images, self.config.patch_size, mean=IMAGE_MEAN, std=IMAGE_STD, dtype=self.patch_embed.weight.dtype
-        )
-        prefix = [t.expand(len(images), -1, -1) for t in (self.class_token, self.register_tokens) if t is not None]
-        tokens = torch.cat((*prefix, self.patch_embed(patches)), dim=1)  # [b, T, D]
-        if self.position is not None:
-            tokens = tokens + self.position
-        for block in self.blocks:
-            tokens = block(tokens, self.rope)
-        return tokens if self.norm is None else self.norm(tokens)
+
+
+def _call_with(function: Callable[[int], None], number: int, _: Tensor) -> None:
+    function(number)
 
 
 def build_vision_tower(
@@ -273,6 +334,10 @@ def build_vision_tower(
     dtype: torch.dtype = torch.float32,
     embed_dim: int | None = None,
     image_size: int | None = None,
+    block: Implementation = "fused",
+    attention: str = "auto",
+    residual: torch.dtype | None = None,
+    kept_patches: int | None = None,
 ) -> VisionTower:
     """Build a tower by name, on the CPU.
 
@@ -285,6 +350,10 @@ def build_vision_tower(
         dtype: type of the parameters. RoPE angles stay in float32.
         embed_dim: width of the embeddings; None: the width of the trunk.
         image_size: side of the images in pixels; None: the one in the name's configuration.
+        block: as in `VisionTower`, like attention, residual and kept_patches.
+        attention: see there.
+        residual: see there.
+        kept_patches: see there.
 
     Raises:
         ValueError: an unknown name or pooling, an impossible size, or weights that do not fit.
@@ -295,7 +364,15 @@ def build_vision_tower(
     config = VISION_CONFIGS[name]
     if image_size is not None:
         config = replace(config, image_size=image_size)
-    tower = VisionTower(config, pooling=pooling, embed_dim=embed_dim)
+    tower = VisionTower(
+        config,
+        pooling=pooling,
+        embed_dim=embed_dim,
+        block=block,
+        attention=attention,
+        residual=residual,
+        kept_patches=kept_patches,
+    )
     if weights is not None:
         load_weights(tower, weights)
     return tower.to(dtype)

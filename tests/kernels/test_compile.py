@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,20 +20,26 @@ TRITON_36 = Path(os.environ.get("TEXTLOCK_TRITON_36", ROOT / ".venv" / "triton-3
 def compile_kernels(*arguments, **environment):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    """Start both compilers side by side: each takes a minute or two of one core."""
+    with ThreadPoolExecutor() as pool:
+        yield {
+            triton: pool.submit(compile_kernels, "-m", "textlock.bench.compile", *flags)
+            for triton, flags in (("installed", []), ("3.6", ["--triton", str(TRITON_36)]))
+            if triton == "installed" or TRITON_36.is_dir()
+        }
 
 
 @pytest.fixture(scope="module", params=["installed", "3.6"])
-def kernels(request):
+def kernels(request, compiling):
     """Return kernel and case -> what was read from the binary."""
-    flags = []
-    if request.param == "3.6":
-        if not TRITON_36.is_dir():
-            pytest.skip(
-                f"no Triton 3.6 in {TRITON_36}: make test puts it there, TEXTLOCK_TRITON_36 names another folder"
-            )
-        flags = ["--triton", str(TRITON_36)]
-    outcome = compile_kernels("-m", "textlock.bench.compile", *flags)
+    if request.param not in compiling:
+        pytest.skip(f"no Triton 3.6 in {TRITON_36}: make test puts it there, TEXTLOCK_TRITON_36 names another folder")
+    outcome = compiling[request.param].result()
     assert outcome.stdout, outcome.stderr
     rows = [json.loads(line) for line in outcome.stdout.splitlines()]
     assert request.param == "installed" or {row["triton"] for row in rows} == {"3.6.0"}
@@ -53,7 +60,8 @@ def test_every_dot_product_is_a_wgmma(kernels):
     with_dots = {name: row for name, rows in kernels.items() for row in rows if row["dots"]}
     assert {name.split(" ")[0] for name in with_dots} >= {"sums_kernel", "weights_kernel", "stored_product_kernel"}
     for name, row in with_dots.items():
-        assert row["wgmma"] and all(kind.endswith(".f32.f16.f16") for kind in row["wgmma"]), name
+        operands = "bf16.bf16" if "bfloat16" in name else "f16.f16"
+        assert row["wgmma"] and all(kind.endswith(f".f32.{operands}") for kind in row["wgmma"]), name
         assert row["tensor_core"] and all(opcode.startswith("HGMMA") for opcode in row["tensor_core"]), name
 
 
@@ -63,6 +71,9 @@ def test_as_many_programs_fit_as_the_launchers_count_on(kernels):
     assert short == []
     for plain in ("sums_kernel ()", "sums_kernel (store)"):  # what training runs, at its fastest
         assert [row["programs"] for row in kernels[plain]] == [2]
+    for kernel, programs in (("attention_kernel", 3), ("attention_backward_kernel", 2)):
+        rows = kernels[f"{kernel} (197 tokens, torch.bfloat16, RoPE tables: 1)"]
+        assert [row["programs"] for row in rows] == [programs]
 
 
 @pytest.mark.slow

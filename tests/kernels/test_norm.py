@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from textlock.kernels import norm
-from textlock.kernels.norm import NormGradients, add_norm, add_norm_backward, normalize
+from textlock.kernels.norm import NormGradients, add_norm, add_norm_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-6
@@ -43,37 +43,37 @@ def assert_as_good_as_torch(value, truth, by_torch, name):
     assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.2e}"
 
 
-# Leading shape, width, type of the residual stream, type of the branch (None: there is none), layer scale.
+# Leading shape, width, types of the residual stream, of the branch and of its bias (None: there is none).
 CASES = [
-    pytest.param((5,), 64, F16, F16, False, id="5x64 float16"),
-    pytest.param((5,), 2048, F32, F16, False, id="5x2048 float32 stream"),
-    pytest.param((2, 50), 96, F32, F32, True, id="2x50x96 float32 with scale"),
-    pytest.param((1, 197), 768, F16, F16, False, id="1x197x768 float16"),
-    pytest.param((257,), 768, F32, F16, True, id="257x768 float32 stream with scale"),
-    pytest.param((1, 50), 768, F16, F16, True, id="1x50x768 float16 with scale"),
-    pytest.param((7,), 768, F32, BF16, False, id="7x768 bfloat16 branch"),
-    pytest.param((50,), 352, BF16, BF16, False, id="50x352 bfloat16"),
-    pytest.param((50,), 768, F32, None, False, id="50x768 no branch"),
-    pytest.param((3,), 37, F32, F16, True, id="3x37 unaligned rows"),
+    pytest.param((5,), 64, F16, F16, None, id="5x64 float16"),
+    pytest.param((5,), 2048, F32, F16, None, id="5x2048 float32 stream"),
+    pytest.param((2, 50), 96, F32, F32, F32, id="2x50x96 float32 with bias"),
+    pytest.param((1, 197), 768, F16, F16, F16, id="1x197x768 float16 with bias"),
+    pytest.param((257,), 768, F32, F16, F32, id="257x768 float32 stream with bias"),
+    pytest.param((1, 50), 768, F16, F16, F32, id="1x50x768 float16 with float32 bias"),
+    pytest.param((7,), 768, F32, BF16, BF16, id="7x768 bfloat16 branch with bias"),
+    pytest.param((50,), 352, BF16, BF16, None, id="50x352 bfloat16"),
+    pytest.param((50,), 768, F32, None, None, id="50x768 no branch"),
+    pytest.param((3,), 37, F32, F16, F16, id="3x37 unaligned rows with bias"),
 ]
 
 
-def inputs_of(rows, width, stream, branch_type, scaled):
-    x, branch, weight, bias, scale = make((*rows, width), (*rows, width), width, width, width)
+def inputs_of(rows, width, stream, branch_type, bias_type):
+    x, branch, weight, bias, branch_bias = make((*rows, width), (*rows, width), width, width, width)
     return (
         x.to(stream),
         None if branch_type is None else branch.to(branch_type),
+        None if bias_type is None else branch_bias.to(bias_type),
         weight.float() + 1,
         bias.float(),
-        scale.float() if scaled else None,
     )
 
 
-@pytest.mark.parametrize(("rows", "width", "stream", "branch_type", "scaled"), CASES)
-def test_kernel_adds_and_normalises(rows, width, stream, branch_type, scaled):
-    x, branch, weight, bias, scale = inputs_of(rows, width, stream, branch_type, scaled)
+@pytest.mark.parametrize(("rows", "width", "stream", "branch_type", "bias_type"), CASES)
+def test_kernel_adds_and_normalises(rows, width, stream, branch_type, bias_type):
+    x, branch, branch_bias, weight, bias = inputs_of(rows, width, stream, branch_type, bias_type)
     dtype = branch_type or F16
-    result = norm._launch_add_norm(x, branch, scale, weight, bias, EPS, dtype)
+    result = norm._launch_add_norm(x, branch, branch_bias, weight, bias, EPS, dtype)
     assert (result.residual.dtype, result.normed.dtype) == (stream, dtype)
     assert result.mean.shape == result.rstd.shape == rows and result.mean.dtype == result.rstd.dtype == F32
 
@@ -81,8 +81,8 @@ def test_kernel_adds_and_normalises(rows, width, stream, branch_type, scaled):
     if branch is None:
         assert result.residual is x
     else:
-        truth = x.double() + branch.double() * (1 if scale is None else scale.double())
-        summed = (x + (branch if scale is None else branch * scale.to(branch_type))).to(stream)
+        truth = x.double() + branch.double() + (0 if branch_bias is None else branch_bias.double())
+        summed = (x + (branch if branch_bias is None else branch + branch_bias.to(branch_type))).to(stream)
         assert_as_good_as_torch(result.residual, truth, summed, "residual")
     # From here on the truth is that of the rounded sum, which is what the backward pass reads.
     kept = result.residual.double()
@@ -93,34 +93,31 @@ def test_kernel_adds_and_normalises(rows, width, stream, branch_type, scaled):
     torch.testing.assert_close(result.rstd.double(), (kept.var(-1, correction=0) + EPS).rsqrt(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("rows", "width", "stream", "branch_type", "scaled"), CASES)
+@pytest.mark.parametrize(("rows", "width", "stream", "branch_type", "bias_type"), CASES)
 @pytest.mark.parametrize("last", [False, True], ids=["", "nothing behind"])
-def test_kernel_finds_all_gradients(rows, width, stream, branch_type, scaled, last):
-    residual, branch, weight, _, scale = inputs_of(rows, width, stream, branch_type, scaled)
+def test_kernel_finds_all_gradients(rows, width, stream, branch_type, bias_type, last):
+    residual, _, _, weight, _ = inputs_of(rows, width, stream, branch_type, bias_type)
     d_normed, d_residual = make((*rows, width), (*rows, width), seed=1)
     d_normed = (3 * d_normed + 0.5).to(branch_type or F16)
     d_residual = None if last else d_residual.to(stream)
     mean, rstd = residual.double().mean(-1), (residual.double().var(-1, correction=0) + EPS).rsqrt()
-    if scale is None:
-        branch = None
 
     result = norm._launch_add_norm_backward(
-        d_normed, d_residual, residual, mean.float(), rstd.float(), weight, branch, scale, branch_type
+        d_normed, d_residual, residual, mean.float(), rstd.float(), weight, branch_type
     )
 
     wide = [None if t is None else t.double() for t in (d_normed, d_residual, residual, mean, rstd, weight)]
-    truth = norm._add_norm_backward_reference(*wide, branch, scale, None if branch_type is None else F64)
+    truth = norm._add_norm_backward_reference(*wide, None if branch_type is None else F64)
     by_torch = gradients_by_torch(d_normed, d_residual, residual, weight)
     assert result.d_x.dtype == stream
     assert_as_good_as_torch(result.d_x, truth.d_x, by_torch, "d_x")
     if branch_type is None:
-        assert result.d_branch is None and result.d_branch_sum is None
+        assert result.d_branch is None and result.d_branch_bias is None
     else:
         assert result.d_branch.dtype == branch_type
-        assert (result.d_branch is result.d_x) == (branch_type == stream and not scaled)
-        scaled_by_torch = (by_torch * (1 if scale is None else scale)).to(branch_type)
-        assert_as_good_as_torch(result.d_branch, truth.d_branch, scaled_by_torch, "d_branch")
-    for name in ("d_weight", "d_bias", "d_branch_sum", "d_scale"):
+        assert (result.d_branch is result.d_x) == (branch_type == stream)
+        assert_as_good_as_torch(result.d_branch, truth.d_branch, by_torch.to(branch_type), "d_branch")
+    for name in ("d_weight", "d_bias", "d_branch_bias"):
         total, exact = getattr(result, name), getattr(truth, name)
         assert (total is None) == (exact is None)
         if total is not None:
@@ -140,13 +137,11 @@ def gradients_by_torch(d_normed, d_residual, residual, weight):
 @pytest.mark.parametrize("stream", [F16, F32], ids=str)
 @pytest.mark.parametrize("launch", [True, False], ids=["kernel", "reference"])
 def test_normed_is_made_again_from_what_is_kept(launch, stream):
-    x, branch, weight, bias, _ = inputs_of((2, 33), 768, stream, F16, False)
-    forward = norm._launch_add_norm if launch else norm._add_norm_reference
-    again = norm._launch_normalize if launch else norm._normalize_reference
-    result = forward(x, branch, None, weight, bias, EPS, F16)
-    normed = again(result.residual, result.mean, result.rstd, weight, bias, F16)
-    assert normed.dtype == F16
-    torch.testing.assert_close(normed, result.normed, rtol=torch.finfo(F16).eps, atol=1e-6)
+    x, branch, branch_bias, weight, bias = inputs_of((2, 33), 768, stream, F16, F32)
+    run = norm._launch_add_norm if launch else norm._add_norm_reference
+    result = run(x, branch, branch_bias, weight, bias, EPS, F16)
+    again = run(result.residual, None, None, weight, bias, EPS, F16)
+    assert all(map(torch.equal, again, result))
 
 
 def test_rows_far_from_zero_keep_their_variance():
@@ -161,12 +156,12 @@ def test_rows_far_from_zero_keep_their_variance():
 
 
 def test_two_runs_give_the_same_bits():
-    x, branch, weight, bias, scale = inputs_of((130,), 64, F32, F16, True)
+    x, branch, branch_bias, weight, bias = inputs_of((130,), 64, F32, F16, F32)
     runs = []
     for _ in range(2):
-        forward = norm._launch_add_norm(x, branch, scale, weight, bias, EPS, F16)
+        forward = norm._launch_add_norm(x, branch, branch_bias, weight, bias, EPS, F16)
         backward = norm._launch_add_norm_backward(
-            forward.normed, x, forward.residual, forward.mean, forward.rstd, weight, branch, scale, F16
+            forward.normed, x, forward.residual, forward.mean, forward.rstd, weight, F16
         )
         runs.append((*forward, *backward))
     for first, second in zip(*runs, strict=True):
@@ -174,13 +169,11 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_no_rows_have_no_sums():
-    x, branch, weight, bias, scale = inputs_of((0,), 64, F32, F16, True)
-    forward = norm._launch_add_norm(x, branch, scale, weight, bias, EPS, F16)
+    x, branch, branch_bias, weight, bias = inputs_of((0,), 64, F32, F16, F32)
+    forward = norm._launch_add_norm(x, branch, branch_bias, weight, bias, EPS, F16)
     assert forward.normed.shape == (0, 64)
-    result = norm._launch_add_norm_backward(
-        forward.normed, x, x, forward.mean, forward.rstd, weight, branch, scale, F16
-    )
-    for total in (result.d_weight, result.d_bias, result.d_branch_sum, result.d_scale):
+    result = norm._launch_add_norm_backward(forward.normed, x, x, forward.mean, forward.rstd, weight, F16)
+    for total in (result.d_weight, result.d_bias, result.d_branch_bias):
         assert torch.equal(total, torch.zeros(64, device=DEVICE))
 
 
@@ -188,27 +181,23 @@ class AddNormFunction(torch.autograd.Function):
     """The public functions, as a block calls them."""
 
     @staticmethod
-    def forward(ctx, x, branch, weight, bias, scale):
-        residual, normed, mean, rstd = add_norm(x, branch, weight, bias, EPS, scale=scale)
-        ctx.save_for_backward(residual, mean, rstd, weight, branch, scale)
+    def forward(ctx, x, branch, branch_bias, weight, bias):
+        residual, normed, mean, rstd = add_norm(x, branch, branch_bias, weight, bias, EPS)
+        ctx.branch_dtype = None if branch is None else branch.dtype
+        ctx.save_for_backward(residual, mean, rstd, weight)
         return residual, normed
 
     @staticmethod
     def backward(ctx, d_residual, d_normed):
-        residual, mean, rstd, weight, branch, scale = ctx.saved_tensors
-        branch_dtype = None if branch is None else branch.dtype
-        if scale is None:
-            branch = None
-        result = add_norm_backward(
-            d_normed, d_residual, residual, mean, rstd, weight, branch_dtype=branch_dtype, branch=branch, scale=scale
-        )
-        return result.d_x, result.d_branch, result.d_weight, result.d_bias, result.d_scale
+        result = add_norm_backward(d_normed, d_residual, *ctx.saved_tensors, branch_dtype=ctx.branch_dtype)
+        d_branch_bias = result.d_branch_bias if ctx.needs_input_grad[2] else None
+        return result.d_x, result.d_branch, d_branch_bias, result.d_weight, result.d_bias
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["", "scale"])
-def test_reference_passes_gradcheck(scaled):
-    x, branch, weight, bias, scale = (t.cpu().requires_grad_() for t in make((2, 3, 6), (2, 3, 6), 6, 6, 6))
-    inputs = (x, branch, weight, bias, scale if scaled else None)
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+def test_reference_passes_gradcheck(biased):
+    x, branch, branch_bias, weight, bias = (t.cpu().requires_grad_() for t in make((2, 3, 6), (2, 3, 6), 6, 6, 6))
+    inputs = (x, branch, branch_bias if biased else None, weight, bias)
     assert torch.autograd.gradcheck(AddNormFunction.apply, inputs)
 
 
@@ -216,53 +205,49 @@ def test_reference_passes_gradcheck_without_a_branch():
     x, weight, bias = (t.cpu().requires_grad_() for t in make((4, 6), 6, 6))
     # The residual is x itself then, so that only its LayerNorm is an output of the function.
     assert torch.autograd.gradcheck(
-        lambda x, weight, bias: AddNormFunction.apply(x + 0, None, weight, bias, None)[1], (x, weight, bias)
+        lambda x, weight, bias: AddNormFunction.apply(x + 0, None, None, weight, bias)[1], (x, weight, bias)
     )
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["", "scale"])
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
-def test_reference_sums_are_those_of_the_gradients(dtype, scaled):
-    x, branch, weight, bias, scale = (t.cpu() for t in make((4, 5, 8), (4, 5, 8), 8, 8, 8))
+def test_reference_sums_are_those_of_the_gradients(dtype):
+    x, branch, branch_bias, weight, bias = (t.cpu() for t in make((4, 5, 8), (4, 5, 8), 8, 8, 8))
     x, branch = x.to(dtype), branch.to(dtype)
-    residual, normed, mean, rstd = add_norm(x, branch, weight, bias, EPS, scale=scale if scaled else None)
+    residual, normed, mean, rstd = add_norm(x, branch, branch_bias, weight, bias, EPS)
     wide = F64 if dtype == F64 else F32
     assert (residual.dtype, normed.dtype, mean.dtype, rstd.dtype) == (dtype, dtype, wide, wide)
-    result = add_norm_backward(
-        normed,
-        x,
-        residual,
-        mean,
-        rstd,
-        weight,
-        branch_dtype=dtype,
-        **({"branch": branch, "scale": scale} if scaled else {}),
-    )
-    assert (result.d_branch is result.d_x) == (not scaled)
+    result = add_norm_backward(normed, x, residual, mean, rstd, weight, branch_dtype=dtype)
+    assert result.d_branch is result.d_x and result.d_branch_bias.dtype == wide
     tolerance = {F64: 1e-12, F32: 1e-5, BF16: 0.05}[dtype]
     expected = result.d_branch.double().sum((0, 1))
-    torch.testing.assert_close(result.d_branch_sum.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.d_branch_bias.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_normalize_is_exact_in_float64():
-    x, weight, bias = (t.cpu() for t in make((4, 6), 6, 6))
-    _, normed, mean, rstd = add_norm(x, None, weight, bias, EPS)
-    torch.testing.assert_close(normalize(x, mean, rstd, weight, bias, F64), normed, rtol=1e-13, atol=1e-13)
+@pytest.mark.parametrize("stream", [BF16, F32], ids=str)
+@pytest.mark.parametrize("launch", [norm._launch_add_norm, norm._add_norm_reference], ids=["kernel", "reference"])
+def test_bias_and_branch_are_added_before_any_rounding(launch, stream):
+    x, weight, bias = torch.full((3, 64), -255.0), torch.ones(64), torch.zeros(64)
+    # No bfloat16 lies halfway between 256 and 258, or 258 and 260.
+    branch, branch_bias = torch.full((3, 64), 256.0, dtype=BF16), torch.tensor([1.0, 3.0] * 32)
+    args = (t.to(DEVICE) for t in (x.to(stream), branch, branch_bias, weight, bias))
+    residual = launch(*args, EPS, BF16).residual
+    assert residual.dtype == stream
+    assert residual.tolist() == [[2.0, 4.0] * 32] * 3
 
 
 def test_refuses_strides_that_kernels_cannot_walk():
-    x, branch, weight, bias, _ = inputs_of((6,), 64, F32, F32, False)
+    x, branch, _, weight, bias = inputs_of((6,), 64, F32, F32, None)
     with pytest.raises(ValueError, match=r"branch of shape \[6, 64\] has strides \[128, 1\]: give a contiguous tensor"):
         norm._launch_add_norm(x, branch.repeat(1, 2)[:, :64], None, weight, bias, EPS, F32)
     mean = rstd = torch.ones(6, device=DEVICE)
     with pytest.raises(ValueError, match=r"d_normed of shape \[6, 64\] has strides \[1, 6\]"):
-        norm._launch_add_norm_backward(x.T.contiguous().T, None, x, mean, rstd, weight, None, None, None)
+        norm._launch_add_norm_backward(x.T.contiguous().T, None, x, mean, rstd, weight, None)
 
 
-def test_refuses_a_scale_without_its_branch():
-    x, _, weight, _, scale = inputs_of((6,), 64, F32, F32, True)
-    with pytest.raises(ValueError, match="needs the branch that it multiplied"):
-        add_norm_backward(x, x, x, x[:, 0], x[:, 0], weight, branch_dtype=F32, scale=scale)
+def test_refuses_a_bias_without_its_branch():
+    x, _, branch_bias, weight, bias = inputs_of((6,), 64, F32, F32, F32)
+    with pytest.raises(ValueError, match="branch_bias is added to a branch, and there is none"):
+        add_norm(x, None, branch_bias, weight, bias, EPS)
 
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs 16 GiB of a GPU: offsets beyond 2^31 elements")
@@ -270,7 +255,7 @@ def test_offsets_beyond_32_bits():
     rows, width = 2**31 // 768 + 5, 768
     x = torch.randn(rows, width, dtype=F16, device=DEVICE)
     weight, bias = torch.ones(width, device=DEVICE), torch.zeros(width, device=DEVICE)
-    result = add_norm(x, None, weight, bias, EPS)
+    result = add_norm(x, None, None, weight, bias, EPS)
     expected = F.layer_norm(x[-3:].float(), (width,), eps=EPS)
     torch.testing.assert_close(result.normed[-3:].float(), expected, rtol=1e-3, atol=1e-3)
     gradients: NormGradients = add_norm_backward(

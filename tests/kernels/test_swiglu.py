@@ -183,6 +183,25 @@ def test_reference_makes_h_again_and_sums(dtype, normed):
     torch.testing.assert_close(result.d_gate_up_sum.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("normed", [True, False], ids=["", "without LayerNorm"])
+def test_reference_takes_rows_in_parts_and_any_strides(normed):
+    """More rows than it takes at once, the last part smaller, laid out by columns."""
+    gate_up, d_h, weight, bias = (t.cpu() for t in make((12, 2, 70), (6, 2, 70), 6, 6))
+    gate_up, d_h = gate_up.permute(2, 1, 0), d_h.permute(2, 1, 0)
+    assert d_h.shape[0] * d_h.shape[1] == 140 == 2 * swiglu._REFERENCE_ROWS + 12
+    weight, bias = (weight, bias) if normed else (None, None)
+    _, mean, rstd = swiglu_norm(gate_up, weight, bias, EPS)
+    result = swiglu_norm_backward(d_h, gate_up, mean, rstd, weight, bias)
+
+    leaves = [t if t is None else t.clone().requires_grad_() for t in (gate_up, weight, bias)]
+    h = plain(*leaves)
+    torch.testing.assert_close(result.h, h.detach(), rtol=1e-12, atol=1e-12)
+    expected = torch.autograd.grad(h, [leaf for leaf in leaves if leaf is not None], d_h)
+    found = [total for total in (result.d_gate_up, result.d_weight, result.d_bias) if total is not None]
+    torch.testing.assert_close(found, list(expected), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(result.d_gate_up_sum, expected[0].sum((0, 1)), rtol=1e-11, atol=1e-11)
+
+
 def test_refuses_strides_that_kernels_cannot_walk():
     gate_up, weight, bias = inputs_of((6,), 64, F32, True)
     with pytest.raises(ValueError, match=r"gate_up of shape \[6, 128\] has strides \[256, 1\]: give a contiguous"):

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -46,7 +47,7 @@ def test_attention_is_that_of_timm(shape):
         theirs.proj.register_forward_hook(lambda module, inputs, output: attended.append(output[:, 0]))
         tokens = torch.randn(batch, length, width, dtype=torch.float64)
         theirs(tokens)
-        torch.testing.assert_close(head.attend(tokens), attended[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(head.attend(tokens)[0], attended[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -56,15 +57,8 @@ def test_values_and_gradients_are_those_of_the_plain_form(shape, gated):
     head = randomised_head(width, heads, gated=gated)
     tokens = torch.randn(batch, length, width, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(batch, width, dtype=torch.float64)
-    named = {"tokens": tokens, **dict(head.named_parameters())}
-
-    results = {}
-    for form in (head, lambda x: plain_head(head, x)):
-        embeddings = form(tokens)
-        gradients = torch.autograd.grad((embeddings * direction).sum(), list(named.values()))
-        results[form] = {"embeddings": embeddings, **dict(zip(named, gradients, strict=True))}
-
-    ours, plain = results.values()
+    ours = results_of(head, head, tokens, direction)
+    plain = results_of(lambda x: plain_head(head, x), head, tokens, direction)
     for name in plain:
         torch.testing.assert_close(
             ours[name], plain[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
@@ -79,14 +73,48 @@ def test_key_bias_has_no_effect():
     assert torch.count_nonzero(head.key_value.bias.grad[24:]) == 24
 
 
-def test_autocast_loses_no_more_than_the_plain_form():
+def test_whole_head_passes_gradcheck():
+    head = randomised_head(12, 3, gated=False)
+    tokens = torch.randn(2, 4, 12, dtype=torch.float64, requires_grad=True)
+    names, parameters = zip(*head.named_parameters(), strict=True)
+
+    def run(tokens, *parameters):
+        return torch.func.functional_call(head, dict(zip(names, parameters, strict=True)), tokens)
+
+    assert torch.autograd.gradcheck(run, (tokens, *parameters))
+
+
+def test_first_token_comes_back_untouched():
+    head = randomised_head(24, 3, dtype=torch.float32)
+    tokens = torch.randn(3, 5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        attended, first = head.attend(tokens)
+    assert attended.dtype == torch.bfloat16
+    assert torch.equal(first, tokens[:, 0]) and first.data_ptr() != tokens.data_ptr()
+
+
+@pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_loses_no_more_than_the_plain_form(stream):
     head = randomised_head(64, 4, dtype=torch.float32)
-    tokens = torch.randn(16, 65, 64)
-    with torch.no_grad():
-        truth = plain_head(head, tokens)
-        with torch.autocast("cpu", torch.bfloat16):
-            ours, plain = head(tokens), plain_head(head, tokens)
-    assert (ours - truth).norm() <= 2 * (plain - truth).norm()
+    tokens = torch.randn(16, 65, 64).to(stream).requires_grad_()
+    direction = torch.randn(16, 64)
+    exact = copy.deepcopy(head).double()
+    wide = tokens.detach().double().requires_grad_()
+    truth = results_of(lambda x: plain_head(exact, x), exact, wide, direction.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, plain = (results_of(f, head, tokens, direction) for f in (head, lambda x: plain_head(head, x)))
+    for name, value in truth.items():
+        assert ours[name].dtype == plain[name].dtype
+        errors = [(result[name] - value).norm() for result in (ours, plain)]
+        assert errors[0] <= 2 * errors[1] + 1e-9, f"{name}: error {errors[0]:.2e}, of the plain form {errors[1]:.2e}"
+
+
+def results_of(form, head, tokens, direction):
+    """Return the embeddings and the gradients of tokens and parameters by name."""
+    named = {"tokens": tokens, **dict(head.named_parameters())}
+    embeddings = form(tokens)
+    gradients = torch.autograd.grad((embeddings * direction).sum(), list(named.values()))
+    return {"embeddings": embeddings, **dict(zip(named, gradients, strict=True))}
 
 
 def test_starts_from_a_zero_latent_and_default_projections():

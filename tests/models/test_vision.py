@@ -6,7 +6,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from textlock.models.block import rotate
+from textlock.kernels.attention import rotate
 from textlock.models.vision import (
     IMAGE_MEAN,
     IMAGE_STD,

@@ -1,0 +1,401 @@
+"""The fused block against torch's own operations under autograd: values, gradients, and what is kept between."""
+
+from dataclasses import replace
+from typing import get_args
+from unittest import mock
+
+import pytest
+import torch
+
+from textlock.models import block as module
+from textlock.models.block import Block, ComputeCopies, Keep, Stream, kept_bytes, weight_gradient
+from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower, rotary_table
+
+TIERS = get_args(Keep)
+KINDS = {
+    "eva02": {"gated": True, "sub_norm": True, "layer_scale": None},
+    "swiglu": {"gated": True, "sub_norm": False, "layer_scale": None},
+    "gelu": {"gated": False, "sub_norm": False, "layer_scale": None},
+    "layer-scale": {"gated": False, "sub_norm": False, "layer_scale": 0.3},
+    "eva02-layer-scale": {"gated": True, "sub_norm": True, "layer_scale": 0.3},
+}
+WIDTH, HEADS, HIDDEN, TOKENS = 16, 2, 12, 5
+
+
+def make_block(kind, *, seed=0, dtype=torch.float64, **arguments):
+    block = Block(WIDTH, HEADS, HIDDEN, norm_eps=1e-6, **KINDS[kind], **arguments)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(std=0.5, generator=generator)
+    return block.to(dtype)
+
+
+def make_stream(*, first, dtype=torch.float64, images=3, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((images, TOKENS, WIDTH), (images, TOKENS, WIDTH), (WIDTH,))
+    x, branch, bias = (torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes)
+    tensors = (x,) if first else (x, branch, bias)
+    return Stream(*(tensor.requires_grad_() for tensor in tensors))
+
+
+def make_rope(images=None, seed=2):
+    shape = (TOKENS, WIDTH // HEADS // 2) if images is None else (images, TOKENS, WIDTH // HEADS // 2)
+    angles = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
+
+
+def outcome(block, stream, rope, **arguments):
+    """Return values and gradients by name."""
+    generator = torch.Generator().manual_seed(3)
+    result = block(stream, rope, **arguments)
+    total = result.total()
+    direction = torch.randn(total.shape, dtype=torch.float64, generator=generator).to(total.dtype)
+    inputs = {f"stream.{name}": value for name, value in stream._asdict().items() if value is not None}
+    inputs |= dict(block.named_parameters())
+    gradients = torch.autograd.grad((total * direction).sum(), list(inputs.values()))
+    return {"x": result.x, "branch": result.branch, **dict(zip(inputs, gradients, strict=True))}
+
+
+def assert_same(result, expected, **tolerance):
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(result[name], value, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("keep", TIERS)
+@pytest.mark.parametrize("first", [True, False], ids=["first block", "later block"])
+@pytest.mark.parametrize("turned", [None, "one table", "a table for each image"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_are_those_of_autograd(kind, turned, first, keep):
+    rope = None if turned is None else make_rope(3 if "each" in turned else None)
+    plain, fused = (make_block(kind, implementation=form) for form in ("plain", "fused"))
+    stream = make_stream(first=first)
+    expected = outcome(plain, stream, rope)
+    assert_same(outcome(fused, stream, rope, keep=keep), expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("keep", TIERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_limit_of_differences(kind, keep):
+    block, rope, stream = make_block(kind), make_rope(), make_stream(first=False, images=1)
+    names = [name for name, _ in block.named_parameters()]
+
+    def tokens(x, branch, bias, *parameters):
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(block, state, (Stream(x, branch, bias), rope, keep)).total()
+
+    assert torch.autograd.gradcheck(tokens, [*stream, *block.parameters()], fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_made_again_has_the_same_bits(kind):
+    block, stream = make_block(kind, dtype=torch.float32), make_stream(first=False, dtype=torch.float32, images=7)
+    results = [outcome(block, stream, make_rope(), keep=keep) for keep in TIERS]
+    for result in results[1:]:
+        assert all(torch.equal(value, results[0][name]) for name, value in result.items())
+
+
+def kept_tensors(run):
+    """Return what ``run`` keeps for its backward pass, every storage once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(storage.nbytes() for storage in kept.values()), result
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16 beside a float32 stream", "float64"])
+@pytest.mark.parametrize("keep", TIERS)
+@pytest.mark.parametrize("kind", ["eva02", "gelu"])
+def test_kept_bytes_are_those_predicted(kind, keep, precision):
+    compute = getattr(torch, precision.split()[0])
+    residual = torch.float32 if "beside" in precision else compute
+    block = make_block(kind, dtype=torch.float64 if compute == torch.float64 else torch.float32)
+
+    def bytes_of(images):
+        x, branch, bias = make_stream(first=False, images=images)
+        stream = Stream(x.detach().to(residual).requires_grad_(), branch.detach().to(compute), bias.detach())
+        with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
+            return kept_tensors(lambda: block(stream, make_rope(), keep))[0]
+
+    expected = kept_bytes(block, TOKENS, keep, residual=residual, compute=compute)
+    assert bytes_of(5) - bytes_of(3) == 2 * expected
+
+
+def test_kept_bytes_of_the_base_tower():
+    """The table of tiers, MB an image in bfloat16."""
+    tower = build_vision_tower("eva02_base_patch16_224")
+    tokens = tower.config.tokens
+    table = {
+        keep: sum(
+            kept_bytes(block, tokens, keep, residual=torch.bfloat16, compute=torch.bfloat16) for block in tower.blocks
+        )
+        for keep in TIERS
+    }
+    for keep, count in table.items():
+        print(f"{keep:8} {count / 1e6:6.2f} MB an image")
+    assert [round(count / 1e6, 1) for count in table.values()] == [41.3, 21.9, 11.0, 3.7]
+
+
+def test_the_tower_keeps_what_its_blocks_keep():
+    """Beside the blocks only the patches, the pooled tokens and the head's few rows."""
+    tower = build_vision_tower("eva02_tiny_patch8_64")
+    config = tower.config
+
+    def bytes_of(images, keep):
+        batch = torch.zeros(images, 64, 64, 3, dtype=torch.uint8)
+        return kept_tensors(lambda: tower(batch, keep=keep))[0]
+
+    beside = set()
+    for keep in TIERS:
+        of_blocks = sum(
+            kept_bytes(block, config.tokens, keep, residual=torch.float32, compute=torch.float32)
+            for block in tower.blocks
+        )
+        grown, rest = divmod(bytes_of(5, keep) - bytes_of(3, keep), 2)
+        assert rest == 0
+        beside.add(grown - of_blocks)
+    assert len(beside) == 1
+    patches, tokens = config.grid**2 * 3 * config.patch_size**2 * 4, config.tokens * config.width * 4
+    assert patches + tokens <= beside.pop() < 1.2 * (patches + tokens) + 64 * config.width * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_matrices_add_to_their_main_gradient(kind):
+    stream, rope = make_stream(first=False), make_rope()
+    block = make_block(kind)
+    expected = outcome(block, stream, rope)
+    matrices = {
+        name: parameter
+        for name, parameter in block.named_parameters()
+        # A layer scale stands between the product and the parameter: autograd carries the gradient through it.
+        if parameter.ndim == 2 and (block.scale1 is None or name.split(".")[-2] not in ("out_proj", "fc2"))
+    }
+    assert len(matrices) == (4 if block.scale1 is None else 2)
+    for parameter in matrices.values():
+        parameter.main_grad = torch.ones_like(parameter)
+    for _ in range(2):  # two micro-batches
+        block(stream, rope).total().backward(
+            torch.randn(stream.x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        )
+    for name, parameter in block.named_parameters():
+        if name in matrices:
+            assert parameter.grad is None, name
+            gradient = parameter.main_grad - 1
+        else:
+            gradient = parameter.grad
+        torch.testing.assert_close(gradient, 2 * expected[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_weight_gradients_are_summed_wide(dtype):
+    generator = torch.Generator().manual_seed(0)
+    d_y, x = (torch.randn(3, 50, n, dtype=torch.float64, generator=generator).to(dtype) for n in (4, 6))
+    truth = torch.einsum("bti,btj->ij", d_y.double(), x.double())
+    gradient = weight_gradient(d_y, x, None)
+    assert gradient.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(gradient.double(), truth, rtol=1e-5, atol=1e-5)
+    main_grad = torch.full_like(gradient, 2.0)
+    assert weight_gradient(d_y, x, main_grad) is None
+    torch.testing.assert_close(main_grad.double(), truth + 2, rtol=1e-5, atol=1e-5)
+
+
+def test_frozen_matrices_get_no_gradient():
+    block, stream, rope = make_block("eva02"), make_stream(first=False), make_rope()
+    expected = outcome(block, stream, rope)
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    block.norm2.weight.requires_grad_()
+    with mock.patch.object(module, "weight_gradient") as product:
+        total = block(stream, rope).total()
+        direction = torch.randn(total.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        total.backward(direction)
+    product.assert_not_called()
+    torch.testing.assert_close(block.norm2.weight.grad, expected["norm2.weight"])
+    torch.testing.assert_close(stream.branch.grad, expected["stream.branch"])
+
+
+def autocast_run(tower, images):
+    for parameter in tower.parameters():
+        parameter.grad = None
+    with torch.autocast("cpu", torch.bfloat16):
+        embeddings = tower(images)
+    embeddings.float().square().sum().backward()
+    return [embeddings.detach(), *(parameter.grad for parameter in tower.parameters())]
+
+
+@pytest.fixture
+def tower():
+    torch.manual_seed(0)
+    tower = build_vision_tower("eva02_micro_patch8_32")
+    torch.nn.init.normal_(tower.pool.latent, std=0.5)  # it starts at zero, and so would the gradients of the keys
+    return tower
+
+
+def random_images(count=4):
+    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def test_copies_are_made_once_and_change_nothing(tower):
+    images = random_images()
+    expected = autocast_run(tower, images)
+    copies = ComputeCopies(tower, torch.bfloat16)
+    with copies, mock.patch.object(module, "_copy_of", wraps=module._copy_of) as copy_of:
+        for _ in range(2):
+            assert all(map(torch.equal, autocast_run(tower, images), expected))
+        seen = {id(copy_of(parameter, torch.bfloat16)) for parameter in tower.blocks[0].qkv.parameters()}
+        assert seen == {id(parameter.compute_copy) for parameter in tower.blocks[0].qkv.parameters()}
+    assert not any(hasattr(parameter, "compute_copy") for parameter in tower.parameters())
+
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(0.01)
+    changed = autocast_run(tower, images)
+    assert not torch.equal(changed[0], expected[0])
+    with copies:
+        assert all(map(torch.equal, autocast_run(tower, images), changed))
+
+
+def test_a_backward_pass_after_its_weights_have_changed_is_refused(tower):
+    copies = ComputeCopies(tower, torch.bfloat16)
+    with copies, torch.autocast("cpu", torch.bfloat16):
+        embeddings = tower(random_images())
+    with copies, pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        embeddings.float().sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["eva02", "layer-scale"])
+def test_low_precision_is_as_exact_as_torchs(kind):
+    """Both in bfloat16 with a float32 stream, against float64; the block may lose twice what the plain form loses."""
+    stream = make_stream(first=False, images=16)
+    truth = outcome(make_block(kind, implementation="plain"), stream, make_rope())
+    low = Stream(stream.x.detach().float(), stream.branch.detach().bfloat16(), stream.bias.detach().float())
+    for tensor in low:
+        tensor.requires_grad_()
+    errors = []
+    for form in ("plain", "fused"):
+        with torch.autocast("cpu", torch.bfloat16):
+            result = outcome(make_block(kind, implementation=form, dtype=torch.float32), low, make_rope())
+        errors.append({name: (value.double() - truth[name]).abs().max() for name, value in result.items()})
+    for name in truth:
+        assert errors[1][name] <= 2 * errors[0][name] + 1e-6 * truth[name].abs().max(), name
+
+
+@pytest.mark.parametrize("residual", [None, torch.float32], ids=str)
+def test_stream_is_of_the_asked_type(residual):
+    tower = VisionTower(VISION_CONFIGS["eva02_micro_patch8_32"], pooling="mean", residual=residual)
+    seen = []
+    for block in tower.blocks:
+        block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        tower(random_images())
+    assert {stream.x.dtype for stream in seen} == {residual or torch.bfloat16}
+    assert seen[1].branch.dtype == torch.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["eva02", "layer-scale"])
+def test_compiled_block_is_the_plain_one(kind):
+    stream, rope = make_stream(first=False), make_rope()
+    expected = outcome(make_block(kind, implementation="plain"), stream, rope)
+    compiled = make_block(kind, implementation="compile")
+    for keep in ("all", "block"):
+        assert_same(outcome(compiled, stream, rope, keep=keep), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_plain_block_runs_again_where_it_keeps_only_its_input():
+    stream, rope = make_stream(first=False, images=20), make_rope()
+    block = make_block("eva02", implementation="plain")
+    least, result = kept_tensors(lambda: block(stream, rope, "block"))
+    most, _ = kept_tensors(lambda: block(stream, rope))
+    assert least < most / 5
+    assert_same(outcome(block, stream, rope, keep="block"), outcome(block, stream, rope), rtol=0, atol=0)
+    assert torch.equal(result.x, block(stream, rope).x)
+
+
+def tower_of(**arguments):
+    torch.manual_seed(0)
+    return build_vision_tower("eva02_micro_patch8_32", **arguments)
+
+
+@pytest.mark.parametrize("name", ["eva02_micro_patch8_32", "vit"])
+def test_kept_patches_keep_their_positions(name):
+    config = (
+        VISION_CONFIGS[name]
+        if name in VISION_CONFIGS
+        else replace(
+            VISION_CONFIGS["vit_base_patch16_224"], image_size=32, patch_size=8, width=64, heads=1, hidden=96, depth=2
+        )
+    )
+    torch.manual_seed(0)
+    tower = VisionTower(config, pooling="mean", kept_patches=5).double()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    torch.manual_seed(7)
+    kept = tower._draw_tokens(3)
+    assert kept.shape == (3, 6) and (kept[:, 0] == 0).all() and (kept.diff(dim=1) > 0).all()
+    torch.manual_seed(7)
+    dropped = tower.train()(images)
+
+    # The same images one by one, each through a tower that has no other patches.
+    tower.eval()
+    rope = None if config.rotary_grid is None else rotary_table(config)
+    for image, numbers, embedding in zip(images, kept, dropped, strict=True):
+        patches = image.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).reshape(16, -1)[numbers[1:] - 1]
+        tokens = torch.cat((tower.class_token[0], tower.patch_embed(patches))) + tower.position[0, numbers]
+        stream = Stream(tokens[None])
+        for block in tower.blocks:
+            stream = block(stream, None if rope is None else rope[numbers])
+        tokens = stream.total() if tower.norm is None else tower.norm(stream.total())
+        torch.testing.assert_close(embedding, tokens[0, 1:].mean(dim=0))
+
+
+def test_kept_patches_are_for_training_alone():
+    whole, part = tower_of(), tower_of(kept_patches=3)
+    images = random_images()
+    assert torch.equal(part.eval()(images), whole.eval()(images))
+    every = tower_of(kept_patches=16)
+    torch.testing.assert_close(every.train()(images), whole.train()(images))
+    part.train()
+    first, second = part(images), part(images)
+    assert not torch.equal(first, second)
+    for keep in TIERS:
+        torch.manual_seed(5)
+        embeddings = part(images, keep=keep)
+        torch.manual_seed(5)
+        assert torch.equal(embeddings, part(images))
+
+
+def on_an_old_gpu(block):
+    stream = mock.Mock(x=mock.Mock(is_cuda=True))
+    with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
+        block._fused(stream, None, "all")
+
+
+def run_with(keep, **arguments):
+    make_block("gelu", **arguments)(make_stream(first=True), None, keep)
+
+
+REFUSED = {
+    "form": (lambda: make_block("gelu", implementation="triton"), "'triton' is unknown: choose from fused, plain"),
+    "tier": (lambda: run_with("none"), "a fused block keeps all, no-mlp, lean, block, not 'none'"),
+    "tier of another form": (lambda: run_with("lean", implementation="plain"), "a plain block keeps all, block, not"),
+    "sub-norm": (
+        lambda: Block(8, 1, 8, gated=False, sub_norm=True, layer_scale=None, norm_eps=1e-6),
+        "a LayerNorm inside the MLP needs SwiGLU",
+    ),
+    "old GPU": (lambda: on_an_old_gpu(make_block("gelu")), "this one has 7.5: set --model.block compile"),
+    "patches": (lambda: tower_of(kept_patches=17), "17 patches of an image cannot be kept: it has 16"),
+    "attention": (lambda: tower_of(attention="fast")(random_images()), "backend 'fast' is unknown"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case):
+    act, sentence = REFUSED[case]
+    with pytest.raises(ValueError, match=sentence):
+        act()
