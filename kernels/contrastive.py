@@ -15,6 +15,7 @@ is a difference of float64 numbers: accurate down to a loss of about 1e-12.)
 
 Row sums are local. Column sums are e^S in float64, without a running maximum, so that ranks combine them by one SUM
 all-reduce of B float64 numbers; loss and statistics ride in the same message. No image row and no gradient is sent.
+Text rows that belong to no image stand in the row sums alone: they have no c_j, and B in 1/B does not count them.
 The price is a range: with unit rows every sum is finite and above zero while s < (1024 - log2 B) ln 2, which is 698 at
 B = 65,536 (708 / max|<I_i, T_j>| for rows that are not unit). Beyond it the loss is inf or nan, never a wrong number.
 
@@ -69,20 +70,21 @@ def reference(
     first_row: int = 0,
     ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    bank: int = 0,
     with_stats: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Dense, differentiable InfoNCE: the truth of the tests (in float64). Arguments as `contrastive_loss`.
 
-    With a group every rank gathers the image rows of all ranks and holds the [B, B] logits; only the rows of this rank
-    carry gradient. Returns the loss (0-dim) and the values of `STATS` ([4], or [0] without `with_stats`).
+    With a group every rank gathers the image rows of all ranks and holds all logits [B - bank, B]; only the rows of
+    this rank carry gradient. Returns the loss (0-dim) and the values of `STATS` ([4], or [0] without `with_stats`).
     """
     b, B = image.shape[0], text.shape[0]
     dtype = compute_dtype(image, text)
     image, text, logit_scale = image.to(dtype), text.to(dtype), logit_scale.to(dtype)
     logits = logit_scale * (image @ text.T)  # [n, B], n = b without a group
     if group is not None:
-        check_layout(group, first_row, b, B, image.device)
-        everyone = image.new_zeros(B, image.shape[1])
+        check_layout(group, first_row, b, B, image.device, bank=bank)
+        everyone = image.new_zeros(B - bank, image.shape[1])
         everyone[first_row : first_row + b] = image.detach()
         dist.all_reduce(everyone, group=group)
         # The rows of other ranks are constants here, their shares of d text and d logit_scale included: each rank adds
@@ -122,6 +124,7 @@ class _Pairs:
     ids: Tensor | None  # [B]
     first_row: int
     group: dist.ProcessGroup | None
+    bank: int
 
     @property
     def labels(self) -> slice:
@@ -130,8 +133,8 @@ class _Pairs:
 
     @property
     def window(self) -> slice:
-        """The columns that have an image somewhere, and with it a text->image term: all, or those of this call."""
-        return self.labels if self.group is None else slice(0, self.text.shape[0])
+        """The columns that have an image, and with it a text->image term: of all ranks, or of this call."""
+        return self.labels if self.group is None else slice(0, self.text.shape[0] - self.bank)
 
     @property
     def own(self) -> slice:
@@ -387,6 +390,7 @@ def _contrastive(
     ids: Tensor | None,
     first_row: int,
     group_name: str | None,
+    bank: int,
     mode: str,
     chunk_mib: int | None,
     wants: list[bool],
@@ -398,8 +402,8 @@ def _contrastive(
     group = None
     if group_name is not None:
         group = group_of(group_name)
-        check_layout(group, first_row, image.shape[0], text.shape[0], image.device)
-    pairs = _Pairs(image, text, logit_scale, ids, first_row, group)
+        check_layout(group, first_row, image.shape[0], text.shape[0], image.device, bank=bank)
+    pairs = _Pairs(image, text, logit_scale, ids, first_row, group, bank)
     wants_image, wants_text, wants_scale = wants
     asked = (wants_image, wants_text, wants_scale)
     if mode == "auto":
@@ -422,6 +426,7 @@ def _(
     ids: Tensor | None,
     first_row: int,
     group_name: str | None,
+    bank: int,
     mode: str,
     chunk_mib: int | None,
     wants: list[bool],
@@ -486,6 +491,7 @@ def contrastive_loss(
     first_row: int = 0,
     ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    bank: int = 0,
     mode: Mode = "auto",
     return_stats: Literal[False] = False,
     chunk_mib: int | None = None,
@@ -502,6 +508,7 @@ def contrastive_loss(
     first_row: int = 0,
     ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    bank: int = 0,
     mode: Mode = "auto",
     return_stats: Literal[True],
     chunk_mib: int | None = None,
@@ -517,6 +524,7 @@ def contrastive_loss(
     first_row: int = 0,
     ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
+    bank: int = 0,
     mode: Mode = "auto",
     return_stats: bool = False,
     chunk_mib: int | None = None,
@@ -532,6 +540,8 @@ def contrastive_loss(
         first_row: the text row that matches image row 0.
         ids: [B] int64; two text rows with equal ids are one caption, and neither is a negative of the other's image.
         group: the process group whose ranks hold the other image rows, in any order and in parts of any size.
+        bank: how many text rows at the end belong to no image of any rank (rows of earlier batches: those of a frozen
+            tower never go stale). They are negatives of the image->text half only.
         mode: the table at the top of this file. `store` and `recompute` run on GPUs of compute capability 9.0 and
             later, for d from 64 to 4,096 in steps of 8 and rows that are not float64, which they round to float16.
             `store` gives nan gradients where a column's normaliser lies 95 nats below a row's maximum, which takes a
@@ -545,10 +555,11 @@ def contrastive_loss(
             GPU, 32 on a CPU.
         progress: of the gather that is still filling `text` (`GatherHandle.arriving`), for `store` and `recompute`:
             the first pass starts with this rank's own rows and waits for each block of the others as it needs it.
+            Rows behind those of the gather are there from the start.
 
     Returns:
         A 0-dim loss, float64 if an input is, else float32.
-        With a group: the mean over the B pairs of the global batch, the same number on all ranks. The gradient of
+        With a group: the mean over the B - bank pairs of the global batch, equal on all ranks. The gradient of
         `image` is of that mean; those of `logit_scale` and `text` are this rank's share: SUM (not mean) over ranks is
         exact.
         Without a group: the mean over the b pairs here. Each image has all B texts as candidates; each of the b
@@ -556,8 +567,8 @@ def contrastive_loss(
 
     Autocast changes nothing; float32 products of `chunked` follow `torch.set_float32_matmul_precision`. Two runs give
     the same bits. `torch.compile(fullgraph=True)` works; all but `reference` are one opaque operator. Every rank must
-    call with the same B, `ids` and kind of call; the first call for each B checks that the ranks' rows make up the
-    batch.
+    call with the same B, `bank`, `ids` and kind of call; the first call for each B and `bank` checks that the ranks'
+    rows make up the batch.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a mode that cannot run here, or ranks whose rows do not
@@ -565,7 +576,7 @@ def contrastive_loss(
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
-    check_rows(image, text, first_row, ids, {"logit_scale": logit_scale})
+    check_rows(image, text, first_row, ids, {"logit_scale": logit_scale}, bank=bank)
     if mode in ("store", "recompute") and (refused := why_not_tiles(image, text)) is not None:
         raise ValueError(f"mode {mode!r} cannot take {refused}; use mode='chunked' or 'auto'")
     if progress is not None and mode not in ("store", "recompute"):
@@ -573,7 +584,7 @@ def contrastive_loss(
     with torch.autocast(image.device.type, enabled=False):
         if mode == "reference":
             loss, stats = reference(
-                image, text, logit_scale, first_row=first_row, ids=ids, group=group, with_stats=return_stats
+                image, text, logit_scale, first_row=first_row, ids=ids, group=group, bank=bank, with_stats=return_stats
             )
         else:
             graph = torch.is_grad_enabled()
@@ -584,6 +595,7 @@ def contrastive_loss(
                 ids,
                 first_row,
                 None if group is None else group.group_name,
+                bank,
                 mode,
                 chunk_mib,
                 [graph and x.requires_grad for x in (image, text, logit_scale)],

@@ -15,6 +15,7 @@ Pass 2 multiplies the weights g_ij = 2^(S_ij - r_i) + 2^(S_ij - c_j) with the te
 - `write_weights`: the tile of logits again, g in float16 to a chunk that a library matrix product then reads;
 - `weigh_stored`: E is overwritten with g, for two products that read it (the text tower is trained as well).
 A last kernel, `finish_gradient`, adds the parts, the matching pair, and the factor s / 2n.
+Without columns (`image_to_text.py`) pass 1 sums rows alone, and `multiply_stored` takes g = E·2^(k - r_i).
 
 Floor at 790 TFLOP/s: 0.52 ms a pass at 4,096 × 65,536 × 768, two passes stored, three recomputed. Not yet measured.
 """
@@ -107,12 +108,14 @@ def sums_kernel(
     step,
     rows_per_rank,
     rows_per_block,
+    arriving,  # text rows that the gather fills; the others lie behind them
     b,
     B,
     first_row,
     row_stride,  # b and B up to whole blocks, so that partial results need no masks
     column_stride,
     D: tl.constexpr,
+    COLUMNS: tl.constexpr,
     STORE: tl.constexpr,
     HAS_IDS: tl.constexpr,
     PEAKS: tl.constexpr,
@@ -127,8 +130,10 @@ def sums_kernel(
     tiles = tl.cdiv(b, BLOCK_M) * tl.cdiv(B, BLOCK_N)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile_of(t, b, B, first_row, BLOCK_M, BLOCK_N, GROUP)
-        if PROGRESS:
-            wait_for_rows(flags, step, n * BLOCK_N, tl.minimum((n + 1) * BLOCK_N, B), rows_per_rank, rows_per_block)
+        if PROGRESS:  # noqa: SIM102  the outer condition is the compiler's
+            if n * BLOCK_N < arriving:
+                last = tl.minimum((n + 1) * BLOCK_N, arriving)
+                wait_for_rows(flags, step, n * BLOCK_N, last, rows_per_rank, rows_per_block)
         cosines = cosine_tile(images, texts, m, n, D, BLOCK_M, BLOCK_N, BLOCK_K)
         cosines, i, j = without_matches(cosines, m, n, b, B, first_row, ids, HAS_IDS, BLOCK_M, BLOCK_N)
         logits = cosines * log2_scale
@@ -140,14 +145,15 @@ def sums_kernel(
         tl.store(row_sums + at_row, tl.sum(exponential, 1))
         tl.store(row_offsets + at_row, offset)
 
-        at_column = m * column_stride + j
-        top = tl.max(offset, 0)
-        column_sum = tl.sum(exponential * tl.exp2(offset - top)[:, None], 0)  # [BLOCK_N]
-        tl.store(column_sums + at_column, column_sum)
-        tl.store(column_offsets + at_column, tl.zeros_like(column_sum) + top)
-        if PEAKS:
-            tl.store(row_peaks + at_row, peak)
-            tl.store(column_peaks + at_column, tl.max(cosines, 0))
+        if COLUMNS:
+            at_column = m * column_stride + j
+            top = tl.max(offset, 0)
+            column_sum = tl.sum(exponential * tl.exp2(offset - top)[:, None], 0)  # [BLOCK_N]
+            tl.store(column_sums + at_column, column_sum)
+            tl.store(column_offsets + at_column, tl.zeros_like(column_sum) + top)
+            if PEAKS:
+                tl.store(row_peaks + at_row, peak)
+                tl.store(column_peaks + at_column, tl.max(cosines, 0))
         if STORE:
             exponentials.store([m * BLOCK_M, n * BLOCK_N], encode(exponential * 2.0**HEADROOM))
 
@@ -287,11 +293,13 @@ def weights_kernel(
 @triton.jit
 def stored_weight(exponential, offset, row, column, HEADROOM: tl.constexpr, UNIT: tl.constexpr):
     """Return g·UNIT [M, N] of a stored tile from vectors only: row factors 2^(k - r), and 2^(k - c) as a product."""
-    top = tl.max(offset, 0)
-    by_row = tl.exp2(offset - row - HEADROOM) * UNIT  # [M]
-    left = tl.exp2(offset - top + HEADROOM) * UNIT
-    right = tl.exp2(top - column - 2 * HEADROOM)  # [N]
-    return decode(exponential) * (by_row[:, None] + left[:, None] * right[None, :])
+    factor = (tl.exp2(offset - row - HEADROOM) * UNIT)[:, None]
+    if column is not None:
+        top = tl.max(offset, 0)
+        left = tl.exp2(offset - top + HEADROOM) * UNIT
+        right = tl.exp2(top - column - 2 * HEADROOM)  # [N]
+        factor += left[:, None] * right[None, :]
+    return decode(exponential) * factor
 
 
 @triton.jit
@@ -300,7 +308,7 @@ def stored_product_kernel(
     texts,  # descriptor [B, D] float16
     row_offsets,  # [blocks of texts, offset_stride] float32
     row_lse,  # [b] float32
-    column_lse,  # [B] float32
+    column_lse,  # [B] float32, or None
     parts,  # [splits, b, D] float32
     b,
     B,
@@ -322,7 +330,7 @@ def stored_product_kernel(
     for start in tl.range(split * per_split, tl.minimum((split + 1) * per_split, B), BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         offset = tl.load(row_offsets + (start // OFFSET_N) * offset_stride + i, mask=i < b, other=LOWEST)
-        column = tl.load(column_lse + j, mask=j < B, other=float("inf"))
+        column = None if column_lse is None else tl.load(column_lse + j, mask=j < B, other=float("inf"))
         weight = stored_weight(exponentials.load([m * BLOCK_M, start]), offset, row, column, HEADROOM, UNIT)
         total = tl.dot(weight.to(tl.float16), texts.load([start, width * BLOCK_N]), total)
     x = width * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -420,7 +428,7 @@ class Sums:
     """Result of pass 1, without matching pairs and duplicates."""
 
     rows: Tensor  # [b] float64: Σ_j e^S
-    columns: Tensor  # [B] float64: Σ_i e^S
+    columns: Tensor  # [B] float64: Σ_i e^S, or [0]
     row_peaks: Tensor | None  # [b] float32: highest cosine
     column_peaks: Tensor | None  # [B] float32
     stored: Stored | None
@@ -435,6 +443,7 @@ def sum_exponentials(
     *,
     store: bool,
     peaks: bool,
+    with_columns: bool = True,
     progress: GatherProgress | None = None,
 ) -> Sums:
     """Run pass 1.
@@ -446,8 +455,10 @@ def sum_exponentials(
         ids: [B] int32 or None.
         first_row: the text row that matches image row 0.
         store: keep the exponentials.
-        peaks: find the highest cosine of every row and column.
-        progress: of the gather that fills `text`; the visit starts at this rank's own rows and waits for the others'.
+        peaks: find the highest cosine of every row and column, both of which are summed then.
+        with_columns: sum the columns too, not the rows alone.
+        progress: of the gather that fills the first rows of `text`, all or some; the visit starts at this rank's own
+            rows and waits for the others'.
     """
     b, D = image.shape
     B = text.shape[0]
@@ -456,8 +467,9 @@ def sum_exponentials(
     # A launch takes this many rows: it bounds the partial sums to 16 bytes x 64 x B, whatever b is.
     launch_rows = min(b, (2 if INTERPRETED else 64) * shape.block_m)
     blocks_m = triton.cdiv(launch_rows, shape.block_m)
+    columns_summed = B if with_columns else 0
     row_stride = (triton.cdiv(b, shape.block_m) if store else blocks_m) * shape.block_m
-    column_stride = blocks_n * shape.block_n
+    column_stride = blocks_n * shape.block_n if with_columns else 0
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return image.new_empty(size, dtype=dtype)
@@ -468,7 +480,7 @@ def sum_exponentials(
     column_peaks = empty(blocks_m, column_stride if peaks else 0)
     exponentials = empty(b, -(-B // 8) * 8, dtype=torch.int16) if store else None
     rows, row_tops = empty(b, dtype=torch.float64), empty(b)
-    columns, columns_after = (image.new_zeros(B, dtype=torch.float64) for _ in range(2))
+    columns, columns_after = (image.new_zeros(columns_summed, dtype=torch.float64) for _ in range(2))
     highest_row = empty(b if peaks else 0)
     highest_column = image.new_full((B if peaks else 0,), -torch.inf, dtype=torch.float32)
 
@@ -500,8 +512,10 @@ def sum_exponentials(
             progress.step if progress else 0,
             progress.rows_per_rank if progress else 1,
             progress.rows_per_block if progress else 1,
+            _rows_of(progress) if progress else 0,
             row_stride=row_stride,
             column_stride=column_stride,
+            COLUMNS=with_columns,
             STORE=store,
             PEAKS=peaks,
             PROGRESS=progress is not None,
@@ -513,6 +527,8 @@ def sum_exponentials(
         progress = None  # every row has arrived
         blocks = triton.cdiv(n, shape.block_m)
         _fold(row_sums[:, kept], row_offsets[:, kept], blocks_n, None, rows[here], tops=row_tops[here])
+        if not with_columns:
+            continue
         _fold(column_sums, column_offsets, blocks, columns, columns_after, lost=lost)
         lost_columns_kernel[grid](
             image_tiles,
@@ -536,6 +552,12 @@ def sum_exponentials(
 
     stored = Stored(exponentials, row_offsets, shape.block_n, row_tops) if exponentials is not None else None
     return Sums(rows, columns, highest_row if peaks else None, highest_column if peaks else None, stored)
+
+
+def _rows_of(progress: GatherProgress) -> int:
+    """Return how many rows a gather fills."""
+    blocks_per_rank = triton.cdiv(progress.rows_per_rank, progress.rows_per_block)
+    return progress.flags.numel() // blocks_per_rank * progress.rows_per_rank
 
 
 def _fold(
@@ -608,8 +630,11 @@ def write_weights(
     )
 
 
-def multiply_stored(stored: Stored, text: Tensor, row_lse: Tensor, column_lse: Tensor) -> Tensor:
-    """Return parts [splits, b, D] float32 whose sum is g·text·WEIGHT_UNIT. Arguments as `write_weights`."""
+def multiply_stored(stored: Stored, text: Tensor, row_lse: Tensor, column_lse: Tensor | None) -> Tensor:
+    """Return parts [splits, b, D] float32 whose sum is g·text·WEIGHT_UNIT.
+
+    Arguments as `write_weights`; without `column_lse`, g is 2^(S - r) alone.
+    """
     b = stored.exponentials.shape[0]
     B, D = text.shape
     shape = product_shape()
@@ -641,14 +666,14 @@ def multiply_stored(stored: Stored, text: Tensor, row_lse: Tensor, column_lse: T
 
 
 def _splits(tiles: int, multiprocessors: int, steps: int) -> int:
-    """Return in how many parts, at most 4, the text rows fill the last wave of tiles best."""
+    """Return in how many parts, at most 16, the text rows fill the last wave of tiles best."""
 
     def filled(splits: int) -> float:
         waves = tiles * splits / multiprocessors
         return waves / -(-waves // 1)
 
     # A part more is worth it for 2 %: every part is written and read again.
-    return max(range(1, min(4, steps) + 1), key=lambda splits: filled(splits) - 0.02 * splits)
+    return max(range(1, min(16, steps) + 1), key=lambda splits: filled(splits) - 0.02 * splits)
 
 
 def weigh_stored(stored: Stored, B: int, row_lse: Tensor, column_lse: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from torch import Tensor
 from .tiles import runs_tiles
 
 
-def check_rows(image: Tensor, text: Tensor, first_row: int, ids: Tensor | None, scalars: dict[str, Tensor]) -> None:
+def check_rows(
+    image: Tensor, text: Tensor, first_row: int, ids: Tensor | None, scalars: dict[str, Tensor], *, bank: int = 0
+) -> None:
     """Raise a ValueError of one sentence for inputs that do not fit together.
 
     Args:
@@ -18,6 +20,7 @@ def check_rows(image: Tensor, text: Tensor, first_row: int, ids: Tensor | None, 
         first_row: the text row that matches image row 0.
         ids: int64 [B] or None.
         scalars: what else the loss takes, 0-dim, by name.
+        bank: text rows at the end that belong to no image.
     """
     if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1] or 0 in image.shape:
         raise ValueError(
@@ -32,8 +35,13 @@ def check_rows(image: Tensor, text: Tensor, first_row: int, ids: Tensor | None, 
         if tensor.device != image.device:
             raise ValueError(f"{name} is on {tensor.device} but image on {image.device}; move them to one device")
     b, B = image.shape[0], text.shape[0]
-    if first_row < 0 or first_row + b > B:
-        raise ValueError(f"image rows {first_row}:{first_row + b} must lie inside the {B} text rows; correct first_row")
+    if bank < 0:
+        raise ValueError(f"bank is {bank}; pass how many text rows at the end belong to no image, 0 or more")
+    if first_row < 0 or first_row + b > B - bank:
+        before, what = (" before the bank", "first_row or bank") if bank else ("", "first_row")
+        raise ValueError(
+            f"image rows {first_row}:{first_row + b} must lie inside the {B - bank} text rows{before}; correct {what}"
+        )
     if ids is not None and (ids.shape != (B,) or ids.dtype != torch.int64 or ids.device != image.device):
         raise ValueError(
             f"ids must be int64 [{B}] on {image.device}, one for every text row, "
@@ -66,12 +74,14 @@ def dense_ids(ids: Tensor) -> Tensor:
     return torch.empty_like(ids, dtype=torch.int32).scatter_(0, order, first.cumsum(0).int())
 
 
-# The batch sizes whose layout a group has agreed on. Asking costs a collective and a wait of the host for the device,
-# so it is asked once per batch size, which all ranks have in common.
-_AGREED: WeakKeyDictionary[dist.ProcessGroup, set[int]] = WeakKeyDictionary()
+# The sizes (text rows, bank) whose layout a group has agreed on. Asking costs a collective and a wait of the host for
+# the device, so it is asked once per size, which all ranks have in common.
+_AGREED: WeakKeyDictionary[dist.ProcessGroup, set[tuple[int, int]]] = WeakKeyDictionary()
 
 
-def check_layout(group: dist.ProcessGroup, first_row: int, b: int, B: int, device: torch.device) -> None:
+def check_layout(
+    group: dist.ProcessGroup, first_row: int, b: int, B: int, device: torch.device, *, bank: int = 0
+) -> None:
     """Raise a ValueError on every rank if the ranks' image rows are not all rows of the batch once.
 
     Args:
@@ -80,26 +90,31 @@ def check_layout(group: dist.ProcessGroup, first_row: int, b: int, B: int, devic
         b: image rows of this rank.
         B: text rows.
         device: where the group's backend communicates.
+        bank: text rows at the end that belong to no image of any rank.
     """
     agreed = _AGREED.setdefault(group, set())
-    if B in agreed:
+    if (B, bank) in agreed:
         return
-    mine = torch.tensor([first_row, first_row + b, B], device=device)
-    everyone = mine.new_empty(group.size() * 3)
+    mine = torch.tensor([first_row, first_row + b, B - bank, bank], device=device)
+    everyone = mine.new_empty(group.size() * 4)
     dist.all_gather_into_tensor(everyone, mine, group=group)
-    layout = sorted(everyone.view(-1, 3).tolist())
+    layout = sorted(everyone.view(-1, 4).tolist())
     end = 0
-    for start, stop, total in layout:
-        if start != end or total != B:
+    for start, stop, *sizes in layout:
+        if start != end or sizes != [B - bank, bank]:
             break
         end = stop
-    if end != B:
-        rows = ", ".join(f"{start}:{stop} of {total}" for start, stop, total in layout)
+    if end != B - bank:
+        rows = ", ".join(
+            f"{start}:{stop} of {total}" + (f" before a bank of {behind}" if behind else "")
+            for start, stop, total, behind in layout
+        )
         raise ValueError(
             f"the ranks of the group must hold every image row once and the same text rows, but they hold {rows}; "
-            "pass the text rows of all ranks as text and this rank's offset into them as first_row"
+            "pass the text rows of all ranks as text, rows that belong to no image behind them and counted as bank, "
+            "and this rank's offset as first_row"
         )
-    agreed.add(B)
+    agreed.add((B, bank))
 
 
 # MiB of a chunk where none is asked for: enough rows for a matrix product of a GPU, near to the caches of a CPU.

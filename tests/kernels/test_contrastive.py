@@ -10,6 +10,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -309,7 +310,7 @@ def test_operator_is_registered_consistently(with_grad):
     image, text = (rows.float() for rows in make_rows(5, 8, 8))
     scale = torch.tensor(5.0, requires_grad=with_grad)
     wants = [with_grad, False, with_grad]
-    arguments = (image.requires_grad_(with_grad), text, scale, None, 2, None, "chunked", 1, wants, True, None, [])
+    arguments = (image.requires_grad_(with_grad), text, scale, None, 2, None, 0, "chunked", 1, wants, True, None, [])
     torch.library.opcheck(contrastive._contrastive, arguments)
 
 
@@ -322,6 +323,8 @@ BAD_INPUTS = {
     "scale is a vector": ({"logit_scale": torch.ones(1)}, "logit_scale must be a 0-dim tensor"),
     "first_row too large": ({"first_row": 3}, "image rows 3:7 must lie inside the 6 text rows"),
     "first_row negative": ({"first_row": -1}, "must lie inside"),
+    "first_row in the bank": ({"bank": 1, "first_row": 2}, "2:6 must lie inside the 5 text rows before the bank"),
+    "bank negative": ({"bank": -1}, "bank is -1"),
     "ids too short": ({"ids": torch.arange(4)}, r"ids must be int64 \[6\]"),
     "ids not int64": ({"ids": torch.arange(6).int()}, "ids must be int64"),
     "unknown mode": ({"mode": "dense"}, "choose one of auto, reference, chunked, store, recompute"),
@@ -343,7 +346,7 @@ def test_bad_input_is_one_clear_error(change, message):
 
 @dataclass(frozen=True)
 class Split:
-    """A global batch of sum(sizes) pairs, one part a rank; rank r holds part order[r]."""
+    """A global batch of sum(sizes) pairs and `bank` texts more, one part a rank; rank r holds part order[r]."""
 
     sizes: tuple[int, ...]
     d: int
@@ -351,13 +354,14 @@ class Split:
     duplicates: bool = False
     dtype: torch.dtype = torch.float64
     reverse: bool = False
+    bank: int = 0
 
     @property
     def B(self) -> int:
-        return sum(self.sizes)
+        return sum(self.sizes) + self.bank
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        image, text = make_rows(self.B, self.B, self.d)
+        image, text = make_rows(sum(self.sizes), self.B, self.d)
         return image.to(self.dtype), text.to(self.dtype), torch.arange(self.B) % 17 if self.duplicates else None
 
     def part(self, rank: int) -> slice:
@@ -374,12 +378,19 @@ def splits(world: int) -> dict[str, Split]:
         "uneven float32": Split(uneven, 24, 14.3, dtype=torch.float32),
         "uneven duplicates": Split(uneven, 24, 100.0, duplicates=True),
         "reversed ranks": Split(uneven, 8, 300.0, reverse=True),
+        "bank": Split(uneven, 24, 50.0, bank=13),
+        "bank with duplicates, float32": Split(uneven, 24, 14.3, duplicates=True, dtype=torch.float32, bank=5),
+        "bank larger than the batch": Split(uneven, 16, 100.0, duplicates=True, reverse=True, bank=91),
     }
 
 
-def tiled_split(world: int) -> Split:
+TILED_BANKS = (0, 31)
+
+
+def tiled_split(world: int, bank: int) -> Split:
     """Return a batch for the kernels, uneven and wide enough for them."""
-    return Split({1: (67,), 2: (40, 27), 4: (33, 1, 20, 13)}[world], 64, 50.0, duplicates=True, dtype=torch.float32)
+    sizes = {1: (40,), 2: (34, 6), 4: (33, 1, 4, 2)}[world]
+    return Split(sizes, 64, 50.0, duplicates=True, dtype=torch.float32, bank=bank)
 
 
 def open_clip_loss(rank: int, world: int):
@@ -399,7 +410,7 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
     found: dict[str, Tensor] = {}
     cases = [(name, split, ("reference", "chunked")) for name, split in splits(world).items()]
     if runs_tiles(torch.empty(0)):
-        cases.append(("tiles", tiled_split(world), ("store", "recompute")))
+        cases += [(f"tiles {bank}", tiled_split(world, bank), ("store", "recompute")) for bank in TILED_BANKS]
     for name, split, modes in cases:
         image, text, ids = split.rows()
         own = split.part(rank)
@@ -415,6 +426,7 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
                 first_row=own.start,
                 ids=ids,
                 group=group,
+                bank=split.bank,
             )
             found |= {f"{name}/{mode}/{key}": value for key, value in result.items()}
 
@@ -444,13 +456,14 @@ def one_rank(rank: int, world: int, folder: Path) -> None:
         compiled = torch.compile(contrastive_loss, fullgraph=True, backend="aot_eager")
         found["compiled"] = compiled(image, text, torch.tensor(split.scale).double(), group=group)
 
-    try:  # every rank claims the first rows of a batch one row too long
-        text = torch.ones(split.B + 1, split.d)
-        contrastive_loss(torch.ones(8, split.d), text, ONE, group=group)
-        message = "no error"
-    except ValueError as error:
-        message = str(error)
-    save_file({key: value.contiguous() for key, value in found.items()}, folder / f"{rank}", {"error": message})
+    messages = {}
+    for bank in (0, 2):  # every rank claims the first rows of a batch one row too long
+        try:
+            text = torch.ones(split.B + 1 + bank, split.d)
+            contrastive_loss(torch.ones(8, split.d), text, ONE, group=group, bank=bank)
+        except ValueError as error:
+            messages[f"error {bank}"] = str(error)
+    save_file({key: value.contiguous() for key, value in found.items()}, folder / f"{rank}", messages)
     dist.destroy_process_group()
 
 
@@ -483,6 +496,8 @@ def test_ranks_together_equal_one_process(ranks, name, mode):
     split = splits(len(ranks))[name]
     image, text, ids = split.rows()
     truth = run("reference", image, text, split.scale, ids=ids, text_grad=True)
+    if split.bank:
+        assert relative_error(truth["loss"], loss_by_definition(image, text, split.scale, ids=ids)) <= 1e-6
     bound = 1e-6 if split.dtype == torch.float32 else 1e-10
     scale_grad = text_grad = torch.zeros(())
     for rank, tensors in enumerate(ranks):
@@ -498,13 +513,15 @@ def test_ranks_together_equal_one_process(ranks, name, mode):
 
 @pytest.mark.skipif(not runs_tiles(torch.empty(0)), reason="the kernels run on CPU tensors in the interpreter only")
 @pytest.mark.parametrize("mode", ["store", "recompute"])
-def test_ranks_together_equal_one_process_by_tiles(ranks, mode):
+@pytest.mark.parametrize("bank", TILED_BANKS)
+def test_ranks_together_equal_one_process_by_tiles(ranks, bank, mode):
     """The loss to 1e-6; the tiles of other ranks begin elsewhere, so weights are rounded from other row maxima."""
-    split = tiled_split(len(ranks))
+    split = tiled_split(len(ranks), bank)
     image, text, ids = split.rows()
     truth = run(mode, image, text, split.scale, split.dtype, ids=ids, text_grad=True)
     parts = [
-        {key: tensors.get_tensor(f"tiles/{mode}/{key}") for key in (*NAMES, "text_grad", "stats")} for tensors in ranks
+        {key: tensors.get_tensor(f"tiles {bank}/{mode}/{key}") for key in (*NAMES, "text_grad", "stats")}
+        for tensors in ranks
     ]
     bound = 1e-3 if mode == "store" else 1e-5
     for rank, part in enumerate(parts):
@@ -513,6 +530,24 @@ def test_ranks_together_equal_one_process_by_tiles(ranks, mode):
         torch.testing.assert_close(part["stats"], truth["stats"], rtol=1e-6, atol=1e-6)
     for name in ("scale_grad", "text_grad"):
         assert relative_error(sum(part[name] for part in parts), truth[name]) <= bound
+
+
+def test_message_between_ranks_leaves_the_bank_out(monkeypatch):
+    """It holds one number for each image of the batch and four more, whatever the bank."""
+    sizes = []
+    monkeypatch.setattr(contrastive, "check_layout", lambda *_, **__: None)
+    monkeypatch.setattr(contrastive, "group_of", lambda name: name)
+    monkeypatch.setattr(contrastive, "_all_reduce", lambda values, group, *_: sizes.append((group, len(values))))
+    image, text = make_rows(6, 35, 8)
+    contrastive_loss(image, text, torch.tensor(9.0), group=SimpleNamespace(group_name="all"), bank=15)
+    assert sizes == [("all", 20 + 4)]
+
+
+def test_bank_without_a_group_changes_nothing():
+    """Text rows that match no image of the call are negatives of the image->text half alone in any case."""
+    image, text = make_rows(6, 35, 8, 2)
+    plain, banked = (run("chunked", image, text, 30.0, first_row=2, bank=bank) for bank in (0, 15))
+    assert all(torch.equal(plain[name], banked[name]) for name in (*NAMES, "stats"))
 
 
 def test_open_clip_agrees(ranks):
@@ -538,8 +573,12 @@ def test_gathered_text_is_the_global_batch(ranks):
 
 
 def test_ranks_that_do_not_make_up_the_batch_are_told_so(ranks):
+    images = splits(len(ranks))["even"].B + 1
     for tensors in ranks:
-        assert "must hold every image row once" in tensors.metadata()["error"]
+        told = tensors.metadata()
+        assert "must hold every image row once" in told["error 0"]
+        assert f"0:8 of {images}; pass" in told["error 0"]
+        assert f"0:8 of {images} before a bank of 2; pass" in told["error 2"]
 
 
 def test_compiles_whole_with_a_group(ranks):

@@ -312,25 +312,27 @@ def test_operator_is_registered_consistently(wants):
         tensor.requires_grad_(wanted)
         for tensor, wanted in zip((image, text, torch.tensor(5.0, device=DEVICE)), wants, strict=True)
     ]
-    torch.library.opcheck(contrastive._contrastive, (*inputs, None, 2, None, "store", 1, wants, True, None, []))
+    torch.library.opcheck(contrastive._contrastive, (*inputs, None, 2, None, 0, "store", 1, wants, True, None, []))
 
 
-def test_text_rows_may_arrive_while_the_first_pass_runs():
-    """Blocks of other ranks come late and in any order; what has not come is nan."""
+@pytest.mark.parametrize("bank", [0, 13, 45])
+def test_text_rows_may_arrive_while_the_first_pass_runs(bank):
+    """Blocks of other ranks come late and in any order; what has not come is nan. A bank behind them is there."""
     per_rank, per_block, world, rank = 40, 16, 3, 1
-    image, text = (rows.half() for rows in make_rows(per_rank, per_rank * world, 64, rank * per_rank))
+    image, text = (rows.half() for rows in make_rows(per_rank, per_rank * world + bank, 64, rank * per_rank))
     scale, first_row = torch.tensor(20.0), rank * per_rank
     expected = contrastive_loss(image, text, scale, first_row=first_row, mode="recompute")
 
     blocks = -(-per_rank // per_block)
     flags = torch.zeros(world * blocks, dtype=torch.int32, device=DEVICE)
-    arriving = torch.full_like(text, torch.nan)
+    arriving = text.clone()
+    arriving[: per_rank * world] = torch.nan
 
     def deliver(step):
-        for block in (3, 4, 5, 8, 0, 2, 7, 1, 6):
+        for block in (3, 4, 2, 6, 5, 1, 0, 8, 7):  # every tile would be early, were it not to wait
             owner, part = divmod(block, blocks)
             rows = slice(owner * per_rank + part * per_block, owner * per_rank + min((part + 1) * per_block, per_rank))
-            threading.Event().wait(0.05)
+            threading.Event().wait(0.1)
             arriving[rows] = text[rows]
             flags[block] = step
 
@@ -374,6 +376,7 @@ def test_ids_are_numbered_without_changing_what_is_equal():
 def test_parts_fill_the_last_wave():
     assert contrastive_tiles._splits(96, 132, 1024) == 4  # 4,096 images of width 768: 384 programs, 2.9 waves
     assert contrastive_tiles._splits(1536, 132, 1024) == 1
+    assert contrastive_tiles._splits(12, 132, 1024) == 11  # 512 images: as many programs as there are multiprocessors
     assert contrastive_tiles._splits(96, 132, 2) <= 2
 
 

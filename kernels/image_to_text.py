@@ -1,0 +1,294 @@
+"""Softmax cross-entropy of every image against all text rows: the image->text half of the contrastive loss, alone.
+
+Letters: b image rows here, B text rows, d the width, s the logit scale, n images in the global batch; image row i
+belongs to text row t_i = first_row + i. Rows are unit vectors, the text rows are constants.
+
+    S_ij = s <I_i, T_j>       r_i = log Σ_j exp S_ij
+    L = 1/n Σ_i [r_i - S_{i,t_i}]
+    dL/dI_i = s/n [Σ_{j≠t_i} exp(S_ij - r_i) T_j - k_i T_{t_i}]       k_i = 1 - P_ii = σ(r'_i - S_{i,t_i})
+    s dL/ds = Σ_i <I_i, dL/dI_i>                                      (S is linear in s and in the image rows)
+
+Nothing couples two images, as the column normalisers of the symmetric loss do. So any part of the batch has its exact
+share of the loss and its exact gradient after one visit, and no message is sent: a micro-batch may go backward at once.
+
+As in the symmetric loss the matching pair never enters a sum of rounded numbers: r'_i leaves it out, k_i is made from
+it, and L is softplus(r'_i - S_{i,t_i}), so all stay accurate when the model is nearly sure (P_ii -> 1).
+
+`chunked` holds one chunk of logits, which become exponentials in place; its gradient is their product with the text
+rows, each row of it scaled afterwards. `fused` is pass 1 of `contrastive_tiles` for rows alone, which keeps a chunk of
+exponentials in 2 bytes, and its stored pass 2 with row factors. Weights are right to 2^-9 at any scale, and there is
+no range of columns to leave; only the sums are bounded: beyond `LARGEST_SCALE` the loss is nan.
+
+Cost in passes of 2·b·B·d operations: one to evaluate, two with the gradient, in all modes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contrastive_tiles import finish_gradient, matching_cosines, multiply_stored, sum_exponentials
+from .pairs import check_rows, compute_dtype, dense_ids, rows_per_chunk, why_not_tiles
+from .tiles import operand
+
+Mode = Literal["auto", "reference", "chunked", "fused"]
+
+# Rows [r, d], their text rows [r, d] and the first of these -> the sum of their losses, float64 []; if a gradient is
+# wanted also n/s dL/dI [r, d] and its dot products with the rows [r].
+Visitor = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None, Tensor | None]]
+
+ROWS_PER_TILE = 128  # of `fused`, in both passes
+LARGEST_SCALE = 690.0  # of `fused`: e^S of unit rows, summed in float64, neither vanishes nor overflows
+
+
+def reference(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    first_row: int = 0,
+    ids: Tensor | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Dense, differentiable loss: the truth of the tests (in float64). Arguments as `image_to_text_loss`."""
+    b = image.shape[0]
+    dtype = compute_dtype(image, text)
+    logits = logit_scale.to(dtype) * (image.to(dtype) @ text.to(dtype).T)  # [b, B]
+    labels = torch.arange(first_row, first_row + b, device=image.device)
+    if ids is not None:
+        masked = ids[labels, None] == ids  # [b, B]
+        masked.diagonal(first_row).fill_(False)
+        logits = logits.masked_fill(masked, -torch.inf)
+    return F.cross_entropy(logits, labels, reduction="sum") / (b if batch is None else batch)
+
+
+def dense_visitor(texts: Tensor, scale: Tensor, ids: Tensor | None, rows_per_chunk: int, with_grad: bool) -> Visitor:
+    """Return the visitor of `chunked`, in plain torch, for text rows [B, d] in the dtype of its products."""
+    lowest = torch.finfo(texts.dtype).min  # stands for -inf where every logit is masked: -inf - lowest is still -inf
+    logits_buffer = texts.new_empty(rows_per_chunk, texts.shape[0])
+    masked_buffer = None if ids is None else torch.empty_like(logits_buffer, dtype=torch.bool)
+
+    def visit(image: Tensor, matches: Tensor, first_row: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        r = image.shape[0]
+        rows, matches = image.to(texts.dtype), matches.to(texts.dtype)
+        logits = torch.mm(rows * scale, texts.T, out=logits_buffer[:r])
+        logits.diagonal(first_row).fill_(-torch.inf)
+        if ids is not None and masked_buffer is not None:
+            masked = torch.eq(ids[first_row : first_row + r, None], ids, out=masked_buffer[:r])
+            logits.masked_fill_(masked, -torch.inf)
+        peak = logits.amax(1).clamp_(min=lowest)
+        exponentials = logits.sub_(peak[:, None]).exp_()
+        rest = exponentials.sum(1).double().log() + peak
+        positive = scale.double() * (rows * matches).sum(1, dtype=torch.float64)
+        loss = F.softplus(rest - positive).sum()
+        if not with_grad:
+            return loss, None, None
+        by_row = torch.exp(peak - torch.logaddexp(rest, positive)).to(texts.dtype)
+        doubt = torch.sigmoid(rest - positive).to(texts.dtype)
+        gradient = torch.mm(exponentials, texts).mul_(by_row[:, None]).addcmul_(doubt[:, None], matches, value=-1)
+        return loss, gradient, (gradient * rows).sum(1, dtype=torch.float64)
+
+    return visit
+
+
+def tile_visitor(texts: Tensor, scale: Tensor, ids: Tensor | None, with_grad: bool) -> Visitor:
+    """Return the visitor of `fused` for text rows [B, d] in float16 and int32 ids."""
+    in_range = scale <= LARGEST_SCALE
+    one = torch.ones_like(scale)
+
+    def visit(image: Tensor, matches: Tensor, first_row: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        rows, matches = image.contiguous(), matches.contiguous()
+        sums = sum_exponentials(
+            operand(rows), texts, scale, ids, first_row, store=with_grad, peaks=False, with_columns=False
+        )
+        rest = sums.rows.where(in_range, torch.nan).log()
+        positive = scale.double() * matching_cosines(rows, matches).double()
+        loss = F.softplus(rest - positive).sum()
+        if sums.stored is None:
+            return loss, None, None
+        log2_lse = (torch.logaddexp(rest, positive) / math.log(2)).float()
+        parts = multiply_stored(sums.stored, texts, log2_lse, None)
+        gradient, dots = finish_gradient(parts, rows, matches, torch.sigmoid(rest - positive).float(), one)
+        return loss, gradient, dots
+
+    return visit
+
+
+def even_chunk(b: int, limit: int, step: int) -> int:
+    """Return the rows of a chunk, a multiple of `step`, where as few as `limit` allows share b rows evenly.
+
+    A short last chunk would leave most of a GPU idle. One step is the least, whatever the limit.
+    """
+    limit = max(limit // step, 1) * step
+    chunks = -(-b // limit)
+    return -(-b // (chunks * step)) * step
+
+
+def one_visit(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    first_row: int = 0,
+    ids: Tensor | None = None,
+    batch: int | None = None,
+    rows_per_chunk: int,
+    fused: bool,
+) -> Tensor:
+    """Evaluate the loss over `rows_per_chunk` image rows at a time, the gradients in the same call if one is wanted.
+
+    Holds one buffer of [rows_per_chunk, B], next to copies of the inputs in the width of its products: if `fused`, of
+    2 bytes an element and only for the gradient, else of float32 (float64 if an input is).
+    """
+    with_grad = torch.is_grad_enabled() and (image.requires_grad or logit_scale.requires_grad)
+    n = image.shape[0] if batch is None else batch
+    return _one_visit(image, text, logit_scale, ids, first_row, n, rows_per_chunk, fused, with_grad)[0]
+
+
+@torch.library.custom_op("textlock::image_to_text", mutates_args=())
+def _one_visit(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    ids: Tensor | None,
+    first_row: int,
+    batch: int,
+    rows_per_chunk: int,
+    fused: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and its gradients for image and logit_scale; they are empty where not asked for."""
+    b, dtype = image.shape[0], compute_dtype(image, text)
+    scale = logit_scale.to(dtype)
+    rows_per_chunk = min(rows_per_chunk, b)
+    if fused:
+        visit = tile_visitor(operand(text), scale, None if ids is None else dense_ids(ids), with_grad)
+    else:
+        visit = dense_visitor(text.to(dtype), scale, ids, rows_per_chunk, with_grad)
+
+    loss, scale_grad = (image.new_zeros((), dtype=torch.float64) for _ in range(2))
+    image_grad = image.new_empty(image.shape if with_grad else (0,), dtype=dtype)
+    with torch.cuda.device_of(image):  # Triton launches on the current device
+        for start in range(0, b, rows_per_chunk):
+            chunk = slice(start, min(start + rows_per_chunk, b))
+            own = slice(first_row + chunk.start, first_row + chunk.stop)  # the text rows that match
+            share, gradient, dots = visit(image[chunk], text[own], own.start)
+            loss += share
+            if gradient is not None and dots is not None:
+                image_grad[chunk] = gradient
+                scale_grad += dots.sum(dtype=torch.float64)
+    if not with_grad:
+        return (loss / batch).to(dtype), image_grad, torch.empty_like(image_grad)
+    return (loss / batch).to(dtype), image_grad.mul_(scale / batch), (scale_grad / batch).to(dtype)
+
+
+@_one_visit.register_fake
+def _(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    ids: Tensor | None,
+    first_row: int,
+    batch: int,
+    rows_per_chunk: int,
+    fused: bool,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(image, text)
+    return (
+        image.new_empty((), dtype=dtype),
+        image.new_empty(image.shape if with_grad else (0,), dtype=dtype),
+        image.new_empty(() if with_grad else (0,), dtype=dtype),
+    )
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    image, _, logit_scale, *_ = inputs
+    ctx.dtypes = image.dtype, logit_scale.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True: these gradients are constants to autograd, not functions
+        raise RuntimeError("this loss is differentiable once in its chunked and fused modes; use mode='reference'")
+    wants_image, _, wants_scale, *rest = ctx.needs_input_grad
+    image, scale = (
+        (loss_grad * gradient).to(dtype) if wanted else None
+        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, (wants_image, wants_scale), strict=True)
+    )
+    return image, None, scale, *(None for _ in rest)
+
+
+_one_visit.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def image_to_text_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    first_row: int = 0,
+    ids: Tensor | None = None,
+    batch: int | None = None,
+    mode: Mode = "auto",
+) -> Tensor:
+    """Share of some images in the mean over the global batch of every image's cross-entropy against all text rows.
+
+    Args:
+        image: [b, d] unit rows, float16, bfloat16, float32 or float64: any part of the batch, such as a micro-batch;
+            takes the gradient.
+        text: [B, d] unit rows of all ranks, and behind them any that belong to no image; its dtype may differ from
+            that of `image`. Rows in float16 save `fused` a copy in every call, rows in float32 `chunked`.
+        logit_scale: 0-dim tensor, already exponentiated; for `fused` at most 690, beyond it the loss is nan.
+        first_row: the text row that matches image row 0.
+        ids: [B] int64; two text rows with equal ids are one caption, and neither is a negative of the other's image.
+        batch: images of the global batch; None: those given are all.
+        mode: `reference` is dense and twice differentiable. `chunked` and `fused` never hold a [b, B] tensor, have
+            their gradients ready when the forward ends and are differentiable once. `fused` rounds rows to float16 and
+            runs on GPUs from compute capability 9.0, for d from 64 to 4,096 in steps of 8; `chunked` anywhere, in
+            float32. `auto` is `fused` on such a GPU where neither input is float64, else `chunked`.
+
+    Returns:
+        A 0-dim loss, float64 if an input is, else float32: the sum over the images given, divided by `batch`. Summed
+        over micro-batches and ranks it is the mean of the batch, and so are the gradients of `logit_scale`. That of
+        `image` is complete.
+
+    Autocast changes nothing; float32 products of `chunked` follow `torch.set_float32_matmul_precision`. Two runs give
+    the same bits, and the host never waits for the device. `torch.compile(fullgraph=True)` works; `chunked` and
+    `fused` are one opaque operator. At most 128 MiB of logits or exponentials are alive on a GPU, 32 MiB on a CPU (at
+    least one row of B in `chunked`, 128 in `fused`).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, text rows that require a gradient, or `fused` where it
+            cannot run.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
+    check_rows(image, text, first_row, ids, {"logit_scale": logit_scale})
+    if text.requires_grad:
+        raise ValueError("text requires a gradient, but text rows are constants of this loss; pass text.detach()")
+    b, B = image.shape[0], text.shape[0]
+    if batch is not None and not b <= batch <= B:
+        raise ValueError(f"batch is {batch}, but there are {b} image and {B} text rows; pass the images of all ranks")
+    if mode == "fused" and (refused := why_not_tiles(image, text)) is not None:
+        raise ValueError(f"mode 'fused' cannot take {refused}; use mode='chunked' or 'auto'")
+    with torch.autocast(image.device.type, enabled=False):
+        if mode == "reference":
+            return reference(image, text, logit_scale, first_row=first_row, ids=ids, batch=batch)
+        fused = mode == "fused" or (mode == "auto" and image.is_cuda and why_not_tiles(image, text) is None)
+        row_bytes = B * (2 if fused else compute_dtype(image, text).itemsize + (ids is not None))
+        limit = rows_per_chunk(None, row_bytes, image.device)
+        return one_visit(
+            image,
+            text,
+            logit_scale,
+            first_row=first_row,
+            ids=ids,
+            batch=batch,
+            rows_per_chunk=even_chunk(b, limit, ROWS_PER_TILE if fused else 1),
+            fused=fused,
+        )
