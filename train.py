@@ -8,10 +8,10 @@ Run the same line again and the run goes on from its last checkpoint. SIGTERM sa
 """
 
 import json
-import math
 import shlex
 import signal
 import sys
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -31,19 +31,21 @@ from textlock.engine.checkpoint import (
     save_checkpoint,
 )
 from textlock.engine.config import Config, dump_config, exit_with, load_config, parse_config, require_same_run
-from textlock.engine.distributed import World, join_world
-from textlock.engine.metrics import Metrics, require_trackers
+from textlock.engine.distributed import World, join_world, why_lost
+from textlock.engine.feed import Feed
+from textlock.engine.metrics import Metrics, QueuedStep, require_trackers
+from textlock.engine.objective import Objective
 from textlock.engine.optim import FlatGradients, build_optimizer, learning_rate
-from textlock.engine.plan import available_bytes, choose_plan, measure_activation_bytes
+from textlock.engine.plan import available_bytes, choose_plan, fixed_bytes, tier_costs
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.report import save_gallery, write_report
-from textlock.engine.step import LargeBatchStep, autocast_for, image_rows
+from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
 from textlock.evals.suite import EvaluationSuite
 from textlock.models.text import build_text_tower
 
 
 def main() -> None:
-    """Read the command line and train; bad input ends in one sentence and exit status 2."""
+    """Read the command line and train; bad input ends in one sentence and exit status 2, a lost rank in one and 1."""
     try:
         config = parse_config(sys.argv[1:])
         world = join_world(config.device)
@@ -53,6 +55,10 @@ def main() -> None:
             world.close()
     except (ValueError, OSError) as error:
         exit_with(error)
+    except RuntimeError as error:
+        if sentence := why_lost(error):
+            raise SystemExit(f"error: {sentence}") from None
+        raise
 
 
 def train(config: Config, world: World) -> None:
@@ -75,16 +81,22 @@ def train(config: Config, world: World) -> None:
     )
     text_fingerprint = text_tower.fingerprint()
 
-    # The image tower and the logit scale: float32 masters, the same on every rank.
+    # The image tower and the objective's scalars: float32 masters, the same on every rank.
     torch.manual_seed(config.seed)
     tower = build_tower(config, text_tower.embed_dim, weights=None if checkpoint else config.model.weights)
     tower.to(world.device)
-    log_logit_scale = torch.nn.Parameter(torch.tensor(math.log(config.loss.initial_logit_scale), device=world.device))
-    optimizer = build_optimizer(tower, log_logit_scale, config.optim)
-    gradients = FlatGradients([*tower.parameters(), log_logit_scale])
+    objective = Objective(
+        config.loss,
+        texts=config.data.batch_size,
+        width=text_tower.embed_dim,
+        dtype=text_dtype(world.device),
+        device=world.device,
+    )
+    optimizer = build_optimizer(tower, objective, config.optim)
+    gradients = FlatGradients([*tower.parameters(), *objective.parameters()])
     if checkpoint:
         checkpoint.require_text_tower(text_fingerprint, config.text.name)
-        restore(checkpoint, tower, log_logit_scale, optimizer)
+        restore(checkpoint, tower, objective, optimizer)
 
     # The data, the step, the evaluations.
     loader = open_loader(
@@ -97,16 +109,27 @@ def train(config: Config, world: World) -> None:
     )
     total_steps = config.optim.total_steps(loader.samples_per_epoch // config.data.batch_size)
     autocast = autocast_for(world.device, config.step.precision)
+    local_batch = config.data.batch_size // world.world_size
+    beside = fixed_bytes(tower, autocast, local_batch=local_batch, global_batch=config.data.batch_size)
     plan = choose_plan(
-        local_batch=config.data.batch_size // world.world_size,
+        costs=tier_costs(tower, autocast),
+        local_batch=local_batch,
         micro_batch=config.step.micro_batch,
-        bytes_per_image=measure_activation_bytes(tower, autocast),
         keep=config.step.keep,
-        memory_bytes=available_bytes(world.device, config.step.memory_gib),
+        memory_bytes=available_bytes(world.device, config.step.memory_gib, fixed_bytes=beside),
+        waits_for_loss=objective.couples_images,
     )
     compute_gradients = LargeBatchStep(
-        tower, log_logit_scale, gradients, plan, loss=config.loss, world=world, autocast=autocast, seed=config.seed
+        tower,
+        objective,
+        gradients,
+        plan,
+        masks_duplicates=config.loss.mask_duplicates,
+        world=world,
+        autocast=autocast,
+        seed=config.seed,
     )
+    feed = Feed(loader, text_tower, world.device)
     evaluations = EvaluationSuite(
         text_tower,
         zero_shot=config.evals.zero_shot,
@@ -140,50 +163,44 @@ def train(config: Config, world: World) -> None:
         metrics.say(f"going on after step {progress.step}")
 
     figures: dict[str, float] = {}
+    # A GPU always has the next step queued before the host looks at the last one; a CPU has done it by then.
+    queued: deque[QueuedStep] = deque()
+    most_queued = 1 if world.device.type == "cuda" else 0
     stopping = False
     while progress.step < total_steps and not stopping:
         with metrics.waiting_for_data():
-            batch = next(loader)
+            batch = next(feed)
         rate = learning_rate(config.optim, progress.step, total_steps)
         for parameters in optimizer.param_groups:
             parameters["lr"] = rate
 
         gradients.zero()
-        gradients.report(stop=stop.asked, skipped=batch.skipped)
-        result = compute_gradients(
-            progress.step,
-            batch.images.to(world.device, non_blocking=True),
-            text_tower.encode(batch.captions),
-            batch.ids.to(world.device),
-        )
-        grad_norm = gradients.clip(config.optim.clip_norm(world.world_size)).item()
-        if not math.isfinite(grad_norm):
-            # The same number on every rank and before the optimiser: no weight has changed anywhere.
-            raise ValueError(
-                f"step {progress.step + 1}: loss {result.loss.item()} with gradient norm {grad_norm} is not finite; "
-                f"the weights were left as they were. Start a new --run-dir with a lower --optim.learning-rate."
-            )
+        gradients.report(stop=stop.asked, skipped=batch.source.skipped)
+        result = compute_gradients(progress.step, batch.images, batch.text, batch.ids)
+        grad_norm = gradients.clip(config.optim.clip_norm(world.world_size))
         optimizer.step()
+        progress.step += 1
+        queued.append(QueuedStep(progress.step, batch.source, rate, result, grad_norm, gradients.reported()))
 
-        stopping, skipped = gradients.reported()
-        metrics.step_done(images=config.data.batch_size, samples_seen=batch.position, skipped=skipped)
-        progress.loader = loader.state()
-        last = stopping or progress.step == total_steps
-        if last or progress.step % config.log.every == 0:
-            metrics.log(
-                epoch=batch.epoch,
-                loss=result.loss.item(),
-                logit_scale=result.logit_scale.item(),
-                learning_rate=rate,
-                grad_norm=grad_norm,
-            )
+        last = progress.step == total_steps
+        due = any(
+            is_due(progress.step, every) for every in (config.log.every, config.checkpoint.every, config.evals.every)
+        )
+        while len(queued) > (0 if last or due or stopping else most_queued):
+            outcome = queued.popleft().wait()
+            stopping = stopping or outcome.stop
+            metrics.step_done(outcome, images=config.data.batch_size)
+        last = last or stopping
+        if last or is_due(progress.step, config.log.every):
+            metrics.log(outcome)
         if last or is_due(progress.step, config.checkpoint.every):
+            progress.loader = loader.state()
             with metrics.paused():
                 if world.is_main:
                     save_checkpoint(
                         run_dir / "checkpoints",
                         tower=tower,
-                        log_logit_scale=log_logit_scale,
+                        objective=objective,
                         optimizer=optimizer,
                         progress=progress,
                         text_fingerprint=text_fingerprint,

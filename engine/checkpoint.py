@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..data.publish import published_folder
 from ..models.vision import VisionTower, build_vision_tower
 from .config import Config, dump_config, load_config
+from .objective import Objective
 from .provenance import versions
 
 _MANIFEST = "MANIFEST.json"
@@ -88,7 +89,7 @@ def save_checkpoint(
     root: Path,
     *,
     tower: VisionTower,
-    log_logit_scale: Tensor,
+    objective: Objective,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     text_fingerprint: str,
@@ -111,12 +112,12 @@ def save_checkpoint(
         shutil.rmtree(leftover, ignore_errors=True)
     with published_folder(final) as draft:
         _save_tensors(tower.state_dict(), draft / "model.safetensors")
-        _save_tensors(_trainer_tensors(tower, log_logit_scale, optimizer), draft / "trainer.safetensors")
+        _save_tensors(_trainer_tensors(tower, objective, optimizer), draft / "trainer.safetensors")
         state = {
             "progress": asdict(progress),
             "embed_dim": tower.embed_dim,
             "text_fingerprint": text_fingerprint,
-            "logit_scale": log_logit_scale.exp().item(),
+            "logit_scale": objective.logit_scale().item(),
             "versions": versions(),
         }
         (draft / "state.json").write_text(json.dumps(state, indent=1) + "\n")
@@ -193,22 +194,19 @@ def read_latest(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def restore(
-    checkpoint: Checkpoint, tower: nn.Module, log_logit_scale: Tensor, optimizer: torch.optim.Optimizer
-) -> None:
+def restore(checkpoint: Checkpoint, tower: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer) -> None:
     """Copy a checkpoint into live objects, bit for bit.
 
-    Raises ValueError, naming keys, when it belongs to another architecture; nothing is changed then.
+    Raises ValueError, naming keys, when it belongs to another architecture or objective; nothing is changed then.
     """
     _require_same_keys(checkpoint.model, tower.state_dict(), checkpoint.folder / "model.safetensors")
-    named = {**dict(tower.named_parameters()), "log_logit_scale": log_logit_scale}
-    wanted = {f"{moment}.{name}": value for name, value in named.items() for moment in _MOMENTS}
-    found = {key: value for key, value in checkpoint.trainer.items() if key != "log_logit_scale"}
-    _require_same_keys(found, wanted, checkpoint.folder / "trainer.safetensors", ignore_shape_of="step.")
+    named = _trained(tower, objective)
+    of_objective = objective.state_dict()
+    wanted = {f"{moment}.{name}": value for name, value in named.items() for moment in _MOMENTS} | of_objective
+    _require_same_keys(checkpoint.trainer, wanted, checkpoint.folder / "trainer.safetensors", ignore_shape_of="step.")
 
     tower.load_state_dict(checkpoint.model)
-    with torch.no_grad():
-        log_logit_scale.copy_(checkpoint.trainer["log_logit_scale"])
+    objective.load_state_dict({name: checkpoint.trainer[name] for name in of_objective})
     for name, parameter in named.items():
         moments = {moment: checkpoint.trainer[f"{moment}.{name}"] for moment in _MOMENTS}
         # Step counts included: the fused optimiser keeps them beside the parameters.
@@ -270,17 +268,24 @@ def build_tower(config: Config, embed_dim: int, weights: str | None) -> VisionTo
         weights=weights,
         embed_dim=embed_dim,
         image_size=config.data.image_size,
+        block=config.model.block,
+        attention=config.model.attention,
+        residual=torch.float32 if config.model.residual == "fp32" else None,
+        kept_patches=config.model.kept_patches,
     )
 
 
-def _trainer_tensors(tower: nn.Module, log_logit_scale: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    named = {**dict(tower.named_parameters()), "log_logit_scale": log_logit_scale}
-    tensors = {
+def _trained(tower: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
+    return {**dict(tower.named_parameters()), **dict(objective.named_parameters())}
+
+
+def _trainer_tensors(tower: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    moments = {
         f"{moment}.{name}": optimizer.state[parameter][moment]
-        for name, parameter in named.items()
+        for name, parameter in _trained(tower, objective).items()
         for moment in _MOMENTS
     }
-    return {"log_logit_scale": log_logit_scale.detach(), **tensors}
+    return {**objective.state_dict(), **moments}
 
 
 def _require_same_keys(

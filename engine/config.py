@@ -16,6 +16,7 @@ import yaml
 
 from ..data.loader import DataConfig
 from ..kernels.contrastive import Mode
+from ..models.block import Implementation
 from .optim import OptimConfig
 
 
@@ -29,6 +30,16 @@ class ModelConfig:
     """How tokens become one row: the class token, the mean of the patches, or attention pooling."""
     weights: str | None = None
     """Starting weights: a .safetensors file, a folder, a hub name, or None for random ones."""
+    block: Implementation = "fused"
+    """How the transformer blocks run: with this project's kernels (on a CPU, their references in torch); with torch's
+    own operations; or with these under torch.compile, for GPUs that the kernels do not run on."""
+    attention: Literal["auto", "triton", "sdpa", "flash-attn", "flash-attn-4", "reference"] = "auto"
+    """Kernel of the fused blocks' attention; auto goes by GPU and sequence length."""
+    residual: Literal["auto", "fp32"] = "auto"
+    """Type of the tokens between the blocks. auto: that of the arithmetic, as in the released code. fp32 beside bf16
+    arithmetic rounds less, and takes more memory and time."""
+    kept_patches: int | None = None
+    """Patches of an image that go through the tower while training, drawn at random (FLIP). None: all, as published."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +58,32 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The symmetric contrastive loss."""
+    """The loss of the global batch."""
 
+    objective: Literal["infonce", "sigmoid", "image_to_text"] = "infonce"
+    """infonce: every image chooses its text and every text its image, as published. sigmoid: every pair is a yes-or-no
+    question (SigLIP). image_to_text: only the images choose. The last two are exact in one pass over the images,
+    whatever the memory, and are other losses: their results are not those of the recipe."""
     mode: Mode = "auto"
-    """Implementation: the table at the top of kernels/contrastive.py. All compute the same loss."""
+    """Implementation of infonce: the table at the top of kernels/contrastive.py. All compute the same loss."""
     initial_logit_scale: float = 1 / 0.07
-    """Start of the learnable, unclamped logit scale."""
+    """Start of the learnable, unclamped logit scale. SigLIP starts at 10."""
+    initial_logit_bias: float = -10.0
+    """Start of the learnable bias of the sigmoid objective."""
     mask_duplicates: bool = False
     """Equal captions in one batch are no negatives of each other. Off in the published recipe."""
+    text_bank: int = 0
+    """Text rows of earlier steps that are further negatives of every image. They cost no encoding and never go stale,
+    but the loss is another than that of the recipe, with more candidates. 0: none."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that can only fail later, in one sentence each."""
+        if self.text_bank < 0:
+            raise ValueError(f"--loss.text-bank is {self.text_bank}, must not be negative")
+        if self.initial_logit_scale <= 0:
+            raise ValueError(f"--loss.initial-logit-scale is {self.initial_logit_scale}, must be positive")
+        if self.mode != "auto" and self.objective != "infonce":
+            raise ValueError(f"--loss.mode {self.mode} is for the objective infonce; leave it out for {self.objective}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +92,11 @@ class StepConfig:
 
     micro_batch: int = 512
     """Images per forward pass on one rank."""
-    keep: Literal["auto", "all", "none"] = "auto"
-    """Activations kept for the backward: of all micro-batches, of none (each is run twice), or as many as fit."""
+    keep: Literal["auto", "all", "no-mlp", "lean", "block", "none"] = "auto"
+    """What every micro-batch keeps for its backward: the table at the top of models/block.py, or none, which is to run
+    it twice. auto: for each micro-batch what lets the whole step run again the least, in the memory there is."""
     memory_gib: float | None = None
-    """Memory for kept activations in GiB; None asks the device."""
+    """Memory for activations in GiB; None asks the device."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the image tower; weights and optimiser stay float32. auto: bf16 on a GPU, fp32 on a CPU."""
 
@@ -153,8 +183,6 @@ class Config:
         for name, path in (("run-dir", self.run_dir), ("data.shards", self.data.shards), ("text.name", self.text.name)):
             if not path.strip():
                 raise ValueError(f"--{name} is empty; name a folder")
-        if self.loss.initial_logit_scale <= 0:
-            raise ValueError(f"--loss.initial-logit-scale is {self.loss.initial_logit_scale}, must be positive")
         for template in self.evals.templates:
             if "{}" not in template:
                 raise ValueError(f"--evals.templates holds {template!r} without {{}} where the class name goes")
@@ -170,6 +198,9 @@ FREE_ON_RESUME = (
     "checkpoint.",
     "log.",
     "loss.mode",
+    "model.block",
+    "model.attention",
+    "optim.optimizer",
     "data.shards",
     "data.workers",
     "data.prefetch_batches",

@@ -62,6 +62,21 @@ def join_world(device: str) -> World:
     return World(rank, world_size, here, dist.group.WORLD)
 
 
+def why_lost(error: RuntimeError) -> str | None:
+    """Return one sentence where a rank gave up because another is gone or silent, None where it is any other error.
+
+    gloo has no class of its own for these: its messages begin with the file of its source.
+    """
+    if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+        return None
+    reason = str(error).partition("\n")[0].partition(". ")[0]
+    return (
+        f"rank {os.environ.get('RANK', '0')} lost another rank, whose own message is above if it left one (killed for "
+        f"memory it leaves none, only the launcher's exit code -9): {reason}. The same command goes on from the last "
+        f"checkpoint."
+    )
+
+
 def _store_of_this_attempt() -> Store:
     """Connect to the launcher's store under a prefix of this attempt.
 

@@ -6,23 +6,27 @@ starts after the last.
 
 import importlib
 import json
+import math
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import progress as rich_progress
 from rich.console import Console
+from torch import Tensor
 
+from ..data.loader import Batch
 from ..data.publish import publish_text
 from ..models.vision import VisionTower
 from .checkpoint import Progress
 from .config import Config
 from .distributed import World
+from .step import StepResult
 
 # Dense 16-bit tensor-core rates of the data sheets, FLOP/s. An unknown device reports no MFU rather than a guess.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -34,7 +38,7 @@ def flops_per_image(tower: VisionTower) -> int:
     Counts what the architecture needs, not what is run twice: matrix products with weights (6 a weight and token) and
     attention (12 tokens² width a block); norms, activations and pooling of single rows are left out.
     """
-    tokens = tower.config.tokens
+    tokens = tower.tokens_in_training
     matrices = sum(
         parameter.numel()
         for name, parameter in tower.named_parameters()
@@ -43,13 +47,70 @@ def flops_per_image(tower: VisionTower) -> int:
     return 6 * matrices * tokens + 12 * tokens**2 * tower.config.width * tower.config.depth
 
 
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a finished step has to say."""
+
+    step: int  # from 1
+    batch: Batch
+    learning_rate: float
+    loss: float
+    logit_scale: float
+    grad_norm: float
+    stop: bool  # a rank was asked to stop
+    skipped: int  # bad samples replaced on all ranks
+
+
+class QueuedStep:
+    """A step that the device may still be working on, and its numbers on their way to the host."""
+
+    def __init__(
+        self, step: int, batch: Batch, learning_rate: float, result: StepResult, grad_norm: Tensor, reported: Tensor
+    ) -> None:
+        """Queue the copy to the host; nothing is waited for.
+
+        Args:
+            step: its number, from 1.
+            batch: what it read.
+            learning_rate: what it was taken with.
+            result: of `LargeBatchStep`.
+            grad_norm: 0-dim.
+            reported: [2], of `FlatGradients.reported`.
+        """
+        self._step, self._batch, self._learning_rate = step, batch, learning_rate
+        numbers = torch.cat((torch.stack((result.loss, result.logit_scale, grad_norm)).float(), reported))
+        self._arrived = None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+            self._arrived = torch.cuda.current_stream(numbers.device).record_event()
+        else:
+            self._numbers = numbers
+
+    def wait(self) -> StepOutcome:
+        """Wait for the device to finish this step, not for what is queued behind it.
+
+        Raises ValueError where loss or gradient are not finite: on every rank, since all have the same numbers.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, logit_scale, grad_norm, stops, skipped = self._numbers.tolist()
+        if not math.isfinite(grad_norm):
+            raise ValueError(
+                f"step {self._step}: loss {loss} with gradient norm {grad_norm} is not finite; checkpoints are older. "
+                f"Start a new --run-dir with a lower --optim.learning-rate."
+            )
+        return StepOutcome(
+            self._step, self._batch, self._learning_rate, loss, logit_scale, grad_norm, stops > 0, round(skipped)
+        )
+
+
 class Metrics:
     """Keeps the clocks of a run and writes what it has to say. Only the main process writes."""
 
     def __init__(self, config: Config, world: World, tower: VisionTower, progress: Progress, total_steps: int) -> None:
         """Open the run's files, dropping lines of later steps than ``progress``: those steps will be run again.
 
-        From here on ``progress`` is kept up to date by :meth:`step_done`.
+        From here on all of ``progress`` but its step is kept up to date by :meth:`step_done`.
         """
         self._run_dir = Path(config.run_dir)
         self._world = world
@@ -88,12 +149,11 @@ class Metrics:
         self._step_start = time.perf_counter()
         self._progress.wall_seconds = self._step_start - self._wall_start
 
-    def step_done(self, *, images: int, samples_seen: int, skipped: int) -> None:
-        """Count one finished step: images of the global batch, samples since the start, bad samples replaced."""
+    def step_done(self, outcome: StepOutcome, *, images: int) -> None:
+        """Count one finished step of ``images`` in the global batch."""
         now = time.perf_counter()
-        self._progress.step += 1
-        self._progress.samples_seen = samples_seen
-        self._progress.skipped_samples += skipped
+        self._progress.samples_seen = outcome.batch.position
+        self._progress.skipped_samples += outcome.skipped
         self._progress.train_seconds += now - self._step_start
         self._progress.wall_seconds = now - self._wall_start
         if self._first_step_is_done:
@@ -104,18 +164,18 @@ class Metrics:
             self._start_window()
         self._step_start = now
 
-    def log(self, *, epoch: int, loss: float, logit_scale: float, learning_rate: float, grad_norm: float) -> None:
+    def log(self, outcome: StepOutcome) -> None:
         """Write one object to metrics.jsonl and show it. Rates are those since the last call."""
         rate = self._window_images / self._window_seconds if self._window_images else None
         per_device = None if rate is None else rate / self._world.world_size
         record = {
-            "step": self._progress.step,
-            "samples_seen": self._progress.samples_seen,
-            "epoch": epoch,
-            "loss": loss,
-            "logit_scale": logit_scale,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            "step": outcome.step,
+            "samples_seen": outcome.batch.position,
+            "epoch": outcome.batch.epoch,
+            "loss": outcome.loss,
+            "logit_scale": outcome.logit_scale,
+            "learning_rate": outcome.learning_rate,
+            "grad_norm": outcome.grad_norm,
             "images_per_second": rate,
             "images_per_second_per_device": per_device,
             "mfu": self._mfu(per_device),

@@ -1,8 +1,11 @@
 """The optimiser: parameter groups, the learning-rate schedule, one flat gradient buffer and its clipping."""
 
+import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -11,11 +14,23 @@ from torch import Tensor, nn
 # 16-byte steps of float32: the fused optimiser loads four values at a time from aligned addresses.
 _ALIGNMENT = 4
 
+# Where a package has its FusedAdam, and what to install for it.
+_FUSED_ADAM = {
+    "apex": (
+        "apex.optimizers",
+        "NVIDIA Apex with its CUDA extensions, from https://github.com/NVIDIA/apex (PyPI's apex is another project)",
+    ),
+    "transformer-engine": ("transformer_engine.pytorch.optimizers", "the package transformer-engine[pytorch]"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW, warm-up and cosine decay."""
 
+    optimizer: Literal["torch", "apex", "transformer-engine"] = "torch"
+    """Implementation of AdamW: torch's fused one, or FusedAdam of NVIDIA Apex or Transformer Engine, which need a GPU.
+    A checkpoint of one goes on with another."""
     steps: int | None = None
     """Optimiser steps of the run. Give either this or epochs."""
     epochs: float | None = None
@@ -75,11 +90,11 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(tower: nn.Module, log_logit_scale: nn.Parameter, config: OptimConfig) -> list[dict[str, object]]:
+def parameter_groups(tower: nn.Module, objective: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
     """Split the parameters by weight decay.
 
-    Vectors (biases, norms, tokens, the pooling latent), the position embedding and the logit scale are never decayed;
-    matrices of the pooling head decay by ``head_weight_decay``, all others by ``tower_weight_decay``.
+    Vectors (biases, norms, tokens, the pooling latent), the position embedding and the objective's scalars are never
+    decayed; matrices of the pooling head decay by ``head_weight_decay``, all others by ``tower_weight_decay``.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in tower.named_parameters():
@@ -89,31 +104,77 @@ def parameter_groups(tower: nn.Module, log_logit_scale: nn.Parameter, config: Op
         in_head = name.startswith(("pool.", "projection."))
         decay = 0.0 if vector else config.head_weight_decay if in_head else config.tower_weight_decay
         groups.setdefault(decay, []).append(parameter)
-    groups.setdefault(0.0, []).append(log_logit_scale)
+    groups.setdefault(0.0, []).extend(objective.parameters())
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
 
 
-def build_optimizer(tower: nn.Module, log_logit_scale: nn.Parameter, config: OptimConfig) -> torch.optim.AdamW:
-    """Return torch's fused AdamW over the groups of :func:`parameter_groups`."""
-    groups = parameter_groups(tower, log_logit_scale, config)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+def build_optimizer(tower: nn.Module, objective: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return the fused AdamW that the config asks for, over the groups of :func:`parameter_groups`.
+
+    Raises ValueError where its package is not installed or the parameters are on no GPU.
+    """
+    groups = parameter_groups(tower, objective, config)
+    if config.optimizer == "torch":
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    if next(tower.parameters()).device.type != "cuda":
+        raise ValueError(f"--optim.optimizer {config.optimizer} runs on GPUs only: choose --optim.optimizer torch")
+    return _build_fused_adam(groups, config)
+
+
+def _build_fused_adam(groups: list[dict[str, object]], config: OptimConfig) -> torch.optim.Optimizer:
+    module, package = _FUSED_ADAM[config.optimizer]
+    try:
+        fused_adam = importlib.import_module(module).FusedAdam
+        optimizer = fused_adam(groups, lr=0.0, betas=config.betas, eps=config.eps, adam_w_mode=True)
+    # Parts of these packages that are missing show in all these ways, some of them not before the first object.
+    except (ImportError, AttributeError, AssertionError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--optim.optimizer {config.optimizer} needs {package}, which does not load here ({reason}): "
+            f"install it, or choose --optim.optimizer torch"
+        ) from error
+    optimizer.register_step_pre_hook(_count_on)
+    optimizer.register_step_post_hook(_store_counts)
+    return optimizer
+
+
+def _count_on(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Give every group the step count of its parameters: these packages count by group, checkpoints by parameter."""
+    for group in optimizer.param_groups:
+        state = optimizer.state[group["params"][0]]
+        if "step" in state:
+            group["step"] = int(state["step"])
+
+
+def _store_counts(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Store the step count beside the moments, as torch does. On the CPU, where reading it waits for no GPU."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
 
 
 class FlatGradients:
     """Every gradient as a view of one float32 buffer: one all-reduce, one norm, one scaling.
+
+    The view is the parameter's ``.grad``, for autograd and the optimiser, and its ``.main_grad``, to which the fused
+    blocks add their weight gradients themselves (Megatron's and Transformer Engine's name for it).
 
     The buffer ends in two slots that are no gradients: how many ranks were asked to stop, and how many bad samples were
     replaced in this step. The reduction the step needs anyway so tells every rank, in the same step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Allocate the buffer and point ``.grad`` of every parameter into it."""
+        """Allocate the buffer and point ``.grad`` and ``.main_grad`` of every parameter into it."""
         self._parameters = list(parameters)
         sizes = [math.ceil(parameter.numel() / _ALIGNMENT) * _ALIGNMENT for parameter in self._parameters]
         self._buffer = torch.zeros(sum(sizes) + 2, device=self._parameters[0].device, dtype=torch.float32)
+        self._places: dict[nn.Parameter, slice] = {}
+        self._reducing: list[tuple[slice, dist.Work]] = []
         offset = 0
         for parameter, size in zip(self._parameters, sizes, strict=True):
             parameter.grad = self._buffer[offset : offset + parameter.numel()].view_as(parameter)
+            parameter.main_grad = parameter.grad  # type: ignore[attr-defined]
+            self._places[parameter] = slice(offset, offset + size)
             offset += size
 
     def zero(self) -> None:
@@ -122,17 +183,44 @@ class FlatGradients:
 
     def report(self, *, stop: bool, skipped: int) -> None:
         """Enter this rank's part of the two slots."""
-        self._buffer[-2:] = torch.tensor([float(stop), float(skipped)])
+        self._buffer[-2].fill_(float(stop))
+        self._buffer[-1].fill_(float(skipped))
 
-    def all_reduce(self, group: dist.ProcessGroup | None) -> None:
-        """Sum over the ranks: every rank holds its share of the gradient of the global mean loss."""
-        if group is not None:
-            dist.all_reduce(self._buffer, group=group)
+    def start_reduction(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+        """Start the sum over the ranks for parameters that follow one another, whose gradients are whole.
 
-    def reported(self) -> tuple[bool, int]:
-        """Return whether any rank asked to stop and how many samples all ranks skipped. Waits for the device."""
-        stops, skipped = self._buffer[-2:].tolist()
-        return stops > 0, round(skipped)
+        Every rank must call in the same order.
+        """
+        places = [self._places[parameter] for parameter in parameters]
+        assert all(before.stop == after.start for before, after in pairwise(places))
+        place = slice(places[0].start, places[-1].stop)
+        work = dist.all_reduce(self._buffer[place], group=group, async_op=True)
+        self._reducing.append((place, work))
+
+    def finish_reduction(self, group: dist.ProcessGroup | None) -> None:
+        """Sum over the ranks what is not on its way yet, slots included, and wait for all: the gradient of the loss.
+
+        Every rank holds its share of the gradient of the global mean loss before.
+        """
+        if group is None:
+            return
+        first = 0
+        rest: list[slice] = []
+        for place, _ in sorted(self._reducing, key=lambda started: started[0].start):
+            rest.append(slice(first, place.start))
+            first = place.stop
+        rest.append(slice(first, len(self._buffer)))
+        for place in rest:
+            if place.start < place.stop:
+                work = dist.all_reduce(self._buffer[place], group=group, async_op=True)
+                self._reducing.append((place, work))
+        for _, work in self._reducing:
+            work.wait()
+        self._reducing.clear()
+
+    def reported(self) -> Tensor:
+        """Return how many ranks asked to stop, and how many samples all ranks skipped: [2], on the device."""
+        return self._buffer[-2:]
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients down to global norm ``max_norm`` and return the norm they had (0-dim, on the device)."""

@@ -1,22 +1,44 @@
 """Which activations each micro-batch keeps between its forward and its backward.
 
-Two tiers: ``all`` keeps everything autograd saves; ``none`` keeps nothing and runs the forward again when its backward
-is due (GradCache, https://arxiv.org/abs/2101.06983). They give the same gradients, so memory alone decides: as many
-micro-batches as fit keep ``all``, and only the others pay a second forward.
+Every tier gives the same gradients, so memory and time decide. The four tiers of models/block.py keep part of every
+block; ``none`` keeps nothing and runs the forward again when its backward is due (GradCache,
+https://arxiv.org/abs/2101.06983). Micro-batches may have different tiers: the plan fills the memory it is given so that
+the least time goes into computing again what was not kept.
+
+Bytes are exact. Times are those of an H100 as the kernels are meant to use it, by counting: matrix products, attention
+and memory traffic at the rates below. Only their ratios matter for the choice.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..models.block import Block, Keep, compute_dtype, kept_bytes
 from ..models.vision import VisionTower
 
-Tier = Literal["all", "none"]
+Tier = Literal["all", "no-mlp", "lean", "block", "none"]
 
-# Weights, optimiser state, loss and the transients of one micro-batch come out of the rest.
-_SHARE_OF_FREE_MEMORY = 0.6
+# Assumed, in operations or bytes a second; to be replaced by what `make gpu-check` measures.
+_MATRIX_RATE = 650e12
+_ATTENTION_RATE = 200e12
+_ATTENTION_BACKWARD_RATE = 160e12
+_BANDWIDTH = 2.7e12
+
+# What is left to the allocator's rounding and to what nobody counts.
+_SHARE_OF_FREE_MEMORY = 0.94
+
+
+@dataclass(frozen=True)
+class TierCost:
+    """What one image costs in one tier."""
+
+    kept_bytes: int  # between forward and backward
+    working_bytes: int  # besides, while its micro-batch goes backward
+    extra_time: float  # of running again what was not kept, as a share of forward and backward
 
 
 @dataclass(frozen=True)
@@ -25,12 +47,32 @@ class Plan:
 
     tiers: tuple[Tier, ...]
     micro_batch: int
-    bytes_per_image: int
+    again: Keep  # the tier of a second forward
+    costs: Mapping[Tier, TierCost]
+    waits_for_loss: bool = True  # or each micro-batch goes backward before the next goes forward
 
     @property
     def kept_bytes(self) -> int:
-        """Activations alive when the loss is computed."""
-        return self.tiers.count("all") * self.micro_batch * self.bytes_per_image
+        """Activations alive at a time between a forward and its backward."""
+        alive = self.tiers if self.waits_for_loss else self.tiers[:1]
+        return sum(self.micro_batch * self.costs[tier].kept_bytes for tier in alive)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Activations at their peak: kept ones and those of the micro-batch in work."""
+        of_kept = max((self.costs[tier].working_bytes for tier in self.tiers if tier != "none"), default=0)
+        peak = self.kept_bytes + self.micro_batch * of_kept
+        if "none" in self.tiers:
+            again = self.costs[self.again]
+            peak = max(peak, self.micro_batch * (again.kept_bytes + again.working_bytes))
+        return peak
+
+    @property
+    def extra_time(self) -> float:
+        """Predicted time of computing again what was not kept, as a share of keeping all."""
+        lost = sum(self.costs[tier].extra_time for tier in self.tiers)
+        lost += self.tiers.count("none") * self.costs[self.again].extra_time
+        return lost / len(self.tiers)
 
     @property
     def second_forwards(self) -> float:
@@ -39,18 +81,36 @@ class Plan:
 
     def __str__(self) -> str:
         """Return the line a person reads at the start of a run."""
+        counts = Counter(self.tiers)
+        shares = ", ".join(f"{counts[tier]} keep {tier}" for tier in get_args(Tier) if counts[tier])
+        kept = f"{self.kept_bytes / 2**30:.2f} GiB{'' if self.waits_for_loss else ' at a time'}"
         return (
-            f"{len(self.tiers)} micro-batches of {self.micro_batch}: {self.tiers.count('all')} keep their activations "
-            f"({self.kept_bytes / 2**30:.2f} GiB), {self.tiers.count('none')} run forward twice"
+            f"{len(self.tiers)} micro-batches of {self.micro_batch}: {shares}; {kept}, "
+            f"{self.extra_time:.1%} more time than keeping all"
         )
 
 
 def choose_plan(
-    *, local_batch: int, micro_batch: int, bytes_per_image: int, keep: Literal["auto", "all", "none"], memory_bytes: int
+    *,
+    costs: Mapping[Tier, TierCost],
+    local_batch: int,
+    micro_batch: int,
+    keep: Literal["auto"] | Tier,
+    memory_bytes: int,
+    waits_for_loss: bool = True,
 ) -> Plan:
     """Choose the tier of each of the ``local_batch / micro_batch`` micro-batches.
 
-    Raises ValueError when the micro-batch does not divide the local batch or when not even one of them fits.
+    Args:
+        costs: of the tiers that the tower knows, as `tier_costs` counts them.
+        local_batch: images of one rank in a step.
+        micro_batch: images of one forward pass.
+        keep: the tier of all micro-batches; ``auto``: the plan with the least extra time.
+        memory_bytes: for the activations, kept ones and those in work.
+        waits_for_loss: whether no backward can start before the last forward has ended, as under the symmetric loss.
+
+    Raises ValueError when the micro-batch does not divide the local batch, for a tier that the tower does not know, and
+    when not even one micro-batch fits.
     """
     micro_batch = min(micro_batch, local_batch)
     if local_batch % micro_batch:
@@ -58,45 +118,186 @@ def choose_plan(
             f"--step.micro-batch {micro_batch} does not divide the {local_batch} images of one rank; choose a divisor"
         )
     count = local_batch // micro_batch
-    if keep == "auto":
-        fitting = memory_bytes // (micro_batch * bytes_per_image)
-        if fitting == 0:
-            raise ValueError(
-                f"the activations of one micro-batch of {micro_batch} images take "
-                f"{micro_batch * bytes_per_image / 2**30:.2f} GiB and {memory_bytes / 2**30:.2f} GiB are to be had; "
-                f"choose a smaller --step.micro-batch"
-            )
-        # A micro-batch that runs twice needs room for one more than those that are kept.
-        kept = count if fitting >= count else fitting - 1
+    fitting: list[Keep] = [
+        tier
+        for tier, cost in costs.items()
+        if tier != "none" and micro_batch * (cost.kept_bytes + cost.working_bytes) <= memory_bytes
+    ]
+    # For a micro-batch by itself.
+    again = min(fitting, key=lambda tier: costs[tier].extra_time, default=None)
+    if keep != "auto":
+        if keep not in costs:
+            raise ValueError(f"--step.keep {keep} is not for this --model.block; choose from auto, {', '.join(costs)}")
+        if keep != "none":
+            again = keep
+        return Plan((keep,) * count, micro_batch, again or "block", costs, waits_for_loss)
+    if again is None:
+        least = min(cost.kept_bytes + cost.working_bytes for tier, cost in costs.items() if tier != "none")
+        divisors = [n for n in range(1, micro_batch) if local_batch % n == 0 and n * least <= memory_bytes]
+        advice = f"set --step.micro-batch {divisors[-1]}" if divisors else "not even one image fits"
+        raise ValueError(
+            f"the activations of a micro-batch of {micro_batch} images need {micro_batch * least / 2**30:.2f} GiB and "
+            f"{memory_bytes / 2**30:.2f} GiB are to be had: {advice}"
+        )
+    if count == 1 or not waits_for_loss:
+        return Plan((again,) * count, micro_batch, again, costs, waits_for_loss)
+
+    tiers = _least_extra_time(costs, again, count, memory_bytes // micro_batch)
+    return Plan(tiers, micro_batch, again, costs)
+
+
+def _least_extra_time(costs: Mapping[Tier, TierCost], again: Keep, count: int, memory: int) -> tuple[Tier, ...]:
+    """Return the tiers of ``count`` micro-batches, in the order of the table, by looking at all ways to count them.
+
+    Beyond 128 micro-batches, at all ways whose counts are multiples of a 128th.
+    """
+    *upper, lowest = [tier for tier in costs if tier != "none"]
+    kept, working = (torch.tensor([getattr(costs[t], name) for t in upper]) for name in ("kept_bytes", "working_bytes"))
+    counts = torch.cartesian_prod(*[torch.arange(0, count + 1, -(-count // 128)) for _ in upper]).view(-1, len(upper))
+    counts = counts[counts.sum(1) <= count]
+    rest = count - counts.sum(1)
+    used = (counts * kept).sum(1)
+    at_work = torch.where(counts > 0, working, 0).amax(1)
+    # Of the rest, as many as fit keep the least; the others run twice.
+    with_lowest = at_work.clamp(min=costs[lowest].working_bytes)
+    room = (memory - used - with_lowest).clamp(min=0)
+    of_lowest = torch.minimum(rest, room // costs[lowest].kept_bytes)
+    used += of_lowest * costs[lowest].kept_bytes
+    fits = used + torch.where(of_lowest > 0, with_lowest, at_work) <= memory
+    extra = torch.tensor([costs[tier].extra_time for tier in upper], dtype=torch.float64)
+    twice = costs["none"].extra_time + costs[again].extra_time
+    time = (counts * extra).sum(1) + of_lowest * costs[lowest].extra_time + (rest - of_lowest) * twice
+    best = torch.where(fits, time, torch.inf).argmin()
+    chosen = [*counts[best].tolist(), int(of_lowest[best]), int(rest[best] - of_lowest[best])]
+    return tuple(tier for tier, n in zip([*upper, lowest, "none"], chosen, strict=True) for _ in range(n))  # type: ignore[misc]
+
+
+def tier_costs(tower: VisionTower, autocast: torch.autocast) -> dict[Tier, TierCost]:
+    """Return what one image costs in every tier that the tower's blocks know.
+
+    Kept bytes are exact: counted on two small forwards with tier ``all``, whatever the tower, and for the other tiers
+    of fused blocks by the formula of `kept_bytes`.
+    """
+    with autocast:
+        compute = compute_dtype(tower.patch_embed.weight)
+    tokens = tower.tokens_in_training
+    blocks = [block for block in tower.blocks if isinstance(block, Block)]
+    seconds = _Seconds.of(tower, tokens, compute)
+
+    def kept(tier: Keep) -> int:
+        residual = tower.residual or compute
+        return sum(kept_bytes(block, tokens, tier, residual=residual, compute=compute) for block in blocks)
+
+    every = measure_activation_bytes(tower, autocast)
+    if blocks[0].implementation != "fused":
+        least = measure_activation_bytes(tower, autocast, "block")
+        costs = {
+            "all": TierCost(every, _working_bytes(blocks[0], tokens, compute, "all"), 0.0),
+            # One block's activations come back while its backward runs.
+            "block": TierCost(least, (every - least) // len(blocks), (seconds.forward - seconds.beside) / seconds.step),
+        }
     else:
-        kept = count if keep == "all" else 0
-    tiers: tuple[Tier, ...] = tuple("all" if number < kept else "none" for number in range(count))
-    return Plan(tiers, micro_batch, bytes_per_image)
+        beside = every - kept("all")
+        costs = {
+            tier: TierCost(beside + kept(tier), _working_bytes(blocks[0], tokens, compute, tier), again / seconds.step)
+            for tier, again in seconds.again.items()
+        }
+    return {**costs, "none": TierCost(0, 0, seconds.forward / seconds.step)}  # type: ignore[dict-item]
 
 
-def available_bytes(device: torch.device, memory_gib: float | None) -> int:
-    """Return the bytes that kept activations may take: the setting, or a share of what is free on the device."""
+@dataclass(frozen=True)
+class _Seconds:
+    """Of one image, at the rates above."""
+
+    forward: float
+    step: float  # forward and backward
+    beside: float  # part of the forward outside of the blocks
+    again: Mapping[Keep, float]  # run again in the backward
+
+    @classmethod
+    def of(cls, tower: VisionTower, tokens: int, compute: torch.dtype) -> "_Seconds":
+        """Count the tower's matrix products, attention and memory traffic for ``tokens`` tokens."""
+        block, depth = tower.blocks[0], len(tower.blocks)
+        assert isinstance(block, Block)
+        stream = tokens * tower.config.width * compute.itemsize  # bytes of a tensor [T, D]
+        first = tokens * block.mlp.first.out_features * compute.itemsize
+        hidden = tokens * block.mlp.fc2.in_features * compute.itemsize
+
+        def product(layer: torch.nn.Linear) -> float:
+            return 2 * tokens * layer.weight.numel() / _MATRIX_RATE
+
+        attention = 4 * tokens**2 * tower.config.width
+        # Reads and writes of what is no product: two residual additions with LayerNorm and the activation; backward,
+        # LayerNorms made again, the activation's backward, and two backwards of LayerNorm.
+        forward = 8 * stream + first + hidden
+        backward = 12 * stream + 2 * first + 2 * hidden
+        products = product(block.qkv) + product(block.out_proj) + product(block.mlp.first) + product(block.mlp.fc2)
+        of_block = products + attention / _ATTENTION_RATE + forward / _BANDWIDTH
+        of_block_backward = 2 * products + 2 * attention / _ATTENTION_BACKWARD_RATE + backward / _BANDWIDTH
+        beside = product(tower.patch_embed) + 4 * stream / _BANDWIDTH
+        in_lean = product(block.mlp.first) + product(block.qkv)
+        in_block = in_lean + product(block.out_proj) + attention / _ATTENTION_RATE + 4 * stream / _BANDWIDTH
+        again: dict[Keep, float] = {"all": 0.0, "no-mlp": product(block.mlp.first), "lean": in_lean, "block": in_block}
+        return cls(
+            forward=depth * of_block + beside,
+            step=depth * (of_block + of_block_backward) + 3 * beside,
+            beside=beside,
+            again={tier: depth * time for tier, time in again.items()},
+        )
+
+
+def _working_bytes(block: Block, tokens: int, compute: torch.dtype, tier: Keep) -> int:
+    """Return the most that a block's backward holds for one image beside what the tier keeps."""
+    width, first, hidden = block.qkv.in_features, block.mlp.first.out_features, block.mlp.fc2.in_features
+    # In the MLP: LayerNorm's output, the gradients of y and x2; of h, h itself and the gradient of what made it.
+    held = 3 * width + 2 * hidden + first
+    if tier != "all":
+        held += first
+    if tier == "block":
+        held += 5 * width  # qkv, attention's output and x2
+    return tokens * held * compute.itemsize
+
+
+def available_bytes(device: torch.device, memory_gib: float | None, *, fixed_bytes: int) -> int:
+    """Return the bytes that activations may take: the setting, or what is free on the device beside ``fixed_bytes``."""
     if memory_gib is not None:
         if memory_gib < 0:
             raise ValueError(f"--step.memory-gib is {memory_gib}, must not be negative")
         return int(memory_gib * 2**30)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free = _free_host_bytes()
-    return int(free * _SHARE_OF_FREE_MEMORY)
+    return max(0, int(free * _SHARE_OF_FREE_MEMORY) - fixed_bytes)
 
 
-def measure_activation_bytes(tower: VisionTower, autocast: torch.autocast) -> int:
+def fixed_bytes(tower: VisionTower, autocast: torch.autocast, *, local_batch: int, global_batch: int) -> int:
+    """Return the bytes that a step needs beside activations and what was there before: all but weights and gradients.
+
+    The optimiser's two moments, the weights' copies in the type of the products, two batches of images, rows of images
+    and texts with the loss's exponentials (2 bytes a logit, up to a gibibyte) or, beyond that, its chunks.
+    """
+    with autocast:
+        compute = compute_dtype(tower.patch_embed.weight)
+    parameters = sum(parameter.numel() for parameter in tower.parameters())
+    weights = parameters * (8 + (compute.itemsize if compute != torch.float32 else 0))
+    images = 2 * local_batch * tower.image_size**2 * 3
+    rows = (4 * local_batch + 2 * global_batch) * tower.embed_dim * 4
+    loss = 2 * min(2 * local_batch * global_batch, 2**30)  # the loss stores exponentials in half of what is free
+    return weights + images + rows + loss
+
+
+def measure_activation_bytes(tower: VisionTower, autocast: torch.autocast, keep: Keep = "all") -> int:
     """Return the bytes autograd saves for one more image, counted on two small forwards: exact, whatever the tower.
 
-    What does not grow with the batch (autocast's copies of the weights, RoPE tables) drops out of the difference.
+    What does not grow with the batch (weights, copies of them, RoPE tables) drops out of the difference.
     """
-    few, more = (_saved_bytes(tower, autocast, images) for images in (1, 3))
+    few, more = (_saved_bytes(tower, autocast, images, keep) for images in (1, 3))
     return (more - few) // 2
 
 
-def _saved_bytes(tower: VisionTower, autocast: torch.autocast, images: int) -> int:
+def _saved_bytes(tower: VisionTower, autocast: torch.autocast, images: int, keep: Keep) -> int:
     device = next(tower.parameters()).device
     saved: dict[int, torch.UntypedStorage] = {}  # held until the end, so that no address is used twice
 
@@ -106,7 +307,7 @@ def _saved_bytes(tower: VisionTower, autocast: torch.autocast, images: int) -> i
 
     batch = torch.zeros(images, tower.image_size, tower.image_size, 3, dtype=torch.uint8, device=device)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), autocast:
-        tower(batch)
+        tower(batch, keep=keep)
     return sum(storage.nbytes() for storage in saved.values())
 
 

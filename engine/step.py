@@ -1,24 +1,31 @@
 """The large-batch step: forward of all micro-batches, one loss over the global batch, then their backwards.
 
-The loss couples every image of the batch with every text, so its gradient is known only after the last forward. What a
-micro-batch keeps until then is the plan's choice. The loss is evaluated once, whatever the number of micro-batches.
+The symmetric loss couples every image of the batch with every text, so its gradient is known only after the last
+forward. What a micro-batch keeps until then is the plan's choice, and the loss is evaluated once, whatever the number
+of micro-batches. Objectives that do not couple the images take each micro-batch back at once and keep nothing.
+
+Nothing here waits for the device: the host queues a step and is free for the next batch.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..kernels.contrastive import contrastive_loss
 from ..kernels.gather import TextGather
+from ..models.block import ComputeCopies, Keep, compute_dtype
 from ..models.vision import VisionTower
-from .config import LossConfig
 from .distributed import World
+from .objective import Objective
 from .optim import FlatGradients
 from .plan import Plan
+
+Candidates = Callable[[], tuple[Tensor, Tensor | None]]  # text rows and ids, waited for when they are asked for
 
 
 @dataclass(frozen=True)
@@ -30,10 +37,16 @@ class StepResult:
     images_forward: int  # images that went through the tower on this rank, second forwards included
 
 
-def image_rows(tower: VisionTower, images: Tensor, autocast: torch.autocast) -> Tensor:
-    """Return unit rows [b, d] in float32 of images [b, S, S, 3] uint8."""
+def image_rows(
+    tower: VisionTower,
+    images: Tensor,
+    autocast: torch.autocast,
+    keep: Keep = "all",
+    on_gradients: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Return unit rows [b, d] in float32 of images [b, S, S, 3] uint8; keep and on_gradients as in `VisionTower`."""
     with autocast:
-        embeddings = tower(images)
+        embeddings = tower(images, keep=keep, on_gradients=on_gradients)
     return F.normalize(embeddings.float(), dim=-1)
 
 
@@ -44,86 +57,129 @@ def autocast_for(device: torch.device, precision: Literal["auto", "bf16", "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def text_dtype(device: torch.device) -> torch.dtype:
+    """Return the type in which text rows are gathered and kept: the loss kernels of a GPU round them to float16."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 class LargeBatchStep:
     """Adds the gradients of one global batch to ``gradients`` and reduces them over the ranks."""
 
     def __init__(
         self,
         tower: VisionTower,
-        log_logit_scale: nn.Parameter,
+        objective: Objective,
         gradients: FlatGradients,
         plan: Plan,
         *,
-        loss: LossConfig,
+        masks_duplicates: bool,
         world: World,
         autocast: torch.autocast,
         seed: int,
     ) -> None:
         self._tower = tower
-        self._log_logit_scale = log_logit_scale
+        self._objective = objective
         self._gradients = gradients
         self._plan = plan
-        self._loss = loss
         self._world = world
         self._autocast = autocast
         self._seed = seed
-        local_batch = len(plan.tiers) * plan.micro_batch
-        self._gather_text = TextGather(world.group, (local_batch, tower.embed_dim), torch.float32)
-        self._gather_ids = TextGather(world.group, (local_batch, 1), torch.int64)
+        self._local_batch = len(plan.tiers) * plan.micro_batch
+        self._gather_text = TextGather(world.group, (self._local_batch, tower.embed_dim), text_dtype(world.device))
+        self._gather_ids = TextGather(world.group, (self._local_batch, 1), torch.int64) if masks_duplicates else None
+        with autocast:
+            self._copies = ComputeCopies(tower, compute_dtype(tower.patch_embed.weight))
+        # Of all images of this rank, and the gradient that the loss gives them: the same memory in every step.
+        self._rows = torch.empty(self._local_batch, tower.embed_dim, device=world.device)
 
     def __call__(self, step: int, images: Tensor, text: Tensor, ids: Tensor) -> StepResult:
         """Run one step.
 
         Args:
-            step: number of the step; with the seed, rank and micro-batch it fixes every random draw of the tower.
+            step: number of the step, from 0; with the seed, rank and micro-batch it fixes every random draw of the
+                tower.
             images: [b, S, S, 3] uint8, this rank's.
-            text: [b, d] float32 unit rows of this rank's captions.
+            text: [b, d] unit rows of this rank's captions.
             ids: [b] int64, equal for equal captions; read when duplicates are masked.
 
         """
-        all_text = self._gather_text.start(text)
-        all_ids = self._gather_ids.start(ids[:, None]) if self._loss.mask_duplicates else None
+        gathering = self._gather_text.start(text.to(self._gather_text.dtype))
+        gathering_ids = None if self._gather_ids is None else self._gather_ids.start(ids[:, None])
+
+        def candidates() -> tuple[Tensor, Tensor | None]:
+            all_ids = None if gathering_ids is None else gathering_ids.wait()[:, 0]
+            return self._objective.candidates(step, gathering.wait(), all_ids)
 
         micro_batches = images.split(self._plan.micro_batch)
-        kept: dict[int, Tensor] = {}  # rows with their graph, by micro-batch
-        rows = torch.empty_like(text)  # [b, d]
-        for number, (tier, micro_batch) in enumerate(zip(self._plan.tiers, micro_batches, strict=True)):
-            with torch.set_grad_enabled(tier == "all"):
-                output = self._forward(step, number, micro_batch)
-            self._rows_of(rows, number).copy_(output.detach())
-            if tier == "all":
-                kept[number] = output
+        with self._copies:
+            run = self._all_then_back if self._objective.couples_images else self._one_by_one
+            loss = run(step, micro_batches, candidates)
+        self._gradients.finish_reduction(self._world.group)
+        self._objective.remember(step)
+        twice = self._plan.tiers.count("none") if self._objective.couples_images else 0
+        forwards = len(images) + twice * self._plan.micro_batch
+        return StepResult(loss, self._objective.logit_scale().detach(), forwards)
 
-        rows.requires_grad_()
-        loss = contrastive_loss(
-            rows,
-            all_text.wait(),
-            self._log_logit_scale.exp(),
-            first_row=self._world.rank * len(text),
-            ids=None if all_ids is None else all_ids.wait()[:, 0],
-            group=self._world.group,
-            mode=self._loss.mode,
+    def _all_then_back(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
+        tiers = self._plan.tiers
+        kept: dict[int, Tensor] = {}  # rows with their graph, by micro-batch
+        for number, (tier, images) in enumerate(zip(tiers, micro_batches, strict=True)):
+            if tier == "none":
+                with torch.no_grad():
+                    rows = self._forward(step, number, images, self._plan.again)
+            else:
+                rows = kept[number] = self._forward(step, number, images, tier)
+            self._rows_of(self._rows, number).copy_(rows.detach())
+
+        texts, ids = candidates()
+        rows = self._rows.detach().requires_grad_()
+        loss = self._objective.of_batch(
+            rows, texts, ids, first_row=self._world.rank * self._local_batch, group=self._world.group
         )
         loss.backward()
         assert rows.grad is not None
 
-        # Kept graphs first: each frees its activations before a second forward needs room.
-        for number, tier in enumerate(self._plan.tiers):
-            if tier == "all":
-                kept.pop(number).backward(self._rows_of(rows.grad, number))
-        for number, tier in enumerate(self._plan.tiers):
+        # The plan lists tiers from the one that keeps most to none: memory is freed soonest, and a second forward finds
+        # the room of all that were kept.
+        for number, tier in enumerate(tiers):
             if tier == "none":
-                self._forward(step, number, micro_batches[number]).backward(self._rows_of(rows.grad, number))
+                output = self._forward(step, number, micro_batches[number], self._plan.again)
+            else:
+                output = kept.pop(number)
+            output.backward(self._rows_of(rows.grad, number))
+        return loss.detach()
 
-        self._gradients.all_reduce(self._world.group)
-        forwards = len(images) + self._plan.tiers.count("none") * self._plan.micro_batch
-        return StepResult(loss.detach(), self._log_logit_scale.detach().exp(), forwards)
+    def _one_by_one(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
+        total = torch.zeros((), device=self._rows.device)
+        texts: Tensor | None = None
+        ids: Tensor | None = None
+        for number, images in enumerate(micro_batches):
+            output = self._forward(step, number, images, self._plan.again)
+            if texts is None:
+                texts, ids = candidates()  # on their way while the first micro-batch went forward
+            rows = output.detach().requires_grad_()
+            first_row = self._world.rank * self._local_batch + number * self._plan.micro_batch
+            share = self._objective.of_micro_batch(rows, texts, ids, first_row=first_row)
+            share.backward()
+            total += share.detach()
+            assert rows.grad is not None
+            output.backward(rows.grad)
+        if self._world.group is not None:
+            dist.all_reduce(total, group=self._world.group)
+        return total
 
-    def _forward(self, step: int, number: int, images: Tensor) -> Tensor:
+    def _forward(self, step: int, number: int, images: Tensor, keep: Keep) -> Tensor:
         # The draws are a function of their place in the run, so a second forward repeats the first one's exactly, and a
         # resumed run needs no stored generator state.
         torch.manual_seed(_seed_of(self._seed, step, self._world.rank, number))
-        return image_rows(self._tower, images, self._autocast)
+        # Behind the last micro-batch the gradients of a block travel while the blocks before it go backward.
+        last = number == len(self._plan.tiers) - 1
+        on_gradients = self._reduce_block if last and self._world.group is not None else None
+        return image_rows(self._tower, images, self._autocast, keep, on_gradients)
+
+    def _reduce_block(self, number: int) -> None:
+        assert self._world.group is not None
+        self._gradients.start_reduction(self._tower.blocks[number].parameters(), self._world.group)
 
     def _rows_of(self, rows: Tensor, number: int) -> Tensor:
         return rows[number * self._plan.micro_batch : (number + 1) * self._plan.micro_batch]

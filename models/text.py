@@ -118,7 +118,7 @@ class TextTower:
 
         order = [index for batch in batches for index in batch]
         row_of = {distinct[index]: row for row, index in enumerate(order)}
-        return rows[torch.tensor([row_of[text] for text in texts], device=self.device)]
+        return rows[self._on_device(torch.tensor([row_of[text] for text in texts]))]
 
     def fingerprint(self) -> str:
         """Sha256 (hex) of what the rows depend on, so that stored rows can be told from those of another tower.
@@ -144,13 +144,17 @@ class TextTower:
         text = caption[: _CHARACTERS_PER_TOKEN * self.max_length].encode("utf-8", "replace").decode()
         return self.prefix + text
 
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        # From pinned memory, or the host would wait for all that the GPU has queued.
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
     def _encode_tokens(self, tokens: list[list[int]]) -> Tensor:
         longest = max(1, *map(len, tokens))
         input_ids = torch.tensor([ids + [self._pad_token_id] * (longest - len(ids)) for ids in tokens])  # [n, T]
         # max(1, ...): a caption without any token is read as one padding token, not as a mean over nothing.
         lengths = torch.tensor([max(1, len(ids)) for ids in tokens])
         mask = torch.arange(longest) < lengths[:, None]
-        input_ids, mask = input_ids.to(self.device), mask.to(self.device)
+        input_ids, mask = self._on_device(input_ids), self._on_device(mask)
 
         # On a CPU this also switches off an autocast of the caller.
         on_gpu = self.device.type == "cuda"

@@ -18,7 +18,8 @@ from textlock.engine.checkpoint import (
     restore,
     save_checkpoint,
 )
-from textlock.engine.config import parse_config
+from textlock.engine.config import LossConfig, parse_config
+from textlock.engine.objective import Objective
 from textlock.engine.optim import FlatGradients, build_optimizer
 
 FLAGS = [
@@ -44,9 +45,12 @@ class Trained:
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
         self.tower = module.build_tower(CONFIG, 64, weights=None)
-        self.scale = torch.nn.Parameter(torch.tensor(2.5 + seed / 7))
-        self.optimizer = build_optimizer(self.tower, self.scale, CONFIG.optim)
-        gradients = FlatGradients([*self.tower.parameters(), self.scale])
+        loss = LossConfig(objective="sigmoid", initial_logit_scale=11.0 + seed, initial_logit_bias=-3.0, text_bank=5)
+        self.objective = Objective(loss, texts=8, width=64, dtype=torch.float32, device=torch.device("cpu"))
+        for buffer in self.objective.buffers():
+            buffer.random_(100)
+        self.optimizer = build_optimizer(self.tower, self.objective, CONFIG.optim)
+        gradients = FlatGradients([*self.tower.parameters(), *self.objective.parameters()])
         gradients._buffer.normal_()
         self.optimizer.step()
 
@@ -54,7 +58,7 @@ class Trained:
         return save_checkpoint(
             root,
             tower=self.tower,
-            log_logit_scale=self.scale,
+            objective=self.objective,
             optimizer=self.optimizer,
             progress=Progress(step=step, samples_seen=8 * step, loader={"position": 8 * step}),
             text_fingerprint="abc",
@@ -62,9 +66,9 @@ class Trained:
         )
 
     def tensors(self) -> list[torch.Tensor]:
-        parameters = [*self.tower.parameters(), self.scale]
+        parameters = [*self.tower.parameters(), *self.objective.parameters()]
         moments = [self.optimizer.state[parameter][name] for parameter in parameters for name in module._MOMENTS]
-        return [*self.tower.state_dict().values(), self.scale, *moments]
+        return [*self.tower.state_dict().values(), *self.objective.state_dict().values(), *moments]
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +79,12 @@ def trained() -> Trained:
 def test_restoring_is_bit_for_bit(trained, tmp_path):
     folder = trained.save(tmp_path, 3)
     other = Trained(2)
-    restore(read_checkpoint(folder), other.tower, other.scale, other.optimizer)
+    restore(read_checkpoint(folder), other.tower, other.objective, other.optimizer)
     mine, theirs = trained.tensors(), other.tensors()
-    assert len(mine) == len(theirs)
+    of_tower = len(trained.tower.state_dict())
+    assert (
+        len(mine) == len(theirs) == 4 * of_tower + 4 + 3 * 2
+    )  # two scalars, with moments, and two buffers of the bank
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     progress = read_checkpoint(folder).progress
     assert (progress.step, progress.samples_seen, progress.loader) == (3, 24, {"position": 24})
@@ -87,7 +94,9 @@ def test_a_tower_is_read_from_a_step_or_a_run_folder(trained, tmp_path):
     folder = trained.save(tmp_path / "checkpoints", 3)
     for place in (folder, tmp_path):
         loaded = load_tower(place)
-        assert loaded.step == 3 and loaded.logit_scale == pytest.approx(trained.scale.exp().item(), rel=1e-6)
+        assert loaded.step == 3 and loaded.logit_scale == pytest.approx(
+            trained.objective.logit_scale().item(), rel=1e-6
+        )
         assert all(
             torch.equal(a, b) for a, b in zip(loaded.tower.parameters(), trained.tower.parameters(), strict=True)
         )
@@ -184,10 +193,10 @@ def test_another_architecture_is_named_and_nothing_changed(trained, tmp_path):
     found = read_checkpoint(trained.save(tmp_path, 1))
     torch.manual_seed(0)
     other = module.build_vision_tower("eva02_micro_patch8_32", pooling="mean")
-    scale = torch.nn.Parameter(torch.zeros(()))
+    objective = Objective(LossConfig(), texts=8, width=64, dtype=torch.float32, device=torch.device("cpu"))
     before = [parameter.detach().clone() for parameter in other.parameters()]
     with pytest.raises(ValueError, match=r"another architecture .* unexpected pool\."):
-        restore(found, other, scale, build_optimizer(other, scale, CONFIG.optim))
+        restore(found, other, objective, build_optimizer(other, objective, CONFIG.optim))
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch
 from textlock.engine.checkpoint import Progress
 from textlock.engine.config import parse_config
 from textlock.engine.distributed import World
-from textlock.engine.metrics import Metrics, flops_per_image
+from textlock.engine.metrics import Metrics, QueuedStep, flops_per_image
+from textlock.engine.step import StepResult
 from textlock.models.vision import build_vision_tower
 
 WORLD = World(0, 1, torch.device("cpu"), None)
@@ -26,8 +28,15 @@ def open_metrics(folder, tower, progress, *flags):
     return Metrics(config, WORLD, tower, progress, 9)
 
 
-def log(metrics):
-    metrics.log(epoch=0, loss=1.0, logit_scale=2.0, learning_rate=3.0, grad_norm=4.0)
+def finish(metrics, progress, *, samples_seen, skipped=0):
+    """Let a step end as the training loop does."""
+    progress.step += 1
+    batch = SimpleNamespace(position=samples_seen, epoch=0)
+    result = StepResult(torch.tensor(1.0), torch.tensor(2.0), 8)
+    queued = QueuedStep(progress.step, batch, 3.0, result, torch.tensor(4.0), torch.tensor([0.0, skipped]))
+    outcome = queued.wait()
+    metrics.step_done(outcome, images=8)
+    return outcome
 
 
 def lines(folder, name="metrics.jsonl"):
@@ -39,16 +48,15 @@ def test_rates_leave_out_the_first_step_and_what_happens_in_pauses(tmp_path, tow
     progress = Progress()
     metrics = open_metrics(tmp_path, tower, progress)
     clock.advance(100)  # the first step warms up
-    metrics.step_done(images=8, samples_seen=8, skipped=0)
-    log(metrics)
+    metrics.log(finish(metrics, progress, samples_seen=8))
     for step in (2, 3):
         with metrics.waiting_for_data():
             clock.advance(1)
         clock.advance(3)
-        metrics.step_done(images=8, samples_seen=8 * step, skipped=step)
+        outcome = finish(metrics, progress, samples_seen=8 * step, skipped=step)
         with metrics.paused():
             clock.advance(50)
-    log(metrics)
+    metrics.log(outcome)
     first, second = lines(tmp_path)
     assert first["images_per_second"] is None and first["data_wait_fraction"] is None
     assert second["images_per_second"] == second["images_per_second_per_device"] == pytest.approx(2.0)
@@ -63,8 +71,7 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_runs_again(tmp_path, tower):
         (tmp_path / name).write_text(written)
     progress = Progress(step=3, samples_seen=24, train_seconds=7.0, wall_seconds=11.0, skipped_samples=2)
     metrics = open_metrics(tmp_path, tower, progress)
-    metrics.step_done(images=8, samples_seen=32, skipped=1)
-    log(metrics)
+    metrics.log(finish(metrics, progress, samples_seen=32, skipped=1))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert [line["step"] for line in lines(tmp_path, "evaluations.jsonl")] == [1, 2, 3]
     assert lines(tmp_path)[-1]["skipped_samples"] == 3
@@ -75,9 +82,9 @@ def test_other_ranks_write_nothing(tmp_path, tower, capsys):
     other = World(1, 2, torch.device("cpu"), None)
     arguments = ["--run-dir", str(tmp_path), "--data.shards", "x", "--data.batch-size", "8", "--data.image-size", "32"]
     config = parse_config([*arguments, "--data.workers", "1", "--optim.steps", "9"])
-    metrics = Metrics(config, other, tower, Progress(), 9)
-    metrics.step_done(images=8, samples_seen=8, skipped=0)
-    log(metrics)
+    progress = Progress()
+    metrics = Metrics(config, other, tower, progress, 9)
+    metrics.log(finish(metrics, progress, samples_seen=8))
     metrics.log_evaluation({"zero_shot_top1": 0.5})
     metrics.close()
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
@@ -87,13 +94,29 @@ def test_tensorboard_gets_the_same_figures(tmp_path, tower):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    metrics = open_metrics(tmp_path, tower, Progress(), "--log.trackers", "tensorboard")
-    metrics.step_done(images=8, samples_seen=8, skipped=0)
-    log(metrics)
+    progress = Progress()
+    metrics = open_metrics(tmp_path, tower, progress, "--log.trackers", "tensorboard")
+    metrics.log(finish(metrics, progress, samples_seen=8))
     metrics.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(1, 4.0)]
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_one_sentence(norm):
+    result = StepResult(torch.tensor(1.0), torch.tensor(2.0), 8)
+    queued = QueuedStep(7, SimpleNamespace(), 3.0, result, torch.tensor(norm), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"step 7: loss 1.0 with gradient norm (nan|inf) is not finite"):
+        queued.wait()
+
+
+@pytest.mark.parametrize(("stops", "stop"), [(0.0, False), (1.0, True), (3.0, True)])
+def test_one_rank_that_was_asked_stops_all(stops, stop):
+    result = StepResult(torch.tensor(1.0), torch.tensor(2.0), 8)
+    reported = torch.tensor([stops, 5.0])
+    outcome = QueuedStep(7, SimpleNamespace(), 3.0, result, torch.tensor(4.0), reported).wait()
+    assert (outcome.stop, outcome.skipped) == (stop, 5)
 
 
 def test_flops_are_those_of_the_published_accounting():

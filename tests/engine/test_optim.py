@@ -1,17 +1,28 @@
-"""The schedule, the parameter groups, the flat gradients."""
+"""The schedule, the parameter groups, the optimisers, the flat gradients."""
 
+import importlib
 import itertools
 import math
+import sys
+import types
 
 import pytest
 import torch
 from torch import nn
 
+from textlock.engine import optim
+from textlock.engine.checkpoint import Progress, build_tower, read_checkpoint, restore, save_checkpoint
+from textlock.engine.config import LossConfig, parse_config
+from textlock.engine.objective import Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer, learning_rate, parameter_groups
 from textlock.models.vision import build_vision_tower
 
 TOTAL, WARMUP = 100, 10
 CONFIG = OptimConfig(steps=TOTAL, learning_rate=2.0, warmup_steps=WARMUP)
+
+
+def objective_of(loss, device="cpu"):
+    return Objective(loss, texts=8, width=64, dtype=torch.float32, device=torch.device(device))
 
 
 def test_warm_up_is_a_line_from_zero_to_the_peak():
@@ -44,12 +55,13 @@ def test_the_released_clipping_divides_the_threshold_by_the_world_size():
 
 def test_weight_decay_reaches_matrices_only_and_knows_the_head():
     tower = build_vision_tower("eva02_micro_patch8_32", embed_dim=24)
-    scale = nn.Parameter(torch.zeros(()))
+    objective = objective_of(LossConfig(objective="sigmoid"))
     config = OptimConfig(steps=1, tower_weight_decay=0.1, head_weight_decay=0.2)
-    names = {id(parameter): name for name, parameter in tower.named_parameters()} | {id(scale): "scale"}
+    named = [*tower.named_parameters(), *objective.named_parameters()]
+    names = {id(parameter): name for name, parameter in named}
     decayed = {
         names[id(parameter)]: group["weight_decay"]
-        for group in parameter_groups(tower, scale, config)
+        for group in parameter_groups(tower, objective, config)
         for parameter in group["params"]
     }
     assert decayed.keys() == set(names.values())
@@ -81,11 +93,26 @@ def test_flat_gradients_are_what_autograd_fills_and_the_optimiser_reads():
     assert clipped == pytest.approx(0.1, rel=1e-4)
 
     before = module[0].weight.detach().clone()
-    optimizer = build_optimizer(module, scale, OptimConfig(steps=1))
+    optimizer = build_optimizer(module, nn.ParameterDict({"scale": scale}), OptimConfig(steps=1))
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     optimizer.step()
     assert (module[0].weight - before).abs().max() > 0.05
+
+
+def test_main_grad_is_the_same_memory_as_grad():
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in ((3, 5), (), (7,))]
+    gradients = FlatGradients(parameters)
+    for number, parameter in enumerate(parameters, start=1):
+        assert parameter.main_grad.shape == parameter.shape and parameter.main_grad.dtype == torch.float32
+        parameter.main_grad.add_(number)  # as a fused block does
+        (parameter * 10).sum().backward()
+        assert torch.equal(parameter.grad, torch.full(parameter.shape, 10.0 + number))
+    norm = math.sqrt(15 * 11**2 + 12**2 + 7 * 13**2)
+    assert gradients.clip(1.0).item() == pytest.approx(norm, rel=1e-6)
+    assert parameters[2].main_grad.tolist() == pytest.approx([13 / norm] * 7, rel=1e-5)
+    gradients.zero()
+    assert not any(parameter.main_grad.any() for parameter in parameters)
 
 
 def test_small_gradients_are_not_scaled_up():
@@ -101,6 +128,215 @@ def test_the_report_slots_are_no_gradient():
     gradients = FlatGradients([parameter])
     gradients.report(stop=True, skipped=12)
     assert gradients.clip(1.0).item() == 0.0
-    assert gradients.reported() == (True, 12)
+    assert gradients.reported().tolist() == [1, 12]
     gradients.zero()
-    assert gradients.reported() == (False, 0)
+    assert gradients.reported().tolist() == [0, 0]
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """What Apex's and Transformer Engine's FusedAdam have in common, on a CPU: the step count belongs to the group."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode, amsgrad, bias_correction, capturable):
+        assert adam_w_mode and bias_correction and not amsgrad and not capturable and isinstance(lr, float)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group["step"] + 1 if "step" in group else 1
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if len(state) == 0:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                mean = state["exp_avg"].lerp_(p.grad, 1 - beta1) / (1 - beta1 ** group["step"])
+                square = state["exp_avg_sq"].lerp_(p.grad.square(), 1 - beta2) / (1 - beta2 ** group["step"])
+                p -= group["lr"] * (mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * p)
+
+
+class OfApex(FusedAdam):
+    """The arguments of apex/optimizers/fused_adam.py."""
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        bias_correction=True,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        adam_w_mode=True,
+        weight_decay=0.0,
+        amsgrad=False,
+        set_grad_none=True,
+        capturable=False,
+        master_weights=False,
+    ):
+        assert not master_weights
+        super().__init__(params, lr, betas, eps, weight_decay, adam_w_mode, amsgrad, bias_correction, capturable)
+
+
+class OfTransformerEngine(FusedAdam):
+    """The arguments of transformer_engine/pytorch/optimizers/fused_adam.py."""
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        amsgrad=False,
+        *,
+        bias_correction=True,
+        adam_w_mode=True,
+        capturable=False,
+        master_weights=False,
+        exp_avg_dtype=torch.float32,
+        exp_avg_sq_dtype=torch.float32,
+        use_decoupled_grad=False,
+    ):
+        assert not master_weights and not use_decoupled_grad and exp_avg_dtype == exp_avg_sq_dtype == torch.float32
+        super().__init__(params, lr, betas, eps, weight_decay, adam_w_mode, amsgrad, bias_correction, capturable)
+
+
+PACKAGES = {
+    "apex": ("apex.optimizers", OfApex),
+    "transformer-engine": ("transformer_engine.pytorch.optimizers", OfTransformerEngine),
+}
+
+
+def install(monkeypatch, name, **contents):
+    """Put a module of this name, and empty ones for its parents, where imports find them."""
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+FLAGS = ["--run-dir", "x", "--data.shards", "x", "--data.batch-size", "8", "--data.image-size", "32"]
+FLAGS += ["--data.workers", "1", "--model.name", "eva02_micro_patch8_32"]
+FLAGS += ["--optim.steps", "9", "--optim.betas", "0.8", "0.9", "--optim.eps", "1e-3"]
+FLAGS += ["--optim.tower-weight-decay", "0.1", "--optim.head-weight-decay", "0.2"]
+
+
+class Training:
+    """A tower and its optimiser, moved by random gradients."""
+
+    def __init__(self, optimizer, device="cpu"):
+        self.config = parse_config([*FLAGS, "--optim.optimizer", optimizer])
+        torch.manual_seed(0)
+        self.tower = build_tower(self.config, 64, weights=None).to(device)
+        self.objective = objective_of(LossConfig(), device)
+        if optimizer == "torch" or device == "cuda":
+            self.optimizer = build_optimizer(self.tower, self.objective, self.config.optim)
+        else:  # stand-ins run on a CPU, where nothing else than torch is let through
+            groups = parameter_groups(self.tower, self.objective, self.config.optim)
+            self.optimizer = optim._build_fused_adam(groups, self.config.optim)
+        self.gradients = FlatGradients([*self.tower.parameters(), *self.objective.parameters()])
+
+    def run(self, steps):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            buffer = self.gradients._buffer
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+            for group in self.optimizer.param_groups:
+                group["lr"] = 0.01 * (step + 1)
+            self.optimizer.step()
+        return self
+
+    def save(self, root, step):
+        return save_checkpoint(
+            root,
+            tower=self.tower,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            progress=Progress(step=step),
+            text_fingerprint="abc",
+            config=self.config,
+        )
+
+    def resumed(self, folder):
+        restore(read_checkpoint(folder), self.tower, self.objective, self.optimizer)
+        return self
+
+    def parameters(self):
+        return {**dict(self.tower.named_parameters()), **dict(self.objective.named_parameters())}
+
+
+def assert_same_path(mine, theirs):
+    """The weights agree to a rounding of a step, and the counts and moments that make the next one."""
+    for name, parameter in theirs.parameters().items():
+        own = mine.parameters()[name]
+        torch.testing.assert_close(own, parameter, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            value, expected = (t.optimizer.state[p][key] for t, p in ((mine, own), (theirs, parameter)))
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, check_device=False)
+
+
+def changes_of_optimizer(names):
+    """All pairs but torch after torch, which tests/engine/test_checkpoint.py has."""
+    return [(before, after) for before in names for after in names if (before, after) != ("torch", "torch")]
+
+
+@pytest.mark.parametrize(("before", "after"), changes_of_optimizer(["torch", *PACKAGES]))
+def test_a_checkpoint_goes_on_with_another_optimiser(before, after, monkeypatch, tmp_path):
+    for module, fused_adam in PACKAGES.values():
+        install(monkeypatch, module, FusedAdam=fused_adam)
+    folder = Training(before).run(range(2)).save(tmp_path, 2)
+    # What it has run itself is forgotten, count included.
+    resumed = Training(after).run(range(7, 8)).resumed(folder).run(range(2, 5))
+    assert isinstance(resumed.optimizer, torch.optim.AdamW if after == "torch" else PACKAGES[after][1])
+    assert_same_path(resumed, Training("torch").run(range(5)))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_other_optimisers_are_refused_without_a_gpu(name, monkeypatch):
+    module, fused_adam = PACKAGES[name]
+    install(monkeypatch, module, FusedAdam=fused_adam)
+    config = OptimConfig(steps=1, optimizer=name)
+    with pytest.raises(ValueError, match=rf"{name} runs on GPUs only: choose --optim.optimizer torch"):
+        build_optimizer(nn.Linear(3, 4), objective_of(LossConfig()), config)
+
+
+class WithoutExtensions:
+    def __init__(self, params, **settings):
+        raise RuntimeError("apex.optimizers.FusedAdam requires\ncuda extensions")
+
+
+@pytest.mark.parametrize(
+    ("name", "contents", "advice"),
+    [
+        pytest.param("apex", None, "github.com/NVIDIA/apex", id="PyPI's apex"),
+        pytest.param("apex", {}, "github.com/NVIDIA/apex", id="no FusedAdam in apex"),
+        pytest.param("apex", {"FusedAdam": WithoutExtensions}, "requires cuda extensions", id="apex in Python only"),
+        pytest.param("transformer-engine", None, r"transformer-engine\[pytorch\]", id="no transformer-engine"),
+    ],
+)
+def test_a_package_that_does_not_load_is_named(name, contents, advice, monkeypatch):
+    module = PACKAGES[name][0]
+    install(monkeypatch, module, **(contents or {}))
+    if contents is None:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ValueError, match=rf"--optim.optimizer {name} needs .*{advice}.*choose --optim.optimizer torch"):
+        optim._build_fused_adam([{"params": [nn.Parameter(torch.zeros(3))]}], OptimConfig(steps=1, optimizer=name))
+
+
+def loads(name):
+    try:
+        return hasattr(importlib.import_module(PACKAGES[name][0]), "FusedAdam")
+    except (ImportError, OSError, RuntimeError, AssertionError):
+        return False
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: FusedAdam of Apex and Transformer Engine")
+@pytest.mark.parametrize("name", PACKAGES)
+def test_other_optimisers_walk_the_path_of_torchs(name, tmp_path):
+    if not loads(name):
+        pytest.skip(f"{PACKAGES[name][0]} is not installed, or not FusedAdam's")
+    theirs = Training("torch", "cuda").run(range(5))
+    assert_same_path(Training(name, "cuda").run(range(5)), theirs)
+    for before, after in (("torch", name), (name, "torch"), (name, name)):
+        folder = Training(before, "cuda").run(range(2)).save(tmp_path / f"{before} {after}", 2)
+        assert_same_path(Training(after, "cuda").resumed(folder).run(range(2, 5)), theirs)

@@ -1,104 +1,364 @@
-"""The large-batch step: the same gradients whatever is kept and however the batch is cut."""
+"""The large-batch step: the same losses and weights whatever is kept, however the batch is cut, on however many ranks.
+
+Run as a script this file is one rank: `python test_step.py RANK WORLD_SIZE FOLDER`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
-from textlock.engine.optim import FlatGradients
-from textlock.engine.plan import Plan
+from textlock.engine.feed import Feed
+from textlock.engine.metrics import QueuedStep
+from textlock.engine.objective import Objective
+from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
+from textlock.engine.plan import Plan, TierCost
 from textlock.engine.step import LargeBatchStep
 from textlock.models.vision import build_vision_tower
 
-BATCH = 24
-SINGLE = World(0, 1, torch.device("cpu"), None)
+BATCH, STEPS = 24, 5
+CPU = torch.device("cpu")
+SINGLE = World(0, 1, CPU, None)
 OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
+COSTS = dict.fromkeys(("all", "no-mlp", "lean", "block", "none"), TierCost(1, 1, 0.0))
+TIERS = list(COSTS)
+
+OBJECTIVES = {
+    "infonce": LossConfig(),
+    "masked": LossConfig(mask_duplicates=True),
+    "bank": LossConfig(mask_duplicates=True, text_bank=31),
+    "small bank": LossConfig(text_bank=7),
+    "sigmoid": LossConfig(objective="sigmoid", initial_logit_scale=10.0, initial_logit_bias=-3.0),
+    "image_to_text": LossConfig(objective="image_to_text", mask_duplicates=True, text_bank=31),
+}
+COUPLED = [name for name, config in OBJECTIVES.items() if config.objective == "infonce"]
 
 
-@pytest.fixture(scope="module")
-def problem():
+def make_tower(dtype=torch.float32, **arguments):
     torch.manual_seed(0)
-    tower = build_vision_tower("eva02_micro_patch8_32")
+    tower = build_vision_tower("eva02_micro_patch8_32", **arguments)
     with torch.no_grad():  # the latent starts at zero, where the query's own gradient vanishes
         tower.pool.latent.normal_()
-    images = torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8)
-    text = F.normalize(torch.randn(BATCH, tower.embed_dim), dim=-1)
-    ids = torch.randint(0, 16, (BATCH,))
-    return tower, images, text, ids
+    return tower.to(dtype)
 
 
-def gradients_of(problem, tiers, micro_batch, mask_duplicates=False):
-    tower, images, text, ids = problem
-    scale = torch.nn.Parameter(torch.tensor(2.0))
-    flat = FlatGradients([*tower.parameters(), scale])
-    loss = LossConfig(mask_duplicates=mask_duplicates)
-    plan = Plan(tiers, micro_batch, 1)
-    step = LargeBatchStep(tower, scale, flat, plan, loss=loss, world=SINGLE, autocast=OFF, seed=1)
-    result = step(0, images, text, ids)
-    named = {name: parameter.grad.clone() for name, parameter in tower.named_parameters()}
-    return result, {**named, "scale": scale.grad.clone()}
+def batch_of(step):
+    generator = torch.Generator().manual_seed(100 + step)
+    images = torch.randint(0, 256, (BATCH, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    text = F.normalize(torch.randn(BATCH, 64, generator=generator), dim=-1)
+    ids = torch.randint(0, 40, (BATCH,), generator=generator)
+    return images, text, ids
 
 
-def dense_float64(problem, mask_duplicates):
-    """An independent step: one graph, one dense matrix of logits, torch's cross entropy, float64."""
-    tower, images, text, ids = problem
-    twin = build_vision_tower("eva02_micro_patch8_32", dtype=torch.float64)
-    twin.load_state_dict(tower.state_dict())
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    logits = scale.exp() * F.normalize(twin(images), dim=-1) @ text.double().T
-    if mask_duplicates:
-        same = (ids[:, None] == ids[None]) & ~torch.eye(BATCH, dtype=torch.bool)
-        logits = logits.masked_fill(same, -torch.inf)
-    target = torch.arange(BATCH)
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+class Training:
+    """A tower, its objective and its optimiser, on one rank."""
+
+    def __init__(self, name, *, tiers=("all",), micro_batch=None, world=SINGLE, tower=None):
+        self.config = OBJECTIVES[name]
+        self.world = world
+        self.tower = tower or make_tower()
+        self.objective = Objective(self.config, texts=BATCH, width=64, dtype=torch.float32, device=CPU)
+        self.optimizer = build_optimizer(self.tower, self.objective, OptimConfig(steps=STEPS, eps=1e-4))
+        self.gradients = FlatGradients([*self.tower.parameters(), *self.objective.parameters()])
+        self.local = BATCH // world.world_size
+        micro_batch = micro_batch or self.local // len(tiers)
+        self.step = LargeBatchStep(
+            self.tower,
+            self.objective,
+            self.gradients,
+            Plan(tuple(tiers), micro_batch, "lean", COSTS, self.objective.couples_images),
+            masks_duplicates=self.config.mask_duplicates,
+            world=world,
+            autocast=OFF,
+            seed=1,
+        )
+
+    def parameters(self):
+        return {**dict(self.tower.named_parameters()), **dict(self.objective.named_parameters())}
+
+    def gradients_at(self, step):
+        """Return the result of a step and the gradient of the global loss by parameter."""
+        own = slice(self.world.rank * self.local, (self.world.rank + 1) * self.local)
+        self.gradients.zero()
+        self.gradients.report(stop=self.world.rank == 1, skipped=self.world.rank)
+        result = self.step(step, *(part[own] for part in batch_of(step)))
+        return result, {name: parameter.grad.clone() for name, parameter in self.parameters().items()}
+
+    def train(self):
+        """Return losses, and weights after the last step."""
+        losses = []
+        for step in range(STEPS):
+            result, _ = self.gradients_at(step)
+            losses.append(result.loss)
+            self.gradients.clip(1.0)
+            for group in self.optimizer.param_groups:
+                group["lr"] = 1e-3
+            self.optimizer.step()
+        return {"losses": torch.stack(losses), **{name: p.detach() for name, p in self.parameters().items()}}
+
+
+def dense_float64(name, steps=1):
+    """An independent step: one graph, one dense matrix of logits, torch's own losses, float64."""
+    config = OBJECTIVES[name]
+    twin = make_tower(torch.float64, block="plain")
+    log_scale = torch.tensor(config.initial_logit_scale, dtype=torch.float64).log().requires_grad_()
+    bias = torch.tensor(config.initial_logit_bias, dtype=torch.float64, requires_grad=True)
+    images, text, ids = batch_of(steps - 1)
+    earlier = [batch_of(step)[1:] for step in range(steps - 1)]
+    bank_text = torch.cat([text[:0], *(rows for rows, _ in earlier)])[-config.text_bank :]
+    bank_ids = torch.cat([ids[:0], *(numbers for _, numbers in earlier)])[-config.text_bank :]
+    if not config.text_bank:
+        bank_text, bank_ids = text[:0], ids[:0]
+    candidates, candidate_ids = torch.cat((text, bank_text)).double(), torch.cat((ids, bank_ids))
+    logits = log_scale.exp() * F.normalize(twin(images), dim=-1) @ candidates.T
+    if config.objective == "sigmoid":
+        signs = 2 * torch.eye(BATCH, len(candidates), dtype=torch.float64) - 1
+        loss = -F.logsigmoid(signs * (logits + bias)).sum() / BATCH
+    else:
+        if config.mask_duplicates:
+            same = (ids[:, None] == candidate_ids) & ~torch.eye(BATCH, len(candidates), dtype=torch.bool)
+            logits = logits.masked_fill(same, -torch.inf)
+        target = torch.arange(BATCH)
+        loss = F.cross_entropy(logits, target)
+        if config.objective == "infonce":
+            loss = (loss + F.cross_entropy(logits[:, :BATCH].T, target)) / 2
     loss.backward()
-    return loss, {**{name: parameter.grad for name, parameter in twin.named_parameters()}, "scale": scale.grad}
+    gradients = {name: parameter.grad for name, parameter in twin.named_parameters()}
+    return loss, {**gradients, "log_logit_scale": log_scale.grad, "logit_bias": bias.grad}
 
 
-@pytest.mark.parametrize("mask_duplicates", [False, True], ids=["plain", "masked"])
-@pytest.mark.parametrize(
-    ("tiers", "micro_batch"),
-    [(("all",), 24), (("none",), 24), (("all",) * 3, 8), (("none",) * 3, 8), (("all", "none", "none", "none"), 6)],
-    ids=["one kept", "one twice", "three kept", "three twice", "mixed"],
-)
-def test_gradients_are_those_of_a_dense_float64_step(problem, tiers, micro_batch, mask_duplicates):
-    expected_loss, expected = dense_float64(problem, mask_duplicates)
-    result, found = gradients_of(problem, tiers, micro_batch, mask_duplicates)
-    assert result.loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        error = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-7)
+PLANS = {
+    "one kept": (("all",), 24),
+    "one twice": (("none",), 24),
+    "every tier": (("all", "no-mlp", "lean", "block", "none", "none"), 4),
+    "eight": (("lean",) * 8, 3),
+}
+
+
+def assert_gradients(found, expected):
+    for name, gradient in found.items():
+        truth = expected[name]
+        error = (gradient - truth).norm() / truth.norm().clamp(min=1e-7)
         assert error < 1e-4, f"{name}: {error:.2e}"
 
 
-def test_a_second_forward_changes_no_bit(problem):
-    kept = gradients_of(problem, ("all",) * 3, 8)[1]
-    twice = gradients_of(problem, ("none",) * 3, 8)[1]
-    assert all(torch.equal(kept[name], twice[name]) for name in kept)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_are_those_of_a_dense_float64_step(name, plan):
+    tiers, micro_batch = PLANS[plan]
+    if name not in COUPLED:
+        tiers = ("lean",) * len(tiers)
+    expected_loss, expected = dense_float64(name)
+    training = Training(name, tiers=tiers, micro_batch=micro_batch)
+    result, found = training.gradients_at(0)
+    assert result.loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert_gradients(found, expected)
 
 
-@pytest.mark.parametrize(("tiers", "forwards"), [(("all",) * 3, 24), (("none",) * 3, 48), (("all", "none", "all"), 32)])
-def test_images_are_run_as_often_as_the_plan_says(problem, tiers, forwards):
-    tower = problem[0]
+@pytest.mark.parametrize("steps", [2, 3, 5])
+@pytest.mark.parametrize("name", ["bank", "small bank", "image_to_text"])
+def test_a_bank_holds_the_last_texts_of_earlier_steps(name, steps):
+    training = Training(name, tiers=("lean",) * 3)
+    for step in range(steps):
+        result, found = training.gradients_at(step)
+    expected_loss, expected = dense_float64(name, steps)
+    assert result.loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
+    assert_gradients(found, expected)
+
+
+def test_a_resumed_bank_goes_on():
+    whole, part = (Training("bank") for _ in range(2))
+    for step in range(3):
+        whole.gradients_at(step)
+    for step in range(2):
+        part.gradients_at(step)
+    resumed = Training("bank")
+    resumed.objective.load_state_dict(part.objective.state_dict())
+    resumed.gradients_at(2)
+    assert torch.equal(resumed.objective.bank_rows, whole.objective.bank_rows)
+    assert resumed.gradients_at(3)[0].loss == whole.gradients_at(3)[0].loss
+
+
+@pytest.mark.parametrize("tier", TIERS[1:])
+def test_what_is_run_again_changes_no_bit(tier):
+    kept, again = (Training("infonce", tiers=(chosen,) * 3).gradients_at(0)[1] for chosen in ("all", tier))
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+@pytest.mark.parametrize(
+    ("tiers", "forwards"),
+    [(("all",) * 3, 24), (("lean", "no-mlp", "block"), 24), (("none",) * 3, 48), (("all", "none", "none"), 40)],
+)
+def test_images_are_run_as_often_as_the_plan_says(tiers, forwards):
+    training = Training("infonce", tiers=tiers)
     seen = []
-    hook = tower.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    try:
-        result, _ = gradients_of(problem, tiers, 8)
-    finally:
-        hook.remove()
+    training.tower.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    result, _ = training.gradients_at(0)
     assert sum(seen) == result.images_forward == forwards
 
 
-def test_random_draws_of_a_second_forward_are_those_of_the_first(problem):
-    """With dropout in the tower the tiers still agree, and another step draws anew."""
-    tower = problem[0]
-    hook = tower.patch_embed.register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.3))
-    try:
-        kept = gradients_of(problem, ("all",) * 3, 8)[1]
-        twice = gradients_of(problem, ("none",) * 3, 8)[1]
-    finally:
-        hook.remove()
-    plain = gradients_of(problem, ("all",) * 3, 8)[1]
-    assert all(torch.equal(kept[name], twice[name]) for name in kept)
-    assert not torch.equal(kept["patch_embed.weight"], plain["patch_embed.weight"])
+@pytest.mark.parametrize("name", ["sigmoid", "image_to_text"])
+def test_objectives_that_do_not_couple_keep_one_micro_batch(name):
+    """Each goes backward before the next goes forward, and none goes forward twice."""
+    training = Training(name, tiers=("lean",) * 4)
+    events = []
+    training.tower.register_forward_hook(lambda module, inputs, output: events.append("forward"))
+    training.tower.patch_embed.weight.register_hook(lambda _: events.append("backward"))
+    result, _ = training.gradients_at(0)
+    assert events == ["forward", "backward"] * 4
+    assert result.images_forward == BATCH
+
+
+def test_random_draws_of_a_second_forward_are_those_of_the_first():
+    """With patch dropout the tiers still agree, and another step draws anew."""
+
+    def run(tier, step=0):
+        return Training("infonce", tiers=(tier,) * 3, tower=make_tower(kept_patches=7)).gradients_at(step)
+
+    kept, twice = run("all"), run("none")
+    assert all(torch.equal(kept[1][name], twice[1][name]) for name in kept[1])
+    training = Training("infonce", tiers=("all",) * 3, tower=make_tower(kept_patches=7))
+    with mock.patch(f"{__name__}.batch_of", side_effect=lambda step: original(0)):
+        assert training.gradients_at(1)[0].loss != kept[0].loss
+
+
+original = batch_of
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        assert name not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique2"}, name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_host_waits_for_nothing(name):
+    tiers = ("lean",) * 2 if name not in COUPLED else ("all", "none")
+    training = Training(name, tiers=tiers)
+    with NoWaiting():
+        for step in range(2):
+            result, _ = training.gradients_at(step)
+            norm = training.gradients.clip(1.0)
+            queued = QueuedStep(step, None, 0.1, result, norm, training.gradients.reported())
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        norm.item()
+    assert queued.wait().grad_norm == norm.item()
+
+
+def test_a_feed_encodes_what_is_not_stored():
+    images, rows, ids = batch_of(0)
+    tower = mock.Mock(encode=mock.Mock(return_value=rows))
+    online = mock.Mock(images=images, captions=["a"], text_embeddings=None, ids=ids)
+    stored = mock.Mock(images=images, captions=["b"], text_embeddings=rows + 1, ids=ids)
+    feed = Feed(iter([online, stored]), tower, CPU)
+    first, second = next(feed), next(feed)
+    tower.encode.assert_called_once_with(["a"])
+    assert torch.equal(first.text, rows) and torch.equal(second.text, rows + 1)
+    assert first.images is images and first.source is online and second.ids is ids
+
+
+RANKED = {
+    "infonce": ("infonce", ("all",)),
+    "every tier": ("bank", ("no-mlp", "lean", "none")),
+    "image_to_text": ("image_to_text", ("lean", "lean")),
+    "sigmoid": ("sigmoid", ("lean",)),
+}
+
+
+def watched(gradients):
+    """Record this rank's share of a block when its sum is asked for, and of all when the rest is; sum only then."""
+    asked, at_end, waiting = [], [], []
+    start, finish = gradients.start_reduction, gradients.finish_reduction
+
+    def start_later(parameters, group):
+        waiting.append(list(parameters))
+        asked.append((waiting[-1], [parameter.grad.clone() for parameter in waiting[-1]], len(at_end)))
+
+    def finish_all(group):
+        at_end.append({parameter: parameter.grad.clone() for parameter in gradients._parameters})
+        for parameters in waiting:
+            start(parameters, group)
+        waiting.clear()
+        finish(group)
+
+    gradients.start_reduction, gradients.finish_reduction = start_later, finish_all
+    return asked, at_end
+
+
+def run_rank(rank, world_size, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    world = World(rank, world_size, CPU, dist.group.WORLD)
+    torch.set_num_threads(1)
+    for case, (name, tiers) in RANKED.items():
+        training = Training(name, tiers=tiers, world=world)
+        asked, at_end = watched(training.gradients)
+        result = training.train()
+        assert training.gradients.reported().tolist() == [float(world_size > 1), sum(range(world_size))]
+        torch.save(result, f"{folder}/{case}-{rank}.pt")
+        # When the sum of a block is asked for, its gradients are whole: they do not change any more.
+        assert len(asked) == STEPS * len(training.tower.blocks)
+        for parameters, shares, step in asked:
+            assert all(torch.equal(at_end[step][p], share) for p, share in zip(parameters, shares, strict=True))
+            assert all(share.any() for share in shares)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """Return losses and weights after five steps by case, number of ranks and rank."""
+    results = {case: {(1, 0): Training(name, tiers=tiers).train()} for case, (name, tiers) in RANKED.items()}
+    for world_size in (2, 4):
+        folder = tmp_path_factory.mktemp(f"ranks{world_size}")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        ranks = [
+            subprocess.Popen([sys.executable, __file__, str(rank), str(world_size), str(folder)], env=environment)
+            for rank in range(world_size)
+        ]
+        assert [rank.wait(timeout=300) for rank in ranks] == [0] * world_size
+        for case in RANKED:
+            for rank in range(world_size):
+                results[case][world_size, rank] = torch.load(folder / f"{case}-{rank}.pt", weights_only=True)
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RANKED)
+def test_ranks_train_as_one_process(ranked, case):
+    alone = ranked[case][1, 0]
+    assert (alone["losses"].diff() != 0).all()
+    for where, result in ranked[case].items():
+        for name, value in alone.items():
+            torch.testing.assert_close(
+                result[name],
+                value,
+                rtol=1e-6,
+                atol=1e-6,
+                msg=lambda text, name=name, where=where: f"{where} {name}: {text}",
+            )
+        first = ranked[case][where[0], 0]
+        assert all(torch.equal(result[name], first[name]) for name in result), "ranks differ"
+
+
+@pytest.mark.parametrize("cut", [("all",), ("all",) * 8, ("no-mlp",) * 3, ("block",) * 2, ("none",) * 4])
+def test_five_steps_do_not_depend_on_the_plan(cut):
+    expected, found = Training("infonce", tiers=("lean",)).train(), Training("infonce", tiers=cut).train()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
