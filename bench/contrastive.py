@@ -14,10 +14,7 @@ timed in the same run: no exact method with a gradient does less. TFLOP/s count 
 
 import inspect
 import json
-import os
-import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +30,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from textlock.bench.measure import (
+    Unavailable,
+    Wrong,
+    check_compiler,
+    device_of_this_machine,
+    peak_bytes,
+    relative_error,
+    time_of,
+)
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.kernels import contrastive
 from textlock.kernels.sigmoid import sigmoid_loss
@@ -107,18 +113,6 @@ class Candidate:
     truth: Callable[[], Result]
 
 
-class Unavailable(Exception):
-    """A candidate that this machine or this case cannot measure, and why."""
-
-
-class Wrong(Exception):
-    """A candidate that does not agree with float64."""
-
-    def __init__(self, name: str, found: dict[str, float]) -> None:
-        super().__init__(f"{name} is wrong, so it has no figures; its relative errors are {found}")
-        self.errors = found
-
-
 def make_case(b: int, world: int, d: int, scale: float, seed: int, device: torch.device) -> Case:
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -154,7 +148,7 @@ def errors(result: Result, truth: Result) -> dict[str, float]:
     """Return the relative error of the loss and of every gradient, in the Euclidean norm."""
     if missing := truth.keys() - result.keys():
         return dict.fromkeys(sorted(missing), float("nan"))
-    return {name: ((result[name].double() - true).norm() / true.norm()).item() for name, true in truth.items()}
+    return {name: relative_error(result[name], true) for name, true in truth.items()}
 
 
 @lru_cache(1)
@@ -278,9 +272,7 @@ def open_clip(case: Case, *, compiled: bool) -> Candidate:
     losses = open_clip_losses()
     clip_loss = losses.ClipLoss(local_loss=True, gather_with_grad=True, world_size=case.world)
     if compiled:
-        compiler = os.environ.get("CXX", "g++")
-        if case.text.device.type == "cpu" and shutil.which(compiler) is None:
-            raise Unavailable(f"torch.compile needs a C++ compiler on a CPU, and there is no {compiler}")
+        check_compiler(case.text.device)
         torch.compiler.reset()
         clip_loss = torch.compile(clip_loss, dynamic=False)
     others = case.images[case.b :]
@@ -349,22 +341,6 @@ CANDIDATES: dict[str, Callable[[Case], Candidate]] = {
 }
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def time_of(run: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest run, after one that is not counted: other work on the machine can only add."""
-    run()
-    fastest, runs, end = float("inf"), 0, time.perf_counter() + seconds
-    while runs < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        fastest, runs = min(fastest, time.perf_counter() - start), runs + 1
-    return fastest
-
-
 def floor_of(case: Case, dtype: torch.dtype, seconds: float) -> float:
     """Seconds of the two matrix products I·Tᵀ and G·T, some rows of the logits at a time."""
     image, text = case.images[: case.b].to(dtype), case.text.to(dtype)
@@ -374,27 +350,8 @@ def floor_of(case: Case, dtype: torch.dtype, seconds: float) -> float:
     def two_products() -> None:
         for rows, out in zip(image.split(step), grad.split(step), strict=True):
             torch.mm(torch.mm(rows, text.T, out=logits[: len(rows)]), text, out=out)
-        synchronize(text.device)
 
-    return time_of(two_products, seconds)
-
-
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes alive during a run beyond those alive before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    return time_of(two_products, seconds, text.device).fastest
 
 
 @dataclass(frozen=True)
@@ -405,15 +362,10 @@ class Trial:
     candidate: Candidate
     errors: dict[str, float]
 
-    def runner(self) -> Callable[[], None]:
-        """Return a function that runs loss and gradient to their end, on inputs of its own."""
-        inputs, device = leaves(self.case), self.case.text.device
-
-        def run() -> None:
-            evaluate(self.candidate.loss, inputs)
-            synchronize(device)
-
-        return run
+    def runner(self) -> Callable[[], object]:
+        """Return a function that runs loss and gradient, on inputs of its own."""
+        inputs = leaves(self.case)
+        return lambda: evaluate(self.candidate.loss, inputs)
 
     def peak_bytes(self) -> int:
         return peak_bytes(self.runner(), self.case.text.device)
@@ -453,10 +405,6 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def device_of_this_machine() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def cases(options: Options) -> Iterator[Case]:
     device = device_of_this_machine()
     sizes = tuple((b, options.world) for b in options.batch) or SIZES[device.type]
@@ -485,7 +433,7 @@ def main(options: Options) -> None:
                     dtype = trial.candidate.dtype
                     if dtype not in floors:
                         floors[dtype] = floor_of(case, dtype, options.seconds)
-                    seconds = time_of(trial.runner(), options.seconds)
+                    seconds = time_of(trial.runner(), options.seconds, case.text.device).fastest
                     outcome = figures(trial, seconds, floors[dtype])
                 except Unavailable as reason:
                     absent.setdefault(str(reason), set()).add(name)

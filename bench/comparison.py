@@ -1,0 +1,255 @@
+"""Candidates for one operation of an image tower: checked against float64, then timed in turns beside a floor."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from textlock.bench.measure import (
+    Spread,
+    TimeUp,
+    Unavailable,
+    Wrong,
+    check_compiler,
+    interleaved_times,
+    peak_bytes,
+    release,
+    time_limit,
+)
+from textlock.engine.provenance import device_name
+from textlock.models.vision import VisionConfig
+
+Part = Literal["ceilings", "gemm", "kernels", "block", "tower"]
+
+# Dense bfloat16 operations a second by the makers' data sheets, which MFU is counted against.
+PEAK_RATES = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
+
+TIME_LIMIT = "time limit"  # why a candidate has no figures
+
+# Largest relative error against float64 that still counts as right, by the type of the products.
+# Ours in a single operation round less often than a tower, and less than some peers, which add up in 16 bits.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCE_OF_ONE_OPERATION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A tower's shapes, how many images, and where: everything that decides the data of an operation."""
+
+    tower: str
+    config: VisionConfig
+    micro_batch: int
+    device: torch.device
+    dtype: torch.dtype  # of products
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all images."""
+        return self.micro_batch * self.config.tokens
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of all tokens in the type of the products."""
+        return self.rows * self.config.width * self.dtype.itemsize
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of the inner channels of an MLP for all tokens."""
+        return self.rows * self.config.hidden * self.dtype.itemsize
+
+    @property
+    def attention_operations(self) -> int:
+        """Operations of one product of attention, such as queries with keys, for all images."""
+        return 2 * self.rows * self.config.tokens * self.config.width
+
+    @property
+    def pooling_operations(self) -> int:
+        """Operations of one product of attention pooling, such as tokens with absorbed queries, for all images."""
+        return 2 * self.rows * self.config.heads * self.config.width
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context of a training step's products."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+
+
+class Random:
+    """Draws the data of one operation, the same for every candidate."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.device, self.dtype = setting.device, setting.dtype
+        self.generator = torch.Generator(setting.device).manual_seed(setting.seed)
+
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        numbers = torch.randn(shape, device=self.device, dtype=dtype or self.dtype, generator=self.generator)
+        return numbers.mul_(std).add_(mean)
+
+    def weight(self, *shape: int) -> Tensor:
+        """Return a parameter: float32, a LayerNorm's or a bias where it has one dimension."""
+        return self.normal(*shape, mean=0.5, std=0.2, dtype=torch.float32)
+
+    def images(self, setting: Setting) -> Tensor:
+        """Return raw images, uint8 [b, S, S, 3]."""
+        side = setting.config.image_size
+        shape = (setting.micro_batch, side, side, 3)
+        return torch.randint(256, shape, device=self.device, dtype=torch.uint8, generator=self.generator)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device can do at most, measured."""
+
+    bandwidth: float  # bytes a second, read and written
+    matrix_rate: dict[torch.dtype, float]  # operations a second
+
+
+Result = dict[str, Tensor]
+Run = Callable[[], Result]
+Plain = Callable[..., Result]  # an operation in plain torch, differentiable, of tensors by name
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A candidate that is ready to be timed, and what it computes."""
+
+    run: Callable[[], object]
+    result: Result
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates for the same operation. Nothing is allocated before one of them is prepared."""
+
+    part: Part
+    operation: str
+    setting: Setting
+    candidates: dict[str, Callable[[], Prepared]]
+    errors: Callable[[Result], dict[str, float]]
+    traffic: float = 0  # bytes that have to be read or written
+    operations: float = 0  # floating-point operations that have to be done
+    many: bool = False  # operations: a block or tower, whose memory and images a second are told too
+
+    def floor(self, ceilings: Ceilings) -> float:
+        """Return the seconds below which this device cannot get."""
+        return max(self.traffic / ceilings.bandwidth, self.operations / ceilings.matrix_rate[self.setting.dtype])
+
+
+def ran(run: Run) -> Prepared:
+    return Prepared(run, run())
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    check_compiler(device)
+    return torch.compile(function, dynamic=False)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def of_time(spread: Spread) -> dict[str, Any]:
+    """Return what is published of times."""
+    return {"ms": spread.median * 1e3, "quartiles_ms": [spread.low * 1e3, spread.high * 1e3], "runs": spread.runs}
+
+
+def figures(
+    comparison: Comparison,
+    run: Callable[[], object],
+    errors: dict[str, float],
+    spread: Spread,
+    ceilings: Ceilings,
+) -> dict[str, Any]:
+    """Return what is published of a candidate: in percent of the floor, as rates, with errors and memory."""
+    setting, floor = comparison.setting, comparison.floor(ceilings)
+    found = of_time(spread) | {
+        "floor_ms": floor * 1e3,
+        "percent_of_floor": 100 * floor / spread.median,
+        "gigabytes_per_second": comparison.traffic / spread.median / 1e9,
+        "tflops": comparison.operations / spread.median / 1e12,
+        "errors": errors,
+    }
+    if comparison.many:
+        found["images_per_second"] = setting.micro_batch / spread.median
+        peak = PEAK_RATES.get(device_name(setting.device))
+        found["mfu_percent"] = None if peak is None else 100 * comparison.operations / spread.median / peak
+        found["peak_bytes"] = peak_bytes(run, setting.device)
+    return found
+
+
+def check(comparison: Comparison, name: str) -> tuple[Prepared, dict[str, float]]:
+    """Prepare a candidate and compare it with float64; raises Unavailable, or Wrong with its errors."""
+    candidate = comparison.candidates[name]()
+    errors = comparison.errors(candidate.result)
+    tolerance = TOLERANCE if comparison.many or not is_ours(name) else TOLERANCE_OF_ONE_OPERATION
+    if not all(error <= tolerance[comparison.setting.dtype] for error in errors.values()):  # nan is wrong too
+        raise Wrong(name, errors)
+    return candidate, errors
+
+
+def measure(
+    comparison: Comparison, names: list[str], ceilings: Ceilings, seconds: float, end: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Check and then time candidates in turns; yields name and figures, or why there are none.
+
+    What is not ready at ``end`` on the monotonic clock is given up.
+    """
+    if not names:
+        return
+    device = comparison.setting.device
+    if any("compiled" in name for name in names):
+        torch.compiler.reset()
+    release(device)
+    ready: dict[str, Callable[[], object]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for name in names:
+        outcome: dict[str, Any] | None = None
+        try:
+            with time_limit(end - time.monotonic()):
+                candidate, errors[name] = check(comparison, name)
+            ready[name] = candidate.run
+            del candidate
+        except Unavailable as reason:
+            outcome = {"absent": str(reason)}
+        except Wrong as wrong:
+            outcome = {"wrong": wrong.errors}
+        except TimeUp:
+            outcome = {"failed": TIME_LIMIT}
+        except Exception as error:  # of a compiler or a library: the others still have figures
+            outcome = {"failed": one_line(error)}
+        if outcome is not None:
+            yield name, outcome
+            release(device)
+
+    try:
+        times = interleaved_times(ready, seconds, device)
+        found = {
+            name: figures(comparison, run, errors[name], Spread.of(times[name]), ceilings)
+            for name, run in ready.items()
+        }
+    except torch.OutOfMemoryError as error:
+        yield from ((name, {"failed": one_line(error)}) for name in ready)
+        return
+    for name in ready:
+        if is_ours(name):
+            others = [other for other in ready if not is_ours(other)]
+            found[name]["speedup"] = {other: speedup(times[name], times[other]) for other in others}
+        yield name, found[name]
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("ours")
+
+
+def speedup(ours: list[float], theirs: list[float]) -> float:
+    return median(other / own for own, other in zip(ours, theirs, strict=True))
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
