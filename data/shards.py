@@ -392,7 +392,7 @@ def verify_shards(
                 if not np.array_equal(index.samples[first:last], records):
                     add(Problem(path.name, "", "index", "the index does not say what is in this shard: index it again"))
             if not samples and not problems:
-                add(Problem(path.name, "", "tar", "the shard holds no sample with an image"))
+                add(Problem(path.name, "", "tar-empty", "the shard holds no sample with an image"))
             for problem in problems:
                 add(problem)
             with open(path, "rb", buffering=0) as file:
