@@ -7,12 +7,16 @@ the base name) are one sample: an image (jpg, jpeg, png or webp) and a caption (
     python -m textlock.data.shards index shards
     python -m textlock.data.shards verify shards
 
+The shards may be elsewhere, at any URL that fsspec reads, with their index beside them (``cache.py``). They are indexed
+where they are files.
+
 The index, one file beside the shards, holds 40 bytes a sample and is memory-mapped, so that opening two billion samples
 takes no longer than opening two thousand. Its layout, little-endian:
 
     header   96 bytes: magic, version u32, shards u32, samples u64, offset of the records u64,
              fingerprint (sha256 of shard names, sizes, counts and all records), sha256 of the header and table
-    table    for each shard: size u64, modification time in ns i64, samples u64, length of the name u16, name
+    table    for each shard: size u64, modification time in ns i64, samples u64, its sha256, length of the name u16,
+             name
     records  for each sample: SAMPLE_DTYPE
 """
 
@@ -23,11 +27,13 @@ import os
 import struct
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 import tyro
 
+from .cache import CachedShards, FetchError, Lease, RemoteFile, RemoteFolder, ShardCache, is_remote
 from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption
 from .images import MAX_IMAGE_BYTES, BadSample, ImageHeader, check_image, decode_image
 from .publish import published_file, published_folder
@@ -51,13 +58,15 @@ SAMPLE_DTYPE = np.dtype(
         ("caption_hash", "<u8"),  # the bits of captions.caption_id
     ]
 )
+# Where copies of remote shards are kept unless the config says otherwise.
+DEFAULT_CACHE_DIR = "~/.cache/textlock"
 FILE_COLUMNS = ("file", "filepath", "filename")
 CAPTION_COLUMNS = ("caption", "title", "text")
 
 _MAGIC = b"TEXTLOCK"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<8sIIQQ32s32s")
-_TABLE_ENTRY = struct.Struct("<QqQH")
+_TABLE_ENTRY = struct.Struct("<QqQ32sH")
 _MAX_U32 = 2**32 - 1
 # A long name sits in extended headers before the member's own: the header blocks and a path of at most 4 KiB.
 _MAX_HEADER_BLOCKS = 16
@@ -98,11 +107,13 @@ def _records(path: Path, samples: list[TarSample]) -> npt.NDArray[np.void]:
 class ShardIndex:
     """An open index: N samples in S shards, numbered from 0 in the order of shard names and of members."""
 
-    folder: Path
+    address: str  # folder or URL
     shard_names: list[str]
+    shard_sizes: list[int]  # bytes
     first_sample: npt.NDArray[np.int64]  # [S + 1]
     samples: npt.NDArray[np.void]  # [N] SAMPLE_DTYPE, memory-mapped
     fingerprint: str  # sha256, in hex: the same for equal shards wherever and whenever they are copied
+    remote: CachedShards | None = None  # how the shards are opened, when they are not files in a folder
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -122,14 +133,15 @@ class _TableEntry:
     size: int
     modified_ns: int
     samples: int
+    sha256: bytes
 
     def pack(self) -> bytes:
-        name = self.name.encode()
-        return _TABLE_ENTRY.pack(self.size, self.modified_ns, self.samples, len(name)) + name
+        name = os.fsencode(self.name)
+        return _TABLE_ENTRY.pack(self.size, self.modified_ns, self.samples, self.sha256, len(name)) + name
 
     def hashed(self) -> bytes:
         # Without the modification time, which a copy changes.
-        return f"{self.name}\0{self.size}\0{self.samples}\0".encode()
+        return os.fsencode(f"{self.name}\0{self.size}\0{self.samples}\0") + self.sha256
 
 
 @dataclass(frozen=True)
@@ -149,7 +161,8 @@ def list_shards(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name a folder of .tar shards")
-    shards = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and path.is_file())
+    with os.scandir(folder) as entries:  # which asks nothing of each file, where there may be 150,000
+        shards = sorted(folder / entry.name for entry in entries if entry.name.endswith(".tar") and entry.is_file())
     if not shards:
         raise FileNotFoundError(
             f"no .tar shards in {folder}: write some with python -m textlock.data.shards pack, or name another folder"
@@ -157,34 +170,40 @@ def list_shards(folder: Path) -> list[Path]:
     return shards
 
 
-def index_shards(folder: Path) -> IndexReport:
+def _index_shard(path: Path) -> tuple[_TableEntry, bytes, list[Problem]]:
+    """Return the table entry of one shard, its records and what is wrong with it."""
+    status = path.stat()
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    samples, problems = read_samples(path)
+    entry = _TableEntry(path.name, status.st_size, status.st_mtime_ns, len(samples), digest)
+    return entry, _records(path, samples).tobytes(), problems
+
+
+def index_shards(folder: Path, *, workers: int = 1) -> IndexReport:
     """Write ``folder/index.textlock`` for the shards in ``folder``, replacing an earlier index atomically.
 
-    A damaged tar keeps the samples before the damage; duplicate keys and captions without an image are left out.
-    ``problems`` of the result names them all.
+    What is damaged in a tar, duplicate keys and captions without an image are left out; ``problems`` of the result
+    names them all. ``workers`` processes read a shard each: all of its bytes, for the checksum.
 
     Raises:
         FileNotFoundError: there are no shards.
         ValueError: a shard has no sample at all.
     """
     shards = list_shards(folder)
-    table_size = sum(len(_TableEntry(path.name, 0, 0, 0).pack()) for path in shards)
+    table_size = sum(len(_TableEntry(path.name, 0, 0, 0, bytes(32)).pack()) for path in shards)
     records_offset = _HEADER.size + table_size
     fingerprint = hashlib.sha256()
     entries: list[_TableEntry] = []
     problems: list[Problem] = []
     empty: list[str] = []
-    with published_file(folder / INDEX_NAME) as file:
+    with published_file(folder / INDEX_NAME) as file, _processes(min(workers, len(shards))) as run:
         file.seek(records_offset)
-        for path in shards:
-            status = path.stat()
-            samples, found = read_samples(path)
+        for entry, records, found in run(_index_shard, shards):
             problems += found
-            if not samples:
-                empty.append(path.name)
+            if not entry.samples:
+                empty.append(entry.name)
                 continue
-            entry = _TableEntry(path.name, status.st_size, status.st_mtime_ns, len(samples))
-            records = _records(path, samples).tobytes()
             fingerprint.update(entry.hashed())
             fingerprint.update(records)
             file.write(records)
@@ -203,50 +222,146 @@ def index_shards(folder: Path) -> IndexReport:
     return IndexReport(len(entries), total, problems)
 
 
-def open_index(folder: Path | str) -> ShardIndex:
-    """Open the index of a folder of shards; its records stay on disk, memory-mapped.
+@contextmanager
+def _processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a ``map`` over ``count`` processes; the built-in one where that is 1."""
+    if count <= 1:
+        yield map
+        return
+    # Threads may be running here: a fork would copy their locks.
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        yield pool.map
+
+
+def open_index(
+    shards: Path | str, *, cache_dir: Path | str | None = None, cache_gb: float = 100.0, fetchers: int = 4
+) -> ShardIndex:
+    """Open the index of shards in a folder or below a URL; its records stay on disk, memory-mapped.
+
+    Copies of remote shards go to ``cache_dir`` (by default ``DEFAULT_CACHE_DIR``), up to ``cache_gb`` * 10^9 bytes of
+    them; ``fetchers`` threads fetch ahead what ``ShardReader.expect`` names.
 
     Raises:
         FileNotFoundError: there are no shards, or no index.
         ValueError: the index is damaged, or the shards have changed since it was made.
     """
-    folder = Path(folder)
-    shards = list_shards(folder)
+    if is_remote(shards):
+        cache = ShardCache(Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), int(cache_gb * 1e9))
+        return _open_remote_index(RemoteFolder(str(shards)), cache, fetchers)
+    folder = Path(shards)
+    paths = list_shards(folder)
     path = folder / INDEX_NAME
     advice = f"run python -m textlock.data.shards index {folder}"
     if not path.is_file():
         raise FileNotFoundError(f"no {INDEX_NAME} in {folder}: {advice}")
+    header, entries = _read_index(path, path, advice)
+    _check_fresh(paths, entries, advice)
+    return _map_index(str(folder), path, header, entries)
+
+
+def _open_remote_index(remote: RemoteFolder, cache: ShardCache, fetchers: int) -> ShardIndex:
+    where = f"{remote.url}/{INDEX_NAME}"
+    advice = "index the shards where they are files and put the index beside them"
+    try:
+        start = remote.read_start(INDEX_NAME, _HEADER.size)
+        header = _unpack_header(start, where, advice)
+
+        def check(path: Path) -> None:
+            try:
+                _check_records(path, *_read_index(path, where, advice), where)
+            except ValueError as error:
+                raise OSError(str(error)) from error
+
+        path = cache.fetch_index(remote, INDEX_NAME, header.file_size, start, check)
+    except FetchError as error:
+        raise FileNotFoundError(f"{error}; {advice}") from error
+    header, entries = _read_index(path, where, advice)
+    files = [RemoteFile(entry.name, entry.size, entry.sha256) for entry in entries]
+    shards = CachedShards(remote, files, cache, fetchers=fetchers)
+    return _map_index(remote.url, path, header, entries, shards)
+
+
+@dataclass(frozen=True)
+class _Header:
+    shards: int
+    samples: int
+    records_offset: int
+    fingerprint: bytes
+    checksum: bytes
+
+    @property
+    def file_size(self) -> int:
+        return self.records_offset + self.samples * SAMPLE_DTYPE.itemsize
+
+    def sum_with(self, table: bytes) -> bytes:
+        fields = (_MAGIC, _VERSION, self.shards, self.samples, self.records_offset, self.fingerprint)
+        return hashlib.sha256(_HEADER.pack(*fields, bytes(32)) + table).digest()
+
+
+def _unpack_header(start: bytes, where: Path | str, advice: str) -> _Header:
+    if len(start) < _HEADER.size or not start.startswith(_MAGIC):
+        raise ValueError(f"{where} is not an index of textlock: {advice}")
+    _, version, *fields = _HEADER.unpack(start)
+    if version != _VERSION:
+        raise ValueError(f"{where} has version {version}, this textlock reads version {_VERSION}: {advice}")
+    return _Header(*fields)
+
+
+def _read_index(path: Path, where: Path | str, advice: str) -> tuple[_Header, list[_TableEntry]]:
     with open(path, "rb") as file:
-        header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise ValueError(f"{path} is not an index of textlock: {advice}")
-        *fields, checksum = _HEADER.unpack(header)
-        _, version, _, total, records_offset, fingerprint = fields
-        if version != _VERSION:
-            raise ValueError(f"{path} has version {version}, this textlock reads version {_VERSION}: {advice}")
+        header = _unpack_header(file.read(_HEADER.size), where, advice)
         size = os.fstat(file.fileno()).st_size
-        table = file.read(records_offset - _HEADER.size) if _HEADER.size <= records_offset <= size else b""
-        whole = size == records_offset + total * SAMPLE_DTYPE.itemsize
-        if not whole or hashlib.sha256(_HEADER.pack(*fields, bytes(32)) + table).digest() != checksum:
-            raise ValueError(f"{path} is damaged: {advice}")
-    entries = list(_unpack_table(table))
-    _check_fresh(shards, entries, advice)
+        table = (
+            file.read(header.records_offset - _HEADER.size) if _HEADER.size <= header.records_offset <= size else b""
+        )
+    if size != header.file_size or header.sum_with(table) != header.checksum:
+        raise ValueError(f"{where} is damaged: {advice}")
+    try:
+        entries = list(_unpack_table(table))
+    except struct.error as error:
+        raise ValueError(f"{where} is damaged: {advice}") from error
+    if len(entries) != header.shards or sum(entry.samples for entry in entries) != header.samples or not entries:
+        raise ValueError(f"{where} is damaged: {advice}")
+    for entry in entries:
+        # A table is a stranger's too: its names are looked up beside it and nowhere else.
+        if "/" in entry.name or not entry.name.endswith(".tar") or not entry.samples:
+            raise ValueError(f"{where} names {entry.name!r} with {entry.samples} samples, which is no shard: {advice}")
+    return header, entries
+
+
+def _map_index(
+    address: str, path: Path, header: _Header, entries: list[_TableEntry], remote: CachedShards | None = None
+) -> ShardIndex:
     counts = np.array([entry.samples for entry in entries], dtype=np.int64)
     return ShardIndex(
-        folder=folder,
+        address=address,
         shard_names=[entry.name for entry in entries],
+        shard_sizes=[entry.size for entry in entries],
         first_sample=np.concatenate([[0], np.cumsum(counts)]),
-        samples=np.memmap(path, dtype=SAMPLE_DTYPE, mode="r", offset=records_offset, shape=(total,)),
-        fingerprint=fingerprint.hex(),
+        samples=np.memmap(path, dtype=SAMPLE_DTYPE, mode="r", offset=header.records_offset, shape=(header.samples,)),
+        fingerprint=header.fingerprint.hex(),
+        remote=remote,
     )
+
+
+def _check_records(path: Path, header: _Header, entries: list[_TableEntry], where: str) -> None:
+    """Compare the fingerprint of an index with all of its records. Raises ValueError."""
+    fingerprint = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(header.records_offset)
+        for entry in entries:
+            fingerprint.update(entry.hashed())
+            fingerprint.update(file.read(entry.samples * SAMPLE_DTYPE.itemsize))
+    if fingerprint.digest() != header.fingerprint:
+        raise ValueError(f"the records in {where} are damaged")
 
 
 def _unpack_table(table: bytes) -> Iterator[_TableEntry]:
     at = 0
     while at < len(table):
-        size, modified_ns, samples, length = _TABLE_ENTRY.unpack_from(table, at)
+        size, modified_ns, samples, sha256, length = _TABLE_ENTRY.unpack_from(table, at)
         at += _TABLE_ENTRY.size
-        yield _TableEntry(table[at : at + length].decode(), size, modified_ns, samples)
+        yield _TableEntry(os.fsdecode(table[at : at + length]), size, modified_ns, samples, sha256)
         at += length
 
 
@@ -289,7 +404,22 @@ class ShardReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
-        self._open = lru_cache(maxsize=_OPEN_FILES)(_Descriptor)
+        self._open_file = lru_cache(maxsize=_OPEN_FILES)(_Descriptor)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Say which shards are read next, the soonest first: remote ones are fetched ahead, all others let go."""
+        if self._index.remote is not None:
+            self._index.remote.expect(shards)
+
+    def close(self) -> None:
+        """Stop fetching ahead."""
+        if self._index.remote is not None:
+            self._index.remote.close()
+
+    def _open(self, shard: int) -> _Descriptor | Lease:
+        if self._index.remote is not None:
+            return self._index.remote.open(shard)
+        return self._open_file(Path(self._index.address) / self._index.shard_names[shard])
 
     def read(self, sample: int) -> RawSample:
         """Return the bytes of a sample, as they are in the shard.
@@ -299,7 +429,6 @@ class ShardReader:
                 (another image or caption is where the index says the sample's is).
         """
         shard = self._index.shard_of(sample)
-        path = self._index.folder / self._index.shard_names[shard]
         image_offset, caption_offset, image_size, caption_size, key_hash, caption_hash = self._index.samples[
             sample
         ].item()
@@ -311,15 +440,16 @@ class ShardReader:
         start = image_offset - BLOCK
         together = image_end <= caption_offset <= image_end + _MAX_READ_AHEAD
         try:
-            file = self._open(path)
+            file = self._open(shard)
             block = _read_exactly(file.number, start, (caption_end if together else image_end) - start)
             if together:
                 caption = block[caption_offset - start :]
             else:
                 caption = _read_exactly(file.number, caption_offset, caption_size)
             key = self._key(file.number, block[:BLOCK], image_offset, key_hash)
-        except OSError as error:
-            raise BadSample("unreadable", f"{path.name} cannot be read at byte {image_offset}: {error}") from error
+        except (OSError, OverflowError) as error:  # the latter for an offset beyond 2^63, which an index may hold
+            name = self._index.shard_names[shard]
+            raise BadSample("unreadable", f"{name} cannot be read at byte {image_offset}: {error}") from error
         signed_id = caption_hash - (caption_hash >> 63 << 64)
         if caption_id(decode_caption(caption)) != signed_id:
             raise BadSample("moved", f"byte {caption_offset} does not begin the caption that was indexed there")
@@ -384,8 +514,9 @@ def verify_shards(
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for number, path in enumerate(shards):
             samples, problems = read_samples(path)
+            entry, _, _ = _index_shard(path)
             records = _records(path, samples)
-            fingerprint.update(_TableEntry(path.name, path.stat().st_size, 0, len(samples)).hashed())
+            fingerprint.update(entry.hashed())
             fingerprint.update(records.tobytes())
             if index is not None:
                 first, last = index.first_sample[number : number + 2]
