@@ -159,15 +159,19 @@ def list_shards(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: the folder does not exist or holds no .tar file.
     """
+    return [folder / name for name in _shard_names(folder)]
+
+
+def _shard_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name a folder of .tar shards")
     with os.scandir(folder) as entries:  # which asks nothing of each file, where there may be 150,000
-        shards = sorted(folder / entry.name for entry in entries if entry.name.endswith(".tar") and entry.is_file())
-    if not shards:
+        names = sorted(entry.name for entry in entries if entry.name.endswith(".tar") and entry.is_file())
+    if not names:
         raise FileNotFoundError(
             f"no .tar shards in {folder}: write some with python -m textlock.data.shards pack, or name another folder"
         )
-    return shards
+    return names
 
 
 def _index_shard(path: Path) -> tuple[_TableEntry, bytes, list[Problem]]:
@@ -249,13 +253,13 @@ def open_index(
         cache = ShardCache(Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), int(cache_gb * 1e9))
         return _open_remote_index(RemoteFolder(str(shards)), cache, fetchers)
     folder = Path(shards)
-    paths = list_shards(folder)
+    names = _shard_names(folder)
     path = folder / INDEX_NAME
     advice = f"run python -m textlock.data.shards index {folder}"
     if not path.is_file():
         raise FileNotFoundError(f"no {INDEX_NAME} in {folder}: {advice}")
     header, entries = _read_index(path, path, advice)
-    _check_fresh(paths, entries, advice)
+    _check_fresh(folder, names, entries, advice)
     return _map_index(str(folder), path, header, entries)
 
 
@@ -365,16 +369,17 @@ def _unpack_table(table: bytes) -> Iterator[_TableEntry]:
         at += length
 
 
-def _check_fresh(shards: list[Path], entries: list[_TableEntry], advice: str) -> None:
-    found = {path.name: path.stat() for path in shards}
+def _check_fresh(folder: Path, names: list[str], entries: list[_TableEntry], advice: str) -> None:
+    found = set(names)
     for entry in entries:
-        status = found.pop(entry.name, None)
-        if status is None:
+        if entry.name not in found:
             raise ValueError(f"the index names {entry.name}, which is not there: restore the shard, or {advice}")
+        found.remove(entry.name)
+        status = os.stat(os.path.join(folder, entry.name))
         if (status.st_size, status.st_mtime_ns) != (entry.size, entry.modified_ns):
             raise ValueError(f"{entry.name} has changed since it was indexed: {advice}")
     if found:
-        raise ValueError(f"{next(iter(found))} is not in the index: {advice}")
+        raise ValueError(f"{min(found)} is not in the index: {advice}")
 
 
 class _Descriptor:
