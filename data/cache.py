@@ -163,7 +163,7 @@ class Lease:
 
     def __del__(self) -> None:
         with suppress(OSError):  # the clock of the least recent use starts now
-            os.utime(self.number)
+            _touch(self.number)
         os.close(self.number)
 
 
@@ -192,19 +192,19 @@ class ShardCache:
             FetchError: it cannot be fetched, or could not a moment ago.
             ValueError: the disk is full.
         """
-        lease = self._hold(file)
+        lease = self.hold(file)
         if lease is None:
             with self._locked(file.local_name[:2]):
-                lease = self._hold(file) or self._fetch(remote, file, overrun=True)
+                lease = self.hold(file) or self._fetch(remote, file, overrun=True)
         assert lease is not None
         return lease
 
     def open_ahead(self, remote: RemoteFolder, file: RemoteFile) -> Lease | None:
         """Return a file as ``open`` does, or None when another process is fetching it or there is no room yet."""
-        lease = self._hold(file)
+        lease = self.hold(file)
         if lease is None:
             with suppress(Timeout), self._locked(file.local_name[:2], blocking=False):
-                lease = self._hold(file) or self._fetch(remote, file, overrun=False)
+                lease = self.hold(file) or self._fetch(remote, file, overrun=False)
         return lease
 
     def fetch_index(
@@ -220,7 +220,8 @@ class ShardCache:
                 self._receive(remote, name, size, path, check)
         return path
 
-    def _hold(self, file: RemoteFile) -> Lease | None:
+    def hold(self, file: RemoteFile) -> Lease | None:
+        """Return a file that is here already."""
         try:
             lease = Lease(os.open(self.folder / file.local_name, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
@@ -229,7 +230,7 @@ class ShardCache:
         status = os.fstat(lease.number)
         if status.st_nlink == 0 or status.st_size != file.size:  # it was removed in between, or something cut it
             return None
-        os.utime(lease.number)
+        _touch(lease.number)
         return lease
 
     def _fetch(self, remote: RemoteFolder, file: RemoteFile, *, overrun: bool) -> Lease | None:
@@ -251,7 +252,7 @@ class ShardCache:
         except FetchError as error:
             self._failures[file.local_name] = (time.monotonic(), str(error))
             raise
-        return self._hold(file)
+        return self.hold(file)
 
     def _receive(self, remote: RemoteFolder, name: str, size: int, path: Path, check: Callable[[Path], None]) -> None:
         partial = path.with_suffix(".partial")
@@ -306,6 +307,11 @@ class ShardCache:
     def _locked(self, name: str, *, blocking: bool = True) -> Iterator[None]:
         with FileLock(self._locks / name, thread_local=False).acquire(blocking=blocking):
             yield
+
+
+def _touch(descriptor: int) -> None:
+    # The time that the kernel would take by itself moves in steps of milliseconds.
+    os.utime(descriptor, ns=(time.time_ns(), time.time_ns()))
 
 
 def _size_in_name(path: Path) -> int:
@@ -363,6 +369,10 @@ class CachedShards:
             self._expected = frozenset(shards)
             for shard in [shard for shard in self._held if shard not in self._expected]:
                 del self._held[shard]
+            # What is here is held before anything is fetched, or it might have to make room.
+            for shard in shards:
+                if shard not in self._held and (lease := self._cache.hold(self._files[shard])):
+                    self._held[shard] = lease
             self._queue = deque(shard for shard in shards if shard not in self._held)
             self._changed.notify_all()
             while len(self._threads) < self._fetchers and not self._closed:

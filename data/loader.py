@@ -81,7 +81,7 @@ class DataConfig:
     cache_dir: str = DEFAULT_CACHE_DIR
     """Folder on the local disk for copies of remote shards, which all processes of a node share."""
     cache_gb: float = 100.0
-    """Room for them there, in 10^9 bytes: at least twice open_shards shards, and the index comes on top."""
+    """Room for them there, in 10^9 bytes: for twice open_shards shards or more. The index comes on top."""
     fetchers: int = 4
     """Remote shards that each rank fetches at a time."""
 
@@ -437,12 +437,14 @@ def _check_config(config: DataConfig, rank: int, world_size: int) -> None:
 
 def _check_cache(config: DataConfig, index: ShardIndex) -> None:
     """Refuse a cache too small for the shards that are read at a time: it would fetch them again and again."""
-    # Where one group of open shards ends and the next begins, both are read.
-    least = sum(sorted(index.shard_sizes, reverse=True)[: 2 * config.open_shards])
-    if index.remote is not None and config.cache_gb * 1e9 < least:
+    group = sum(sorted(index.samples_per_shard)[: config.open_shards])
+    # The batches in preparation may reach across the end of a group.
+    groups = 1 - (-config.batch_size * (config.prefetch_batches + 1) // group)
+    least = sum(sorted(index.shard_sizes, reverse=True)[: groups * config.open_shards])
+    if index.remote is not None and round(config.cache_gb * 1e9) < least:
         raise ValueError(
-            f"cache_gb is {config.cache_gb:g}: {config.shards} needs {least / 1e9:.3g}, two groups of open_shards "
-            f"{config.open_shards}: raise cache_gb or lower open_shards"
+            f"cache_gb is {config.cache_gb:g}: the shards of {config.shards} that are read at a time, {groups} times "
+            f"open_shards {config.open_shards}, have {least / 1e9:.3g}: raise cache_gb or lower open_shards"
         )
 
 

@@ -250,7 +250,7 @@ def open_index(
         ValueError: the index is damaged, or the shards have changed since it was made.
     """
     if is_remote(shards):
-        cache = ShardCache(Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), int(cache_gb * 1e9))
+        cache = ShardCache(Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), round(cache_gb * 1e9))
         return _open_remote_index(RemoteFolder(str(shards)), cache, fetchers)
     folder = Path(shards)
     names = _shard_names(folder)
