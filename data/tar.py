@@ -45,6 +45,7 @@ class Problem:
     key: str
     kind: str
     message: str
+    place: int | None = None  # of a sample that the index counts: its place in its shard, from 0
 
 
 class DamagedTar(ValueError):

@@ -9,18 +9,22 @@ import tarfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from textlock.data.captions import caption_id
-from textlock.data.images import BadSample
+from textlock.data.images import BadSample, CropWindow, crop_and_resize, decode_image
+from textlock.data.loader import DataConfig, open_loader
 from textlock.data.shards import (
     INDEX_NAME,
+    Reencoding,
     ShardReader,
     index_shards,
     main,
     open_index,
     pack_shards,
     read_captions,
+    repack_shards,
     verify_shards,
 )
 from textlock.data.tar import read_members
@@ -345,6 +349,56 @@ def test_verify_names_every_bad_sample(tmp_path):
     ]
 
 
+def test_verify_lists_what_the_loader_skips(tmp_path, monkeypatch, capsys):
+    folder = damaged_dataset(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["shards", "verify", str(folder), "--output", str(tmp_path / "bad.jsonl")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "1 good samples; 7 problems: 2 duplicate, " in capsys.readouterr().out
+    listed = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert {tuple(line) for line in listed} == {("shard", "key", "kind", "message", "place")}
+    log = tmp_path / "skipped.jsonl"
+    config = DataConfig(
+        shards=str(folder), batch_size=5, image_size=16, workers=1, decoder="cpu", max_skipped_fraction=1.0
+    )
+    with open_loader(config, rank=0, world_size=1, skipped_log=log) as loader:
+        next(loader)
+    skipped = [json.loads(line) for line in log.read_text().splitlines()]
+    skipped = {(line["shard"], line["sample"]) for line in skipped if line["epoch"] == 0}
+    assert {(line["shard"], line["place"]) for line in listed if line["place"] is not None} == skipped
+    assert len(skipped) == 4
+
+
+def test_verify_names_a_sample_that_is_too_large(tmp_path):
+    write_tar(tmp_path / "0.tar", [*sample("a"), ("big.jpg", bytes(17 * 2**20)), ("big.txt", b"x")])
+    index_shards(tmp_path)
+    (problem,) = verify_shards(tmp_path, workers=1).problems
+    assert (problem.key, problem.kind, problem.place) == ("big", "too-large", 1)
+
+
+def test_verify_without_an_index(tmp_path):
+    shards = packed(tmp_path)
+    (shards / INDEX_NAME).unlink()
+    report = verify_shards(shards, workers=1)
+    assert (report.good, [problem.kind for problem in report.problems]) == (7, ["index"])
+
+
+def test_processes_do_what_one_does(tmp_path):
+    shards = packed(tmp_path)
+    before = (shards / INDEX_NAME).read_bytes()
+    (shards / INDEX_NAME).unlink()
+    index_shards(shards, workers=2)
+    assert (shards / INDEX_NAME).read_bytes() == before
+    write_tar(shards / "00001.tar", [*sample("a"), ("b.jpg", b"<html>"), ("b.txt", b"x")])
+    index_shards(shards)
+    assert verify_shards(shards, workers=2) == verify_shards(shards, workers=1)
+    for workers in (1, 2):
+        repack_shards(shards, tmp_path / str(workers), Reencoding(16), workers=workers)
+    for path in (tmp_path / "1").glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+    assert open_index(tmp_path / "1").fingerprint == open_index(tmp_path / "2").fingerprint
+
+
 def test_verify_compares_the_index_with_the_shards(tmp_path):
     shards = packed(tmp_path)
     raw = bytearray((shards / INDEX_NAME).read_bytes())
@@ -390,6 +444,111 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     status, out, _ = run("verify", damaged_dataset(tmp_path / "bad"))
     assert status == 1
     assert "0.tar\thtml\tformat\tnot a JPEG, PNG or WebP" in out
+
+
+def encoded(mode="RGB", size=(60, 40), format="JPEG", **options):
+    buffer = io.BytesIO()
+    gradient = np.linspace(0, 255, size[0] * size[1], dtype=np.uint8).reshape(size[1], size[0])
+    Image.fromarray(gradient).convert(mode).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+REENCODED = {
+    "large": (encoded(), (48, 32), False),
+    "tall": (encoded(size=(40, 60)), (32, 48), False),
+    "png": (encoded(format="PNG"), (48, 32), False),
+    "alpha": (encoded("RGBA", format="PNG"), (48, 32), False),
+    "cmyk": (encoded("CMYK"), (48, 32), False),
+    "small": (encoded(size=(40, 32)), (40, 32), True),
+    "tiny": (encoded(size=(8, 5)), (8, 5), True),
+    "small progressive": (encoded(size=(40, 32), progressive=True), (40, 32), False),
+    "small png": (encoded(size=(40, 32), format="PNG"), (40, 32), False),
+}
+
+
+@pytest.mark.parametrize(("payload", "size", "same"), REENCODED.values(), ids=REENCODED)
+def test_reencoding(payload, size, same):
+    smaller, header = Reencoding(32, 90)(payload)
+    assert (header.format, header.width, header.height) == ("jpeg", *size)
+    assert (smaller == payload) == same
+    with Image.open(io.BytesIO(smaller)) as image:
+        assert (image.format, image.size) == ("JPEG", size) and not image.info.get("progressive")
+    expected = torch.empty(size[1], size[0], 3, dtype=torch.uint8)
+    whole = decode_image(payload)
+    crop_and_resize(whole, CropWindow(0, 0, *whole.shape[:2]), expected)
+    assert np.abs(decode_image(smaller).astype(int) - expected.numpy()).mean() < 3
+
+
+def test_quality_decides_the_size():
+    payload = jpeg(width=80, height=60)
+    sizes = [len(Reencoding(32, quality)(payload)[0]) for quality in (30, 60, 90)]
+    assert sizes == sorted(sizes) and sizes[0] < 0.7 * sizes[2]
+    for resize, quality in ((0, 90), (32, 0), (32, 101)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            Reencoding(resize, quality)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_pack_with_resize(workers, tmp_path):
+    images, captions = write_dataset(tmp_path, count=20)
+    (images / "4.jpg").write_bytes(jpeg()[:-2])
+    shards = tmp_path / "shards"
+    report = pack_shards(
+        images, captions, shards, samples_per_shard=8, skip_bad=True, reencoding=Reencoding(16), workers=workers
+    )
+    assert (report.samples, [problem.key for problem in report.skipped]) == (19, ["4.jpg"])
+    reader = ShardReader(open_index(shards))
+    left = [row for row in read_captions(captions) if row[1] != "4.jpg"]
+    for number, (_, name, caption) in enumerate(left):
+        raw = reader.read(number)
+        assert raw.caption.decode() == caption
+        assert min(decode_image(raw.image).shape[:2]) == 16
+        assert raw.image == Reencoding(16)((images / name).read_bytes())[0]
+
+
+def test_repack_keeps_keys_and_leaves_bad_samples_out(tmp_path):
+    source, output = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    long = "d" * 120 + "/é"
+    write_tar(source / "a.tar", [*sample("1"), *sample(long, 2), ("bad.jpg", b"<html>"), ("bad.txt", b"x")], 1)
+    write_tar(source / "b.tar", [("only.jpg", jpeg()), *sample("3", 3)], 1)
+    write_tar(source / "c.tar", [("none.jpg", jpeg())])
+    report = repack_shards(source, output, Reencoding(16))
+    assert (report.shards, report.samples) == (2, 3)
+    found = [(problem.shard, problem.key, problem.kind) for problem in report.skipped]
+    assert found == [
+        ("a.tar", "bad", "format"),
+        ("b.tar", "only", "no-caption"),
+        ("c.tar", "none", "no-caption"),
+    ]
+    reader = ShardReader(open_index(output))
+    assert [reader.read(number).key for number in range(3)] == ["1", long, "3"]
+    assert reader.read(1).caption.decode() == f"caption of {long}"
+    assert decode_image(reader.read(2).image).shape == (16, 21, 3)
+    assert verify_shards(output, workers=1).problems == []
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        repack_shards(source, output, Reencoding(16))
+    (source / "a.tar").unlink()
+    (source / "b.tar").unlink()
+    with pytest.raises(ValueError, match="holds no good sample"):
+        repack_shards(source, tmp_path / "nothing", Reencoding(16))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_pack_command_needs_one_source(tmp_path, monkeypatch, capsys):
+    images, captions = write_dataset(tmp_path)
+    for arguments in ([], ["--images", images], ["--shards", tmp_path], ["--shards", tmp_path, "--captions", captions]):
+        monkeypatch.setattr(sys, "argv", ["shards", "pack", "--output", str(tmp_path / "out"), *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            main()
+        assert "error: name --images and --captions, or --shards with --resize" in capsys.readouterr().err
+    arguments = ["pack", "--images", images, "--captions", captions, "--output", tmp_path / "out", "--resize", "16"]
+    monkeypatch.setattr(sys, "argv", ["shards", *map(str, arguments)])
+    main()
+    arguments = ["pack", "--shards", tmp_path / "out", "--output", tmp_path / "smaller", "--resize", "8"]
+    monkeypatch.setattr(sys, "argv", ["shards", *map(str, arguments)])
+    main()
+    assert min(decode_image(ShardReader(open_index(tmp_path / "smaller")).read(0).image).shape[:2]) == 8
 
 
 def test_module_runs_as_a_program(tmp_path):
