@@ -292,13 +292,13 @@ def _open_remote_index(remote: RemoteFolder, cache: ShardCache, fetchers: int) -
 
         def check(path: Path) -> None:
             try:
-                _check_records(path, *_read_index(path, where, advice), where)
+                _check_records(path, *_read_index(path, where, advice), where, advice)
             except ValueError as error:
                 raise OSError(str(error)) from error
 
         path = cache.fetch_index(remote, INDEX_NAME, header.file_size, start, check)
     except FetchError as error:
-        raise FileNotFoundError(f"{error}; {advice}") from error
+        raise FileNotFoundError(str(error)) from error
     header, entries = _read_index(path, where, advice)
     files = [RemoteFile(entry.name, entry.size, entry.sha256) for entry in entries]
     shards = CachedShards(remote, files, cache, fetchers=fetchers)
@@ -347,8 +347,8 @@ def _read_index(path: Path, where: Path | str, advice: str) -> tuple[_Header, li
     if len(entries) != header.shards or sum(entry.samples for entry in entries) != header.samples or not entries:
         raise ValueError(f"{where} is damaged: {advice}")
     for entry in entries:
-        # A table is a stranger's too: its names are looked up beside it and nowhere else.
-        if "/" in entry.name or not entry.name.endswith(".tar") or not entry.samples:
+        # A table is a stranger's too: its names are looked up beside it and nowhere else, and stand in messages.
+        if "/" in entry.name or not entry.name.isprintable() or not entry.name.endswith(".tar") or not entry.samples:
             raise ValueError(f"{where} names {entry.name!r} with {entry.samples} samples, which is no shard: {advice}")
     return header, entries
 
@@ -368,7 +368,7 @@ def _map_index(
     )
 
 
-def _check_records(path: Path, header: _Header, entries: list[_TableEntry], where: str) -> None:
+def _check_records(path: Path, header: _Header, entries: list[_TableEntry], where: str, advice: str) -> None:
     """Compare the fingerprint of an index with all of its records. Raises ValueError."""
     fingerprint = hashlib.sha256()
     with open(path, "rb") as file:
@@ -377,7 +377,7 @@ def _check_records(path: Path, header: _Header, entries: list[_TableEntry], wher
             fingerprint.update(entry.hashed())
             fingerprint.update(file.read(entry.samples * SAMPLE_DTYPE.itemsize))
     if fingerprint.digest() != header.fingerprint:
-        raise ValueError(f"the records in {where} are damaged")
+        raise ValueError(f"the records in {where} are damaged: {advice}")
 
 
 def _unpack_table(table: bytes) -> Iterator[_TableEntry]:

@@ -21,10 +21,11 @@ import tenacity
 from PIL import Image
 
 from textlock.data import cache as module
+from textlock.data import shards as shards_module
 from textlock.data.cache import FetchError, RemoteFile, RemoteFolder, ShardCache
 from textlock.data.evaluation import iterate_shards
 from textlock.data.loader import DataConfig, open_loader
-from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_index
+from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_index, verify_shards
 
 
 @pytest.fixture(autouse=True)
@@ -177,11 +178,13 @@ def test_the_budget_holds_and_shards_are_fetched_once_an_epoch(shards, memory, f
     budget = size_of(shards, 6)
     largest = 0
     with open_loader(settings(memory, tmp_path, cache_gb=budget / 1e9), rank=0, world_size=1) as loader:
-        for _ in range(9):
+        for step in range(9):
             next(loader)
             largest = max(largest, sum(path.stat().st_size for path in copies(tmp_path)))
+            if step < 5:  # the batches after these are made while shards of the next epoch are fetched
+                assert all(count == 1 for count in fetched.values())
     assert 0 < largest <= budget
-    assert all(count == 1 for name, count in fetched.items() if name != INDEX_NAME) and len(fetched) >= 9
+    assert len(fetched) == 1 + 9
 
 
 def test_shards_are_fetched_before_they_are_read(memory, tmp_path):
@@ -249,8 +252,57 @@ def test_a_missing_shard_is_not_asked_for_again(server, shards, tmp_path):
     assert f"{server.url}/00003.tar is not there: put it there, or index the shards again" in log.read_text()
 
 
+def test_an_endless_answer_is_broken_off(server, shards, tmp_path, monkeypatch):
+    sent = []
+
+    def endless(handler, payload):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            for _ in range(400):
+                handler.wfile.write(bytes(2**20))
+                sent.append(2**20)
+        except OSError:
+            handler.close_connection = True
+
+    monkeypatch.setattr(module, "_ATTEMPTS", 1)
+    server.faults = {"00000.tar": [endless]}
+    with pytest.raises(FetchError, match=r"00000\.tar cannot be fetched, 1 times tried: it has more than the"):
+        ShardCache(tmp_path, 2**30).open(RemoteFolder(server.url), remote_file(shards, "00000.tar"))
+    assert sum(sent) < 200 * 2**20
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/secret.tar", "a/b.tar", "secret", "a\nb.tar"])
+def test_an_index_that_names_files_elsewhere_is_refused(name, memory, tmp_path, monkeypatch):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    stand_in = folder / ("x" * (len(name) - 4) + ".tar")
+    with tarfile.open(stand_in, "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    read_shard = shards_module._index_shard
+
+    def lie(path):
+        entry, records, problems = read_shard(path)
+        return replace(entry, name=name), records, problems
+
+    monkeypatch.setattr(shards_module, "_index_shard", lie)
+    index_shards(folder)
+    fsspec.filesystem("memory").pipe_file(f"/shards/{INDEX_NAME}", (folder / INDEX_NAME).read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"names '.*' with 1 samples, which is no shard"):
+        open_index(memory, cache_dir=tmp_path)
+
+
+def test_verify_reads_remote_shards(shards, memory, tmp_path):
+    assert verify_shards(memory, workers=1, cache_dir=tmp_path) == verify_shards(shards, workers=1)
+    fsspec.filesystem("memory").rm_file("/shards/00004.tar")
+    report = verify_shards(memory, workers=1, cache_dir=tmp_path / "other")
+    (problem,) = report.problems
+    assert (report.good, problem.shard, problem.kind) == (32, "00004.tar", "unreadable")
+
+
 def test_no_index_at_the_url(server, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere/index\.textlock is not there: .*index the shards where they"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/index\.textlock is not there: put it there, or"):
         open_index(f"{server.url}/nowhere", cache_dir=tmp_path)
 
 
