@@ -85,6 +85,11 @@ class RemoteFolder:
                 f'{url} cannot be read: {error}; pip install "textlock[remote]" has the usual ones'
             ) from error
         self._path = path.rstrip("/")
+        self._closed = threading.Event()
+
+    def close(self) -> None:
+        """Try nothing again from now on: whoever waits for the next attempt gets the error of the last."""
+        self._closed.set()
 
     def read_start(self, name: str, size: int) -> bytes:
         """Return the first ``size`` bytes of a file. Raises FetchError."""
@@ -115,8 +120,9 @@ class RemoteFolder:
     def _try(self, name: str, action: Callable[[], T]) -> T:
         """Return what ``action`` returns; try again, with growing pauses, where that may help."""
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(_ATTEMPTS),
+            stop=tenacity.stop_after_attempt(_ATTEMPTS) | tenacity.stop_when_event_set(self._closed),
             wait=_BACK_OFF,
+            sleep=tenacity.sleep_using_event(self._closed),
             # What the many filesystems raise for a broken connection has no common type.
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not _is_final(error)),
             reraise=True,
@@ -131,7 +137,8 @@ class RemoteFolder:
             if _is_full(error):
                 raise
             reason = str(error) or type(error).__name__
-            raise FetchError(f"{self.url}/{name} cannot be fetched, {_ATTEMPTS} times tried: {reason}") from error
+            attempts = retrying.statistics["attempt_number"]
+            raise FetchError(f"{self.url}/{name} cannot be fetched, {attempts} times tried: {reason}") from error
 
 
 def _is_final(error: BaseException) -> bool:
@@ -382,6 +389,7 @@ class CachedShards:
 
     def close(self) -> None:
         """Stop fetching ahead; a transfer that is under way is not waited for."""
+        self._remote.close()
         with self._changed:
             self._closed = True
             self._queue.clear()

@@ -152,6 +152,7 @@ _open_loaders: "weakref.WeakSet[Loader]" = weakref.WeakSet()
 def _stop_open_loaders() -> None:
     for loader in list(_open_loaders):
         loader._closed.set()
+        loader._reader.close()
 
 
 # At exit the interpreter first has the executors finish all queued tasks, and only then calls what atexit holds: a run
@@ -227,10 +228,10 @@ class Loader:
     def close(self) -> None:
         """Stop the threads. Batches in preparation are dropped."""
         self._closed.set()
+        self._reader.close()  # a thread that waits to fetch a shard again would keep the others waiting
         self._pending.clear()
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._feeder.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
 
     def __enter__(self) -> Self:
         return self

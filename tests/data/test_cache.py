@@ -9,6 +9,7 @@ import tarfile
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -470,6 +471,31 @@ def test_a_full_disk_makes_room_among_the_copies_first(shards, memory, tmp_path,
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=files[1].size - files[0].size + 10))
     cache.open(remote, files[1])
     assert [path.name for path in copies(tmp_path)] == [files[1].local_name]
+
+
+def test_closing_does_not_wait_for_a_server_to_come_back(server, tmp_path, monkeypatch):
+    waiting = threading.Event()
+
+    def an_hour(attempt):
+        waiting.set()
+        return 3600
+
+    monkeypatch.setattr(module, "_BACK_OFF", an_hour)
+    server.faults = {f"{number:05d}.tar": [FAULTS["busy"]] * 100 for number in range(9)}
+    loader = open_loader(settings(server.url, tmp_path, fetchers=1), rank=0, world_size=1)
+
+    def consume():
+        with suppress(Exception):
+            next(loader)
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    assert waiting.wait(30)
+    closer = threading.Thread(target=loader.close, daemon=True)
+    closer.start()
+    for thread in (closer, consumer):
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_closing_ends_the_fetching_threads(memory, tmp_path):
