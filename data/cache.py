@@ -255,18 +255,20 @@ class ShardCache:
         if not self._reserve(file, overrun=overrun):
             return None
         try:
-            self._receive(remote, file.name, file.size, path, check)
+            return self._receive(remote, file.name, file.size, path, check)
         except FetchError as error:
             self._failures[file.local_name] = (time.monotonic(), str(error))
             raise
-        return self.hold(file)
 
-    def _receive(self, remote: RemoteFolder, name: str, size: int, path: Path, check: Callable[[Path], None]) -> None:
+    def _receive(self, remote: RemoteFolder, name: str, size: int, path: Path, check: Callable[[Path], None]) -> Lease:
         partial = path.with_suffix(".partial")
         try:
             remote.fetch(name, size, partial, check)
-            with open(partial, "rb") as content:
-                os.fsync(content.fileno())
+            # Held before it has its name: another process that makes room could take it in between.
+            lease = Lease(os.open(partial, os.O_RDONLY | os.O_CLOEXEC))
+            fcntl.flock(lease.number, fcntl.LOCK_SH)
+            _touch(lease.number)
+            os.fsync(lease.number)
             partial.replace(path)
         except OSError as error:
             if _is_full(error):
@@ -274,6 +276,7 @@ class ShardCache:
             raise
         finally:
             partial.unlink(missing_ok=True)
+        return lease
 
     def _reserve(self, file: RemoteFile, *, overrun: bool) -> bool:
         """Remove the least recently used files that nobody holds until there is room; set it aside.

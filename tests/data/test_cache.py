@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -151,6 +152,13 @@ def copies(cache):
     return list(cache.glob("*.tar"))
 
 
+def used(cache):
+    """Return the bytes of the copies at one moment: one that is removed meanwhile starts the count again."""
+    while True:
+        with suppress(FileNotFoundError):
+            return sum(path.stat().st_size for path in copies(cache))
+
+
 def remote_file(shards, name):
     payload = (shards / name).read_bytes()
     return RemoteFile(name, len(payload), hashlib.sha256(payload).digest())
@@ -181,7 +189,7 @@ def test_the_budget_holds_and_shards_are_fetched_once_an_epoch(shards, memory, f
     with open_loader(settings(memory, tmp_path, cache_gb=budget / 1e9), rank=0, world_size=1) as loader:
         for step in range(9):
             next(loader)
-            largest = max(largest, sum(path.stat().st_size for path in copies(tmp_path)))
+            largest = max(largest, used(tmp_path))
             if step < 5:  # the batches after these are made while shards of the next epoch are fetched
                 assert all(count == 1 for count in fetched.values())
     assert 0 < largest <= budget
@@ -398,6 +406,25 @@ def test_a_reader_never_waits_for_room(shards, memory, tmp_path, caplog):
     other = cache.open(remote, files[1])
     assert len(copies(tmp_path)) == 2 and held is not other
     assert "the shards in use exceed the cache budget" in caplog.text
+
+
+def test_a_shard_that_has_just_arrived_makes_no_room_for_another(shards, memory, tmp_path, monkeypatch):
+    remote = RemoteFolder(memory)
+    files = [remote_file(shards, f"{number:05d}.tar") for number in range(2)]
+    other = ShardCache(tmp_path, files[0].size)
+    held = []
+    rename = Path.replace
+
+    def rename_and_be_overtaken(self, target):
+        rename(self, target)
+        monkeypatch.setattr(Path, "replace", rename)
+        held.append(other.open_ahead(remote, files[1]))
+
+    monkeypatch.setattr(Path, "replace", rename_and_be_overtaken)
+    lease = ShardCache(tmp_path, files[0].size).open(remote, files[0])
+    assert held == [None]
+    assert os.pread(lease.number, 2**20, 0) == (shards / "00000.tar").read_bytes()
+    assert [path.name for path in copies(tmp_path)] == [files[0].local_name]
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(shards, memory, tmp_path):
