@@ -37,7 +37,7 @@ from .images import (
     decode_image,
 )
 from .order import EpochOrder, SampleOrder
-from .shards import ShardIndex, ShardReader, open_index
+from .shards import DEFAULT_CACHE_DIR, ShardIndex, ShardReader, open_index
 
 if TYPE_CHECKING:
     from .dali import DaliDecoder
@@ -57,7 +57,7 @@ class DataConfig:
     """What the batches are made of."""
 
     shards: str
-    """Folder of tar shards with their index (python -m textlock.data.shards)."""
+    """Folder of tar shards with their index (python -m textlock.data.shards), or its URL (s3, gs, https, hf, ...)."""
     batch_size: int
     """Global batch: samples a step over all GPUs."""
     image_size: int
@@ -78,6 +78,12 @@ class DataConfig:
     """Seed of the order and of the crops."""
     max_skipped_fraction: float = 0.01
     """Part of the samples that may be bad before the run stops."""
+    cache_dir: str = DEFAULT_CACHE_DIR
+    """Folder on the local disk for copies of remote shards, which all processes of a node share."""
+    cache_gb: float = 100.0
+    """Room for them there, in 10^9 bytes: for twice open_shards shards or more. The index comes on top."""
+    fetchers: int = 4
+    """Remote shards that each rank fetches at a time."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,7 @@ _open_loaders: "weakref.WeakSet[Loader]" = weakref.WeakSet()
 def _stop_open_loaders() -> None:
     for loader in list(_open_loaders):
         loader._closed.set()
+        loader._reader.close()
 
 
 # At exit the interpreter first has the executors finish all queued tasks, and only then calls what atexit holds: a run
@@ -179,7 +186,7 @@ class Loader:
         self._part = slice(rank * config.batch_size // world_size, (rank + 1) * config.batch_size // world_size)
         self._position = position
         self._planned = position
-        self._epoch_order = (-1, order.epoch(0))
+        self._expected: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._handed_out = 0
         self._skipped_log = skipped_log
         self._device = device
@@ -203,7 +210,9 @@ class Loader:
             raise ValueError("the loader is closed: open another one from its state")
         try:
             while len(self._pending) <= self._config.prefetch_batches:
-                self._pending.append(self._start(self._next_plan()))
+                plan = self._next_plan()
+                self._expect_shards()
+                self._pending.append(self._start(plan))
             batch, faults = self._pending.popleft()()
             self._account(batch, faults)
         except BaseException:
@@ -219,6 +228,7 @@ class Loader:
     def close(self) -> None:
         """Stop the threads. Batches in preparation are dropped."""
         self._closed.set()
+        self._reader.close()  # a thread that waits to fetch a shard again would keep the others waiting
         self._pending.clear()
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._feeder.shutdown(wait=True, cancel_futures=True)
@@ -231,13 +241,18 @@ class Loader:
     ) -> None:
         self.close()
 
+    def _expect_shards(self) -> None:
+        """Have remote shards fetched ahead: those from the batch handed out next to the group behind the planned."""
+        groups = self._order.group_of(self._position), self._order.group_of(self._planned)
+        if self._index.remote is not None and groups != self._expected:
+            self._expected = groups
+            self._reader.expect(self._order.shards_from(*groups))
+
     def _next_plan(self) -> _Plan:
         epoch, place = self._order.locate(self._planned)
-        if self._epoch_order[0] != epoch:
-            self._epoch_order = (epoch, self._order.epoch(epoch))
         self._planned += self._config.batch_size
         places = np.arange(place + self._part.start, place + self._part.stop)
-        order = self._epoch_order[1]
+        order = self._order.epoch(epoch)
         draws = crop_draws(self._config.seed, epoch, places)
         return _Plan(order, epoch, places, order.samples(places), draws, self._planned)
 
@@ -380,7 +395,8 @@ def open_loader(
     """
     _check_config(config, rank, world_size)
     device = torch.device(device or "cpu")
-    index = open_index(config.shards)
+    index = open_index(config.shards, cache_dir=config.cache_dir, cache_gb=config.cache_gb, fetchers=config.fetchers)
+    _check_cache(config, index)
     order = SampleOrder(
         index.samples_per_shard, batch_size=config.batch_size, open_shards=config.open_shards, seed=config.seed
     )
@@ -406,6 +422,7 @@ def _check_config(config: DataConfig, rank: int, world_size: int) -> None:
         ("workers", 1),
         ("prefetch_batches", 0),
         ("open_shards", 1),
+        ("fetchers", 1),
     ):
         if getattr(config, name) < least:
             raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {least}")
@@ -417,6 +434,19 @@ def _check_config(config: DataConfig, rank: int, world_size: int) -> None:
         raise ValueError(f"crop_scale is {config.crop_scale}: it must be two rising fractions of the area, at most 1")
     if not 0 < config.crop_ratio[0] <= config.crop_ratio[1]:
         raise ValueError(f"crop_ratio is {config.crop_ratio}: it must be two rising positive ratios")
+
+
+def _check_cache(config: DataConfig, index: ShardIndex) -> None:
+    """Refuse a cache too small for the shards that are read at a time: it would fetch them again and again."""
+    group = sum(sorted(index.samples_per_shard)[: config.open_shards])
+    # The batches in preparation may reach across the end of a group.
+    groups = 1 - (-config.batch_size * (config.prefetch_batches + 1) // group)
+    least = sum(sorted(index.shard_sizes, reverse=True)[: groups * config.open_shards])
+    if index.remote is not None and round(config.cache_gb * 1e9) < least:
+        raise ValueError(
+            f"cache_gb is {config.cache_gb:g}: the shards of {config.shards} that are read at a time, {groups} times "
+            f"open_shards {config.open_shards}, have {least / 1e9:.3g}: raise cache_gb or lower open_shards"
+        )
 
 
 def _fingerprint(config: DataConfig, index: ShardIndex) -> dict[str, Any]:

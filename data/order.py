@@ -14,6 +14,7 @@ global batches come out of any number of processes, and a run resumes from one i
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from math import gcd
 
@@ -72,6 +73,7 @@ def _feistel(values: UInt64Array, half_bits: UInt64Array, key: UInt64Array) -> U
 class EpochOrder:
     """The order of one epoch over S shards: ``samples`` maps places in it to sample numbers of the index."""
 
+    shards: Int64Array  # [S] the shards, in this epoch's order
     first_sample: Int64Array  # [S] sample number where each shard begins, in this epoch's order of shards
     shard_starts: Int64Array  # [S + 1] place where each of them begins
     group_starts: Int64Array  # [G + 1] place where each group of open shards begins
@@ -111,14 +113,19 @@ class SampleOrder:
         self.seed = seed
         self.samples_per_epoch = self.num_samples // batch_size * batch_size
         self._stride = next(stride for stride in count(batch_size) if gcd(stride, self.num_samples) == 1)
+        self._recent_epochs = lru_cache(maxsize=2)(self._make_epoch)
 
     def epoch(self, epoch: int) -> EpochOrder:
         """Return the order of one epoch. Cost and memory grow with the number of shards, not of samples."""
+        return self._recent_epochs(epoch)
+
+    def _make_epoch(self, epoch: int) -> EpochOrder:
         num_shards = len(self._sizes)
         shard_key = np.full(num_shards, stream_key(self.seed, epoch, "shards"))
         shards = permute(np.arange(num_shards), np.full(num_shards, num_shards), shard_key)
         shard_starts = np.concatenate([[0], np.cumsum(self._sizes[shards])])
         return EpochOrder(
+            shards=shards,
             first_sample=self._first_sample[shards],
             shard_starts=shard_starts,
             group_starts=np.unique(np.append(shard_starts[:: self.open_shards], self.num_samples)),
@@ -128,6 +135,31 @@ class SampleOrder:
     def locate(self, position: int) -> tuple[int, int]:
         """Return (epoch, place in its order) of the global position: the samples consumed before it since the start."""
         return divmod(position, self.samples_per_epoch)
+
+    def group_of(self, position: int) -> tuple[int, int]:
+        """Return (epoch, number in it) of the group of open shards that the sample at a global position comes from."""
+        epoch, place = self.locate(position)
+        return epoch, int(np.searchsorted(self.epoch(epoch).group_starts, place, side="right")) - 1
+
+    def shards_from(self, first: tuple[int, int], last: tuple[int, int]) -> list[int]:
+        """Return the shards of the groups from ``first`` to the one behind ``last``, in the order they are read."""
+        shards: dict[int, None] = {}
+        group = first
+        while group <= last:
+            shards.update(dict.fromkeys(self._shards_of(group)))
+            group = self._group_behind(group)
+        return list(shards | dict.fromkeys(self._shards_of(group)))
+
+    def _shards_of(self, group: tuple[int, int]) -> list[int]:
+        epoch, number = group
+        return self.epoch(epoch).shards[number * self.open_shards : (number + 1) * self.open_shards].tolist()
+
+    def _group_behind(self, group: tuple[int, int]) -> tuple[int, int]:
+        epoch, number = group
+        # Groups that hold nothing but what is left out of the epoch are passed over.
+        if self.epoch(epoch).group_starts[number + 1] < self.samples_per_epoch:
+            return epoch, number + 1
+        return epoch + 1, 0
 
     def replacements(self, place: int) -> Iterator[int]:
         """Yield the places tried, in turn, when the sample at ``place`` is bad.

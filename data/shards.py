@@ -4,15 +4,20 @@ A shard is a tar file of samples in the layout of img2dataset: members that shar
 the base name) are one sample: an image (jpg, jpeg, png or webp) and a caption (txt). Other members are ignored.
 
     python -m textlock.data.shards pack --images photos --captions captions.tsv --output shards
+    python -m textlock.data.shards pack --shards shards --resize 256 --quality 90 --output smaller
     python -m textlock.data.shards index shards
-    python -m textlock.data.shards verify shards
+    python -m textlock.data.shards verify shards --output skipped.jsonl
+
+The shards may be elsewhere, at any URL that fsspec reads, with their index beside them (``cache.py``). They are indexed
+where they are files.
 
 The index, one file beside the shards, holds 40 bytes a sample and is memory-mapped, so that opening two billion samples
 takes no longer than opening two thousand. Its layout, little-endian:
 
     header   96 bytes: magic, version u32, shards u32, samples u64, offset of the records u64,
              fingerprint (sha256 of shard names, sizes, counts and all records), sha256 of the header and table
-    table    for each shard: size u64, modification time in ns i64, samples u64, length of the name u16, name
+    table    for each shard: size u64, modification time in ns i64, samples u64, its sha256, length of the name u16,
+             name
     records  for each sample: SAMPLE_DTYPE
 """
 
@@ -23,20 +28,36 @@ import os
 import struct
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from io import BytesIO
+from multiprocessing import get_context
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
+import torch
 import tyro
+from PIL import Image
 
+from .cache import CachedShards, FetchError, Lease, RemoteFile, RemoteFolder, ShardCache, is_remote
 from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption
-from .images import MAX_IMAGE_BYTES, BadSample, ImageHeader, check_image, decode_image
+from .images import (
+    MAX_IMAGE_BYTES,
+    BadSample,
+    CropWindow,
+    ImageHeader,
+    check_image,
+    crop_and_resize,
+    decode_image,
+)
 from .publish import published_file, published_folder
 from .tar import BLOCK, DamagedTar, Problem, TarSample, header_name, read_members, read_samples, split_key
 
@@ -51,13 +72,15 @@ SAMPLE_DTYPE = np.dtype(
         ("caption_hash", "<u8"),  # the bits of captions.caption_id
     ]
 )
+# Where copies of remote shards are kept unless the config says otherwise.
+DEFAULT_CACHE_DIR = "~/.cache/textlock"
 FILE_COLUMNS = ("file", "filepath", "filename")
 CAPTION_COLUMNS = ("caption", "title", "text")
 
 _MAGIC = b"TEXTLOCK"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<8sIIQQ32s32s")
-_TABLE_ENTRY = struct.Struct("<QqQH")
+_TABLE_ENTRY = struct.Struct("<QqQ32sH")
 _MAX_U32 = 2**32 - 1
 # A long name sits in extended headers before the member's own: the header blocks and a path of at most 4 KiB.
 _MAX_HEADER_BLOCKS = 16
@@ -98,11 +121,13 @@ def _records(path: Path, samples: list[TarSample]) -> npt.NDArray[np.void]:
 class ShardIndex:
     """An open index: N samples in S shards, numbered from 0 in the order of shard names and of members."""
 
-    folder: Path
+    address: str  # folder or URL
     shard_names: list[str]
+    shard_sizes: list[int]  # bytes
     first_sample: npt.NDArray[np.int64]  # [S + 1]
     samples: npt.NDArray[np.void]  # [N] SAMPLE_DTYPE, memory-mapped
     fingerprint: str  # sha256, in hex: the same for equal shards wherever and whenever they are copied
+    remote: CachedShards | None = None  # how the shards are opened, when they are not files in a folder
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -122,14 +147,15 @@ class _TableEntry:
     size: int
     modified_ns: int
     samples: int
+    sha256: bytes
 
     def pack(self) -> bytes:
-        name = self.name.encode()
-        return _TABLE_ENTRY.pack(self.size, self.modified_ns, self.samples, len(name)) + name
+        name = os.fsencode(self.name)
+        return _TABLE_ENTRY.pack(self.size, self.modified_ns, self.samples, self.sha256, len(name)) + name
 
     def hashed(self) -> bytes:
         # Without the modification time, which a copy changes.
-        return f"{self.name}\0{self.size}\0{self.samples}\0".encode()
+        return os.fsencode(f"{self.name}\0{self.size}\0{self.samples}\0") + self.sha256
 
 
 @dataclass(frozen=True)
@@ -147,44 +173,59 @@ def list_shards(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: the folder does not exist or holds no .tar file.
     """
+    return [folder / name for name in _shard_names(folder)]
+
+
+def _shard_names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: name a folder of .tar shards")
-    shards = sorted(path for path in folder.iterdir() if path.suffix == ".tar" and path.is_file())
-    if not shards:
+    with os.scandir(folder) as entries:  # which asks nothing of each file, where there may be 150,000
+        names = sorted(entry.name for entry in entries if entry.name.endswith(".tar") and entry.is_file())
+    if not names:
         raise FileNotFoundError(
             f"no .tar shards in {folder}: write some with python -m textlock.data.shards pack, or name another folder"
         )
-    return shards
+    return names
 
 
-def index_shards(folder: Path) -> IndexReport:
+def _index_shard(path: Path) -> tuple[_TableEntry, bytes, list[Problem]]:
+    """Return the table entry of one shard, its records and what is wrong with it."""
+    entry, samples, problems = _read_shard(path)
+    return entry, _records(path, samples).tobytes(), problems
+
+
+def _read_shard(path: Path) -> tuple[_TableEntry, list[TarSample], list[Problem]]:
+    status = path.stat()
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    samples, problems = read_samples(path)
+    return _TableEntry(path.name, status.st_size, status.st_mtime_ns, len(samples), digest), samples, problems
+
+
+def index_shards(folder: Path, *, workers: int = 1) -> IndexReport:
     """Write ``folder/index.textlock`` for the shards in ``folder``, replacing an earlier index atomically.
 
-    A damaged tar keeps the samples before the damage; duplicate keys and captions without an image are left out.
-    ``problems`` of the result names them all.
+    What is damaged in a tar, duplicate keys and captions without an image are left out; ``problems`` of the result
+    names them all. ``workers`` processes read a shard each: all of its bytes, for the checksum.
 
     Raises:
         FileNotFoundError: there are no shards.
         ValueError: a shard has no sample at all.
     """
     shards = list_shards(folder)
-    table_size = sum(len(_TableEntry(path.name, 0, 0, 0).pack()) for path in shards)
+    table_size = sum(len(_TableEntry(path.name, 0, 0, 0, bytes(32)).pack()) for path in shards)
     records_offset = _HEADER.size + table_size
     fingerprint = hashlib.sha256()
     entries: list[_TableEntry] = []
     problems: list[Problem] = []
     empty: list[str] = []
-    with published_file(folder / INDEX_NAME) as file:
+    with published_file(folder / INDEX_NAME) as file, _processes(min(workers, len(shards))) as run:
         file.seek(records_offset)
-        for path in shards:
-            status = path.stat()
-            samples, found = read_samples(path)
+        for entry, records, found in run(_index_shard, shards):
             problems += found
-            if not samples:
-                empty.append(path.name)
+            if not entry.samples:
+                empty.append(entry.name)
                 continue
-            entry = _TableEntry(path.name, status.st_size, status.st_mtime_ns, len(samples))
-            records = _records(path, samples).tobytes()
             fingerprint.update(entry.hashed())
             fingerprint.update(records)
             file.write(records)
@@ -203,63 +244,162 @@ def index_shards(folder: Path) -> IndexReport:
     return IndexReport(len(entries), total, problems)
 
 
-def open_index(folder: Path | str) -> ShardIndex:
-    """Open the index of a folder of shards; its records stay on disk, memory-mapped.
+@contextmanager
+def _processes(count: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yield a ``map`` over ``count`` processes; the built-in one where that is 1."""
+    if count <= 1:
+        yield map
+        return
+    # Threads may be running here, and a fork would copy their locks: a fresh process that has what it takes is forked.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.shards"])
+    with ProcessPoolExecutor(count, mp_context=context) as pool:
+        yield pool.map
+
+
+def open_index(
+    shards: Path | str, *, cache_dir: Path | str | None = None, cache_gb: float = 100.0, fetchers: int = 4
+) -> ShardIndex:
+    """Open the index of shards in a folder or below a URL; its records stay on disk, memory-mapped.
+
+    Copies of remote shards go to ``cache_dir`` (by default ``DEFAULT_CACHE_DIR``), up to ``cache_gb`` * 10^9 bytes of
+    them; ``fetchers`` threads fetch ahead what ``ShardReader.expect`` names.
 
     Raises:
         FileNotFoundError: there are no shards, or no index.
         ValueError: the index is damaged, or the shards have changed since it was made.
     """
-    folder = Path(folder)
-    shards = list_shards(folder)
+    if is_remote(shards):
+        cache = ShardCache(Path(cache_dir or DEFAULT_CACHE_DIR).expanduser(), round(cache_gb * 1e9))
+        return _open_remote_index(RemoteFolder(str(shards)), cache, fetchers)
+    folder = Path(shards)
+    names = _shard_names(folder)
     path = folder / INDEX_NAME
     advice = f"run python -m textlock.data.shards index {folder}"
     if not path.is_file():
         raise FileNotFoundError(f"no {INDEX_NAME} in {folder}: {advice}")
+    header, entries = _read_index(path, path, advice)
+    _check_fresh(folder, names, entries, advice)
+    return _map_index(str(folder), path, header, entries)
+
+
+def _open_remote_index(remote: RemoteFolder, cache: ShardCache, fetchers: int) -> ShardIndex:
+    where = f"{remote.url}/{INDEX_NAME}"
+    advice = "index the shards where they are files and put the index beside them"
+    try:
+        start = remote.read_start(INDEX_NAME, _HEADER.size)
+        header = _unpack_header(start, where, advice)
+
+        def check(path: Path) -> None:
+            try:
+                _check_records(path, *_read_index(path, where, advice), where, advice)
+            except ValueError as error:
+                raise OSError(str(error)) from error
+
+        path = cache.fetch_index(remote, INDEX_NAME, header.file_size, start, check)
+    except FetchError as error:
+        raise FileNotFoundError(str(error)) from error
+    header, entries = _read_index(path, where, advice)
+    files = [RemoteFile(entry.name, entry.size, entry.sha256) for entry in entries]
+    shards = CachedShards(remote, files, cache, fetchers=fetchers)
+    return _map_index(remote.url, path, header, entries, shards)
+
+
+@dataclass(frozen=True)
+class _Header:
+    shards: int
+    samples: int
+    records_offset: int
+    fingerprint: bytes
+    checksum: bytes
+
+    @property
+    def file_size(self) -> int:
+        return self.records_offset + self.samples * SAMPLE_DTYPE.itemsize
+
+    def sum_with(self, table: bytes) -> bytes:
+        fields = (_MAGIC, _VERSION, self.shards, self.samples, self.records_offset, self.fingerprint)
+        return hashlib.sha256(_HEADER.pack(*fields, bytes(32)) + table).digest()
+
+
+def _unpack_header(start: bytes, where: Path | str, advice: str) -> _Header:
+    if len(start) < _HEADER.size or not start.startswith(_MAGIC):
+        raise ValueError(f"{where} is not an index of textlock: {advice}")
+    _, version, *fields = _HEADER.unpack(start)
+    if version != _VERSION:
+        raise ValueError(f"{where} has version {version}, this textlock reads version {_VERSION}: {advice}")
+    return _Header(*fields)
+
+
+def _read_index(path: Path, where: Path | str, advice: str) -> tuple[_Header, list[_TableEntry]]:
     with open(path, "rb") as file:
-        header = file.read(_HEADER.size)
-        if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-            raise ValueError(f"{path} is not an index of textlock: {advice}")
-        *fields, checksum = _HEADER.unpack(header)
-        _, version, _, total, records_offset, fingerprint = fields
-        if version != _VERSION:
-            raise ValueError(f"{path} has version {version}, this textlock reads version {_VERSION}: {advice}")
+        header = _unpack_header(file.read(_HEADER.size), where, advice)
         size = os.fstat(file.fileno()).st_size
-        table = file.read(records_offset - _HEADER.size) if _HEADER.size <= records_offset <= size else b""
-        whole = size == records_offset + total * SAMPLE_DTYPE.itemsize
-        if not whole or hashlib.sha256(_HEADER.pack(*fields, bytes(32)) + table).digest() != checksum:
-            raise ValueError(f"{path} is damaged: {advice}")
-    entries = list(_unpack_table(table))
-    _check_fresh(shards, entries, advice)
+        table = (
+            file.read(header.records_offset - _HEADER.size) if _HEADER.size <= header.records_offset <= size else b""
+        )
+    if size != header.file_size or header.sum_with(table) != header.checksum:
+        raise ValueError(f"{where} is damaged: {advice}")
+    try:
+        entries = list(_unpack_table(table))
+    except struct.error as error:
+        raise ValueError(f"{where} is damaged: {advice}") from error
+    if len(entries) != header.shards or sum(entry.samples for entry in entries) != header.samples or not entries:
+        raise ValueError(f"{where} is damaged: {advice}")
+    for entry in entries:
+        # A table is a stranger's too: its names are looked up beside it and nowhere else, and stand in messages.
+        if "/" in entry.name or not entry.name.isprintable() or not entry.name.endswith(".tar") or not entry.samples:
+            raise ValueError(f"{where} names {entry.name!r} with {entry.samples} samples, which is no shard: {advice}")
+    return header, entries
+
+
+def _map_index(
+    address: str, path: Path, header: _Header, entries: list[_TableEntry], remote: CachedShards | None = None
+) -> ShardIndex:
     counts = np.array([entry.samples for entry in entries], dtype=np.int64)
     return ShardIndex(
-        folder=folder,
+        address=address,
         shard_names=[entry.name for entry in entries],
+        shard_sizes=[entry.size for entry in entries],
         first_sample=np.concatenate([[0], np.cumsum(counts)]),
-        samples=np.memmap(path, dtype=SAMPLE_DTYPE, mode="r", offset=records_offset, shape=(total,)),
-        fingerprint=fingerprint.hex(),
+        samples=np.memmap(path, dtype=SAMPLE_DTYPE, mode="r", offset=header.records_offset, shape=(header.samples,)),
+        fingerprint=header.fingerprint.hex(),
+        remote=remote,
     )
+
+
+def _check_records(path: Path, header: _Header, entries: list[_TableEntry], where: str, advice: str) -> None:
+    """Compare the fingerprint of an index with all of its records. Raises ValueError."""
+    fingerprint = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(header.records_offset)
+        for entry in entries:
+            fingerprint.update(entry.hashed())
+            fingerprint.update(file.read(entry.samples * SAMPLE_DTYPE.itemsize))
+    if fingerprint.digest() != header.fingerprint:
+        raise ValueError(f"the records in {where} are damaged: {advice}")
 
 
 def _unpack_table(table: bytes) -> Iterator[_TableEntry]:
     at = 0
     while at < len(table):
-        size, modified_ns, samples, length = _TABLE_ENTRY.unpack_from(table, at)
+        size, modified_ns, samples, sha256, length = _TABLE_ENTRY.unpack_from(table, at)
         at += _TABLE_ENTRY.size
-        yield _TableEntry(table[at : at + length].decode(), size, modified_ns, samples)
+        yield _TableEntry(os.fsdecode(table[at : at + length]), size, modified_ns, samples, sha256)
         at += length
 
 
-def _check_fresh(shards: list[Path], entries: list[_TableEntry], advice: str) -> None:
-    found = {path.name: path.stat() for path in shards}
+def _check_fresh(folder: Path, names: list[str], entries: list[_TableEntry], advice: str) -> None:
+    found = set(names)
     for entry in entries:
-        status = found.pop(entry.name, None)
-        if status is None:
+        if entry.name not in found:
             raise ValueError(f"the index names {entry.name}, which is not there: restore the shard, or {advice}")
+        found.remove(entry.name)
+        status = os.stat(os.path.join(folder, entry.name))
         if (status.st_size, status.st_mtime_ns) != (entry.size, entry.modified_ns):
             raise ValueError(f"{entry.name} has changed since it was indexed: {advice}")
     if found:
-        raise ValueError(f"{next(iter(found))} is not in the index: {advice}")
+        raise ValueError(f"{min(found)} is not in the index: {advice}")
 
 
 class _Descriptor:
@@ -289,7 +429,22 @@ class ShardReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
-        self._open = lru_cache(maxsize=_OPEN_FILES)(_Descriptor)
+        self._open_file = lru_cache(maxsize=_OPEN_FILES)(_Descriptor)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Say which shards are read next, the soonest first: remote ones are fetched ahead, all others let go."""
+        if self._index.remote is not None:
+            self._index.remote.expect(shards)
+
+    def close(self) -> None:
+        """Stop fetching ahead."""
+        if self._index.remote is not None:
+            self._index.remote.close()
+
+    def _open(self, shard: int) -> _Descriptor | Lease:
+        if self._index.remote is not None:
+            return self._index.remote.open(shard)
+        return self._open_file(Path(self._index.address) / self._index.shard_names[shard])
 
     def read(self, sample: int) -> RawSample:
         """Return the bytes of a sample, as they are in the shard.
@@ -299,7 +454,6 @@ class ShardReader:
                 (another image or caption is where the index says the sample's is).
         """
         shard = self._index.shard_of(sample)
-        path = self._index.folder / self._index.shard_names[shard]
         image_offset, caption_offset, image_size, caption_size, key_hash, caption_hash = self._index.samples[
             sample
         ].item()
@@ -311,15 +465,16 @@ class ShardReader:
         start = image_offset - BLOCK
         together = image_end <= caption_offset <= image_end + _MAX_READ_AHEAD
         try:
-            file = self._open(path)
+            file = self._open(shard)
             block = _read_exactly(file.number, start, (caption_end if together else image_end) - start)
             if together:
                 caption = block[caption_offset - start :]
             else:
                 caption = _read_exactly(file.number, caption_offset, caption_size)
             key = self._key(file.number, block[:BLOCK], image_offset, key_hash)
-        except OSError as error:
-            raise BadSample("unreadable", f"{path.name} cannot be read at byte {image_offset}: {error}") from error
+        except (OSError, OverflowError) as error:  # the latter for an offset beyond 2^63, which an index may hold
+            name = self._index.shard_names[shard]
+            raise BadSample("unreadable", f"{name} cannot be read at byte {image_offset}: {error}") from error
         signed_id = caption_hash - (caption_hash >> 63 << 64)
         if caption_id(decode_caption(caption)) != signed_id:
             raise BadSample("moved", f"byte {caption_offset} does not begin the caption that was indexed there")
@@ -357,15 +512,21 @@ class VerifyReport:
 
 
 def verify_shards(
-    folder: Path, *, workers: int | None = None, on_problem: Callable[[Problem], None] | None = None
+    shards: Path | str,
+    *,
+    workers: int | None = None,
+    on_problem: Callable[[Problem], None] | None = None,
+    cache_dir: Path | str | None = None,
+    cache_gb: float = 100.0,
 ) -> VerifyReport:
-    """Decode every image and caption of the shards in ``folder``, and compare the shards with their index.
+    """Read every sample of the shards in a folder or below a URL as the loader does, and compare them with their index.
 
-    ``on_problem`` is called with each problem as it is found. ``workers`` is the number of decoding threads, by default
-    one for each CPU.
+    ``on_problem`` is called with each problem, shard by shard. ``workers`` is the number of processes, by default one
+    for each CPU; each reads a shard. ``cache_dir`` and ``cache_gb`` are for remote shards, as in ``open_index``.
 
     Raises:
-        FileNotFoundError: there are no shards.
+        FileNotFoundError: there are no shards, or remote ones without an index.
+        ValueError: the index of remote shards is damaged.
     """
     report = VerifyReport()
 
@@ -375,33 +536,23 @@ def verify_shards(
             on_problem(problem)
 
     index: ShardIndex | None = None
-    shards = list_shards(folder)
     try:
-        index = open_index(folder)
+        index = open_index(shards, cache_dir=cache_dir, cache_gb=cache_gb)
+        names = index.shard_names
     except (ValueError, FileNotFoundError) as error:
+        if is_remote(shards):
+            raise
+        names = _shard_names(Path(shards))
         add(Problem(INDEX_NAME, "", "index", str(error)))
+    check = _ShardCheck(str(shards), cache_dir, cache_gb, token_hex() if index is not None else None)
     fingerprint = hashlib.sha256()
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for number, path in enumerate(shards):
-            samples, problems = read_samples(path)
-            records = _records(path, samples)
-            fingerprint.update(_TableEntry(path.name, path.stat().st_size, 0, len(samples)).hashed())
-            fingerprint.update(records.tobytes())
-            if index is not None:
-                first, last = index.first_sample[number : number + 2]
-                if not np.array_equal(index.samples[first:last], records):
-                    add(Problem(path.name, "", "index", "the index does not say what is in this shard: index it again"))
-            if not samples and not problems:
-                add(Problem(path.name, "", "tar", "the shard holds no sample with an image"))
-            for problem in problems:
+    with _processes(min(workers or os.cpu_count() or 1, len(names))) as run:
+        for found in run(check, enumerate(names)):
+            report.good += found.good
+            fingerprint.update(found.hashed)
+            for problem in found.problems:
                 add(problem)
-            with open(path, "rb", buffering=0) as file:
-                for fault in pool.map(_Judge(path.name, file.fileno()), samples):
-                    if fault is None:
-                        report.good += 1
-                    else:
-                        add(fault)
-    if index is not None and fingerprint.hexdigest() != index.fingerprint:
+    if index is not None and index.remote is None and fingerprint.hexdigest() != index.fingerprint:
         add(
             Problem(INDEX_NAME, "", "index", "the fingerprint in the index is not that of the shards: index them again")
         )
@@ -409,28 +560,77 @@ def verify_shards(
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """Reads and decodes one sample of a shard and says what is wrong with it."""
+class _CheckedShard:
+    """What a ``_ShardCheck`` has found, and the shard's share of the fingerprint."""
 
-    shard: str
-    descriptor: int
+    good: int
+    hashed: bytes
+    problems: list[Problem]
 
-    def __call__(self, sample: TarSample) -> Problem | None:
-        assert sample.image is not None
-        try:
-            if sample.image.size > MAX_IMAGE_BYTES:
-                raise BadSample("too-large", f"the image has {sample.image.size:,} bytes")
-            decode_image(_read_exactly(self.descriptor, sample.image.offset, sample.image.size))
-            if sample.caption is None:
-                raise BadSample("no-caption", "the sample has no caption")
-            size = min(sample.caption.size, MAX_CAPTION_BYTES + 1)
-            if not decode_caption(_read_exactly(self.descriptor, sample.caption.offset, size)):
-                raise BadSample("empty-caption", "the caption is empty")
-        except BadSample as fault:
-            return Problem(self.shard, sample.key, fault.kind, str(fault))
-        except OSError as error:
-            return Problem(self.shard, sample.key, "unreadable", str(error))
-        return None
+
+@dataclass(frozen=True)
+class _ShardCheck:
+    """Checks one shard after the other, in a process of its own."""
+
+    address: str
+    cache_dir: Path | str | None
+    cache_gb: float
+    verification: str | None  # by which a process knows the index that it has opened; None without an index
+
+    def __call__(self, numbered_name: tuple[int, str]) -> _CheckedShard:
+        number, name = numbered_name
+        index = _opened_index(self) if self.verification else None
+        if index is not None and index.remote is not None:
+            try:
+                # Held while it is read, below by the name that the system has for an open file.
+                lease = index.remote.open(number)
+            except FetchError as error:
+                return _CheckedShard(0, b"", [Problem(name, "", "unreadable", str(error))])
+            path = Path(f"/proc/self/fd/{lease.number}")
+        else:
+            path = Path(self.address) / name
+        entry, samples, problems = _read_shard(path)
+        entry = replace(entry, name=name)
+        problems = [replace(problem, shard=name) for problem in problems]
+        records = _records(path, samples)
+        if index is not None and index.remote is None:
+            first, last = index.first_sample[number : number + 2]
+            if not np.array_equal(index.samples[first:last], records):
+                message = "the index does not say what is in this shard: index it again"
+                problems.append(Problem(name, "", "index", message))
+        if not entry.samples and not problems:
+            problems.append(Problem(name, "", "tar-empty", "the shard holds no sample with an image"))
+        alone = ShardIndex(
+            address=str(path.parent),
+            shard_names=[path.name],
+            shard_sizes=[entry.size],
+            first_sample=np.array([0, entry.samples]),
+            samples=records,
+            fingerprint="",
+        )
+        reader = ShardReader(alone)
+        good = 0
+        for place, sample in enumerate(samples):
+            try:
+                _judge(reader.read(place), sample)
+                good += 1
+            except BadSample as fault:
+                problems.append(Problem(name, sample.key, fault.kind, str(fault), place))
+        return _CheckedShard(good, entry.hashed() + records.tobytes(), problems)
+
+
+@lru_cache(maxsize=1)
+def _opened_index(check: _ShardCheck) -> ShardIndex:
+    return open_index(check.address, cache_dir=check.cache_dir, cache_gb=check.cache_gb)
+
+
+def _judge(raw: RawSample, sample: TarSample) -> None:
+    """Decode a sample as the loader does. Raises BadSample."""
+    if sample.caption is None:
+        raise BadSample("no-caption", "the sample has no caption")
+    if not decode_caption(raw.caption):
+        raise BadSample("empty-caption", "the caption is empty")
+    decode_image(raw.image)
 
 
 @dataclass(frozen=True)
@@ -442,13 +642,57 @@ class PackReport:
     skipped: list[Problem]
 
 
+@dataclass(frozen=True)
+class Reencoding:
+    """How images are made cheaper to read: baseline JPEG, the short side at most ``short_side`` pixels."""
+
+    short_side: int
+    quality: int = 90
+
+    def __post_init__(self) -> None:
+        if self.short_side < 1 or not 1 <= self.quality <= 100:
+            raise ValueError(
+                f"resize is {self.short_side} and quality {self.quality}: they must be at least 1, and quality at most "
+                "100"
+            )
+
+    def __call__(self, payload: bytes) -> tuple[bytes, ImageHeader]:
+        """Return the image and its header; a baseline JPEG that is small enough stays as it is. Raises BadSample."""
+        header = check_image(payload)
+        fits = min(header.height, header.width) <= self.short_side
+        if fits and header.format == "jpeg" and not _is_progressive(payload):
+            return payload, header
+        image = decode_image(payload)
+        if not fits:
+            height, width = image.shape[:2]
+            scale = self.short_side / min(height, width)
+            resized = torch.empty(round(height * scale), round(width * scale), 3, dtype=torch.uint8)
+            crop_and_resize(image, CropWindow(0, 0, height, width), resized)
+            image = resized.numpy()
+        payload = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=self.quality, colorsubsampling="420")
+        return payload, check_image(payload)
+
+
+def _is_progressive(payload: bytes) -> bool:
+    with Image.open(BytesIO(payload), formats=["jpeg"]) as image:  # reads no more than the header
+        return bool(image.info.get("progressive"))
+
+
 def pack_shards(
-    images: Path, captions: Path, output: Path, *, samples_per_shard: int = 1000, skip_bad: bool = False
+    images: Path,
+    captions: Path,
+    output: Path,
+    *,
+    samples_per_shard: int = 1000,
+    skip_bad: bool = False,
+    reencoding: Reencoding | None = None,
+    workers: int = 1,
 ) -> PackReport:
     """Write the images that ``captions`` names, with their captions, as tar shards with an index in ``output``.
 
-    Image bytes are copied as they are. Each sample is ``key.jpg`` (or png, webp), ``key.txt`` and ``key.json`` with
-    key, caption, width, height, file and sha256. The shards of the same input are the same bytes.
+    Image bytes are copied as they are unless there is a ``reencoding``; ``workers`` threads read, check and re-encode.
+    Each sample is ``key.jpg`` (or png, webp), ``key.txt`` and ``key.json`` with key, caption, width, height, file and
+    sha256. The shards of the same input are the same bytes.
 
     Raises:
         FileNotFoundError: the captions file, the folder or a named image does not exist.
@@ -460,37 +704,135 @@ def pack_shards(
     if not images.is_dir():
         raise FileNotFoundError(f"no folder {images}: name the folder of the images")
     with published_folder(output) as draft:
-        report = _write_shards(images, captions, draft, samples_per_shard, skip_bad)
+        samples = _load_samples(images, captions, reencoding, workers)
+        report = _write_shards(samples, captions, draft, samples_per_shard, skip_bad)
         index_shards(draft)
     return report
 
 
-def _write_shards(images: Path, captions: Path, folder: Path, samples_per_shard: int, skip_bad: bool) -> PackReport:
+def repack_shards(source: Path, output: Path, reencoding: Reencoding, *, workers: int = 1) -> PackReport:
+    """Write the shards of ``source`` again with re-encoded images, and their index; ``workers`` processes take a shard
+    each.
+
+    Shards, keys and captions keep their names, order and bytes. Bad samples are left out: the result names them. A
+    shard without a good sample is not written.
+
+    Raises:
+        FileNotFoundError: there are no shards.
+        ValueError: no sample is good, or ``output`` is not empty.
+    """
+    shards = list_shards(source)
+    skipped: list[Problem] = []
+    with published_folder(output) as draft:
+        with _processes(min(workers, len(shards))) as run:
+            for problems in run(_ShardRepacking(draft, reencoding), shards):
+                skipped += problems
+        if not any(draft.iterdir()):
+            raise ValueError(f"{source} holds no good sample: there is nothing to pack")
+        report = index_shards(draft, workers=workers)
+    return PackReport(report.shards, report.samples, skipped)
+
+
+@dataclass(frozen=True)
+class _ShardRepacking:
+    output: Path
+    reencoding: Reencoding
+
+    def __call__(self, path: Path) -> list[Problem]:
+        samples, problems = read_samples(path)
+        draft = self.output / path.name
+        written = 0
+        with (
+            open(path, "rb", buffering=0) as source,
+            tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as tar,
+        ):
+            for place, sample in enumerate(samples):
+                try:
+                    self._copy(source.fileno(), sample, tar)
+                    written += 1
+                except BadSample as fault:
+                    problems.append(Problem(path.name, sample.key, fault.kind, str(fault), place))
+        if not written:
+            draft.unlink()
+        return problems
+
+    def _copy(self, descriptor: int, sample: TarSample, tar: tarfile.TarFile) -> None:
+        assert sample.image is not None
+        if sample.image.size > MAX_IMAGE_BYTES:
+            raise BadSample("too-large", f"the image has {sample.image.size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+        if sample.caption is None:
+            raise BadSample("no-caption", "the sample has no caption")
+        try:
+            size = min(sample.caption.size, MAX_CAPTION_BYTES + 1)
+            caption = _read_exactly(descriptor, sample.caption.offset, size)
+            payload = _read_exactly(descriptor, sample.image.offset, sample.image.size)
+        except OSError as error:
+            raise BadSample("unreadable", str(error)) from error
+        if not decode_caption(caption):
+            raise BadSample("empty-caption", "the caption is empty")
+        payload, header = self.reencoding(payload)
+        _add_member(tar, f"{sample.key}.{_extension(header)}", payload)
+        _add_member(tar, f"{sample.key}.txt", caption)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An image that ``captions`` names, or why it cannot be packed."""
+
+    line: int
+    name: str
+    caption: str
+    image: tuple[bytes, ImageHeader] | BadSample
+
+
+def _load_samples(images: Path, captions: Path, reencoding: Reencoding | None, workers: int) -> Iterator[_Loaded]:
+    """Yield what ``captions`` names in its order; ``workers`` threads are a few images ahead."""
+
+    def load(line: int, name: str, caption: str, path: Path) -> _Loaded:
+        try:
+            payload, header = _load_image(path)
+            return _Loaded(line, name, caption, reencoding(payload) if reencoding else (payload, header))
+        except BadSample as fault:
+            return _Loaded(line, name, caption, fault)
+
+    pending: deque[Future[_Loaded]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for line, name, caption in read_captions(captions):
+            path = _image_path(images, name, f"{captions} line {line}")
+            pending.append(pool.submit(load, line, name, caption, path))
+            if len(pending) > 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _write_shards(
+    samples: Iterator[_Loaded], captions: Path, folder: Path, samples_per_shard: int, skip_bad: bool
+) -> PackReport:
     digits = max(4, len(str(samples_per_shard - 1)))
     skipped: list[Problem] = []
     written = 0
     tar: tarfile.TarFile | None = None
     try:
-        for line, name, caption in read_captions(captions):
-            path = _image_path(images, name, f"{captions} line {line}")
-            try:
-                payload, header = _load_image(path)
-                if not caption.strip():
-                    raise BadSample("empty-caption", "the caption is empty")
-            except BadSample as fault:
+        for sample in samples:
+            fault = sample.image if isinstance(sample.image, BadSample) else None
+            if fault is None and not sample.caption.strip():
+                fault = BadSample("empty-caption", "the caption is empty")
+            if fault is not None:
                 if not skip_bad:
                     raise ValueError(
-                        f"{captions} line {line}: {name}: {fault}; mend it, or leave such samples out with --skip-bad"
+                        f"{captions} line {sample.line}: {sample.name}: {fault}; mend it, or leave such samples out "
+                        "with --skip-bad"
                     ) from fault
-                skipped.append(Problem(captions.name, name, fault.kind, str(fault)))
+                skipped.append(Problem(captions.name, sample.name, fault.kind, str(fault)))
                 continue
             shard, place = divmod(written, samples_per_shard)
             if place == 0:
                 _close_shard(tar)
                 # USTAR and fixed times and owners: equal input gives equal bytes.
                 tar = tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            assert tar is not None
-            _add_sample(tar, f"{shard:05d}{place:0{digits}d}", name, payload, header, caption)
+            assert tar is not None and not isinstance(sample.image, BadSample)
+            _add_sample(tar, f"{shard:05d}{place:0{digits}d}", sample.name, *sample.image, sample.caption)
             written += 1
         _close_shard(tar)
         tar = None
@@ -527,16 +869,19 @@ def _add_sample(tar: tarfile.TarFile, key: str, name: str, payload: bytes, heade
         "file": name,
         "sha256": hashlib.sha256(payload).hexdigest(),
     }
-    extension = "jpg" if header.format == "jpeg" else header.format
-    members = {
-        extension: payload,
-        "txt": caption.encode("utf-8", "replace"),
-        "json": json.dumps(facts).encode(),
-    }
-    for suffix, content in members.items():
-        info = tarfile.TarInfo(f"{key}.{suffix}")
-        info.size = len(content)
-        tar.addfile(info, BytesIO(content))
+    _add_member(tar, f"{key}.{_extension(header)}", payload)
+    _add_member(tar, f"{key}.txt", caption.encode("utf-8", "replace"))
+    _add_member(tar, f"{key}.json", json.dumps(facts).encode())
+
+
+def _extension(header: ImageHeader) -> str:
+    return "jpg" if header.format == "jpeg" else header.format
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, BytesIO(content))
 
 
 def _close_shard(tar: tarfile.TarFile | None) -> None:
@@ -621,44 +966,94 @@ def _show(problem: Problem) -> None:
     print("".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line))
 
 
-def _pack(images: Path, captions: Path, output: Path, samples_per_shard: int = 1000, skip_bad: bool = False) -> None:
-    """Write a folder of images and a captions file as tar shards with an index.
+def _pack(
+    output: Path,
+    images: Path | None = None,
+    captions: Path | None = None,
+    shards: Path | None = None,
+    samples_per_shard: int = 1000,
+    skip_bad: bool = False,
+    resize: int | None = None,
+    quality: int = 90,
+    workers: int | None = None,
+) -> None:
+    """Write a folder of images and a captions file, or other shards, as tar shards with an index.
 
     Args:
+        output: New folder for the shards.
         images: Folder of the images.
         captions: .tsv or .csv with a header line, or .jsonl; with a column file, filepath or filename (inside the
             folder of the images) and a column caption, title or text.
-        output: New folder for the shards.
+        shards: Folder of shards to write again with --resize, instead of images and captions; bad samples are left out.
         samples_per_shard: Samples in each shard; the last may have fewer.
         skip_bad: Leave out images that are no JPEG, PNG or WebP and empty captions, instead of stopping at the first.
+        resize: Re-encode as baseline JPEG whose short side has at most so many pixels; smaller ones are not enlarged.
+        quality: Of those JPEGs, 1 to 100.
+        workers: Threads, or for shards processes; by default one for each CPU.
     """
-    report = pack_shards(images, captions, output, samples_per_shard=samples_per_shard, skip_bad=skip_bad)
+    reencoding = Reencoding(resize, quality) if resize is not None else None
+    workers = workers or os.cpu_count() or 1
+    if shards is not None and images is None and captions is None and reencoding is not None:
+        report = repack_shards(shards, output, reencoding, workers=workers)
+    elif shards is None and images is not None and captions is not None:
+        report = pack_shards(
+            images,
+            captions,
+            output,
+            samples_per_shard=samples_per_shard,
+            skip_bad=skip_bad,
+            reencoding=reencoding,
+            workers=workers,
+        )
+    else:
+        raise ValueError("name --images and --captions, or --shards with --resize")
     for problem in report.skipped:
         _show(problem)
     print(f"{report.samples} samples in {report.shards} shards in {output}; {len(report.skipped)} left out")
 
 
-def _index(folder: tyro.conf.Positional[Path]) -> None:
+def _index(folder: tyro.conf.Positional[Path], workers: int | None = None) -> None:
     """Write the index of a folder of tar shards.
 
     Args:
         folder: Folder of .tar shards.
+        workers: Processes, which read a shard each; by default one for each CPU.
     """
-    report = index_shards(folder)
+    report = index_shards(folder, workers=workers or os.cpu_count() or 1)
     for problem in report.problems:
         _show(problem)
     print(f"{report.samples} samples in {report.shards} shards; {len(report.problems)} problems")
 
 
-def _verify(folder: tyro.conf.Positional[Path], workers: int | None = None) -> None:
-    """List every bad sample of a folder of tar shards; exit status 1 when there is any.
+def _verify(
+    shards: tyro.conf.Positional[str],
+    output: Path | None = None,
+    workers: int | None = None,
+    cache_dir: str | None = None,
+    cache_gb: float = 100.0,
+) -> None:
+    """Read a set of shards as the loader would and list what it will skip; exit status 1 when there is anything.
 
     Args:
-        folder: Folder of .tar shards.
-        workers: Decoding threads; by default one for each CPU.
+        shards: Folder of .tar shards, or its URL.
+        output: File for the list, one JSON object a line: shard, key, kind, message, place.
+        workers: Processes, which read a shard each; by default one for each CPU.
+        cache_dir: Folder for copies of remote shards.
+        cache_gb: Room for them there, in 10^9 bytes.
     """
-    report = verify_shards(folder, workers=workers, on_problem=_show)
-    print(f"{report.good} good samples; {len(report.problems)} problems")
+    arguments: dict[str, Any] = {"workers": workers, "cache_dir": cache_dir, "cache_gb": cache_gb}
+    if output is None:
+        report = verify_shards(shards, on_problem=_show, **arguments)
+    else:
+        with published_file(output) as file:
+
+            def record(problem: Problem) -> None:
+                _show(problem)
+                file.write(json.dumps(asdict(problem)).encode() + b"\n")
+
+            report = verify_shards(shards, on_problem=record, **arguments)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(p.kind for p in report.problems).most_common())
+    print(f"{report.good} good samples; {len(report.problems)} problems{kinds and ': '}{kinds}")
     if report.problems:
         raise SystemExit(1)
 

@@ -2,11 +2,27 @@
 
 The reader is our own because it must report damage and go on, give offsets, and trust nothing: sizes are bounded by the
 file, links and devices are ignored, and a name is never used as a path.
+
+What may be wrong with a shard is counted by these kinds; the samples around it stay:
+
+    tar-header        a header with a wrong checksum or number, or that is cut: reading goes on at the next header
+    tar-extended      a PAX or GNU header that cannot be read: so does it
+    tar-size          a member said to be longer than the file: so does it
+    tar-sparse        a sparse member: it is left out
+    tar-truncated     no end marker: the file was cut short
+    tar-concatenated  a second archive behind the end marker of the first: it is read too
+    tar-garbage       bytes behind the end marker that are no archive
+    link              an image or caption that is a link, a device or a folder
+    name              an image or caption whose name is absolute or climbs with ``..``
+    duplicate         a second image (or caption) with one key: the first counts
+    no-image          a caption without an image
+    tar-empty         no sample with an image at all
 """
 
 import os
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +31,10 @@ from .images import IMAGE_EXTENSIONS
 
 BLOCK = 512
 _MAX_EXTENDED_HEADER = 2**20
+_MAX_DAMAGES = 100
+_SCAN_BYTES = 2**20
+# Links, devices and folders have no data, whatever their size says.
+_KINDS_WITHOUT_DATA = b"123456"
 
 
 @dataclass(frozen=True)
@@ -25,68 +45,118 @@ class Problem:
     key: str
     kind: str
     message: str
+    place: int | None = None  # of a sample that the index counts: its place in its shard, from 0
 
 
 class DamagedTar(ValueError):
-    """The tar cannot be read beyond this point."""
+    """A place of a tar that cannot be read. ``kind`` is one of those above; ``resume`` is where to look for more."""
+
+    def __init__(self, kind: str, message: str, resume: int) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.resume = resume
 
 
 @dataclass(frozen=True)
 class TarMember:
-    """A regular file in a tar: its name, and where its bytes are."""
+    """A member of a tar: its name, and where its bytes are. ``is_file`` is False for a link, a device or a folder."""
 
     name: str
     offset: int
     size: int
+    is_file: bool = True
 
 
-def read_members(file: BinaryIO, start: int = 0) -> Iterator[TarMember]:
-    """Yield the regular files of a USTAR, GNU or PAX tar in order, reading only the headers.
+def read_members(
+    file: BinaryIO, start: int = 0, *, on_damage: Callable[[DamagedTar], None] | None = None
+) -> Iterator[TarMember]:
+    """Yield the members of a USTAR, GNU or PAX tar in order, reading only the headers.
+
+    ``on_damage`` is called with every place that cannot be read, and reading goes on at the next header behind it; a
+    file with a hundred such places is given up.
 
     Raises:
-        DamagedTar: after the last good member, when the rest cannot be trusted: a wrong header checksum, a member that
-            runs past the end of the file, no end marker, or data behind it.
+        DamagedTar: at the first such place, when there is no ``on_damage``.
     """
     descriptor = file.fileno()
+    at: int | None = start
+    damages = 0
+    while at is not None:
+        try:
+            yield from _read_archive(descriptor, at)
+            return
+        except DamagedTar as damage:
+            if on_damage is None:
+                raise
+            damages += 1
+            on_damage(damage)
+            resume = damage.resume
+        if damages == _MAX_DAMAGES:
+            on_damage(DamagedTar("tar-header", f"{_MAX_DAMAGES} places are damaged: the rest is not read", resume))
+            return
+        at = _find_header(descriptor, resume)
+
+
+def _read_archive(descriptor: int, at: int) -> Iterator[TarMember]:
     end = os.fstat(descriptor).st_size
-    at = start
     long_name: str | None = None
     long_size: int | None = None
+    sparse = False
     while True:
         header = os.pread(descriptor, BLOCK, at)
         if len(header) < BLOCK:
-            raise DamagedTar(f"the file ends at byte {end} without an end marker: it was cut short")
+            raise DamagedTar(
+                "tar-truncated", f"the file ends at byte {end} without an end marker: it was cut short", end
+            )
         if header == bytes(BLOCK):
             break
         _check_header_sum(header, at)
         kind = header[156:157]
         size = _read_number(header[124:136], at)
-        if kind in b"123456":  # links, devices and folders have no data, whatever their size says
+        if kind in _KINDS_WITHOUT_DATA:
             size = 0
         elif long_size is not None and kind not in b"xgLK":
             size = long_size
         offset = at + BLOCK
         if size > end - offset:
-            raise DamagedTar(f"the member at byte {at} has {size} bytes but the file ends after {max(0, end - offset)}")
+            what = "tar-truncated" if _find_header(descriptor, offset) is None else "tar-size"
+            message = f"the member at byte {at} has {size} bytes but the file ends after {max(0, end - offset)}"
+            raise DamagedTar(what, message, offset)
         if kind in b"xL":
             if size > _MAX_EXTENDED_HEADER:
-                raise DamagedTar(f"the extended header at byte {at} has {size} bytes")
+                raise DamagedTar("tar-extended", f"the extended header at byte {at} has {size} bytes", offset)
             body = os.pread(descriptor, size, offset)
             if kind == b"L":
                 long_name = _text(body)
             else:
-                name, long_size = _read_pax(body, at)
+                name, long_size, sparse = _read_pax(body, at)
                 long_name = name or long_name
-        elif kind == b"S":
-            raise DamagedTar(f"the member at byte {at} is sparse, which is not read")
+        elif kind == b"S" or (sparse and kind not in b"gK"):
+            raise DamagedTar("tar-sparse", f"the member at byte {at} is sparse, which is not read", offset)
         elif kind not in b"gK":
             name = long_name or header_name(header)
             # Tars from before POSIX mark a folder by its name alone.
-            if kind in b"0\x007" and not name.endswith("/"):
-                yield TarMember(name, offset, size)
+            is_file = kind not in _KINDS_WITHOUT_DATA and not name.endswith("/")
+            yield TarMember(name, offset, size, is_file)
             long_name = long_size = None
         at = offset + -(-size // BLOCK) * BLOCK
     _check_end(descriptor, at)
+
+
+def _find_header(descriptor: int, at: int) -> int | None:
+    """Return where the next header with the mark of POSIX or GNU and the right checksum is, a multiple of BLOCK on."""
+    while chunk := os.pread(descriptor, _SCAN_BYTES, at):
+        for start in range(0, len(chunk) - BLOCK + 1, BLOCK):
+            if chunk[start + 257 : start + 262] == b"ustar":
+                try:
+                    _check_header_sum(chunk[start : start + BLOCK], at + start)
+                except DamagedTar:
+                    continue
+                return at + start
+        if len(chunk) < BLOCK:
+            return None
+        at += len(chunk) // BLOCK * BLOCK
+    return None
 
 
 def _check_header_sum(header: bytes, at: int) -> None:
@@ -94,7 +164,7 @@ def _check_header_sum(header: bytes, at: int) -> None:
     blanked = header[:148] + b" " * 8 + header[156:]
     # Some old writers summed signed bytes.
     if stored not in (sum(blanked), sum(struct.unpack("512b", blanked))):
-        raise DamagedTar(f"the header at byte {at} has a wrong checksum")
+        raise DamagedTar("tar-header", f"the header at byte {at} has a wrong checksum", at + BLOCK)
 
 
 def _read_number(digits: bytes, at: int) -> int:
@@ -102,7 +172,7 @@ def _read_number(digits: bytes, at: int) -> int:
         return int.from_bytes(digits[1:], "big")
     text = digits.split(b"\0", 1)[0].strip(b" ")
     if text.strip(b"01234567"):
-        raise DamagedTar(f"the header at byte {at} has the number {digits!r}")
+        raise DamagedTar("tar-header", f"the header at byte {at} has the number {digits!r}", at + BLOCK)
     return int(text or b"0", 8)
 
 
@@ -111,39 +181,53 @@ def _text(name: bytes) -> str:
 
 
 def header_name(header: bytes) -> str:
+    """Return the name in a 512-byte header, which a long one may be cut to."""
     name = _text(header[:100])
     # Only POSIX headers have a prefix there; GNU headers keep times in its place.
     prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
     return f"{prefix}/{name}" if prefix else name
 
 
-def _read_pax(body: bytes, at: int) -> tuple[str | None, int | None]:
+def _read_pax(body: bytes, at: int) -> tuple[str | None, int | None, bool]:
+    """Return the path and size that the records ``length key=value`` give, and whether they say the file is sparse."""
+    sparse = False
     name: str | None = None
     size: int | None = None
-    while body.strip(b"\0"):
-        digits, space, _ = body.partition(b" ")
-        length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
-        record = body[len(digits) + 1 : length]
-        key, equals, value = record.partition(b"=")
-        if not (space and equals and record.endswith(b"\n")):
-            raise DamagedTar(f"the extended header at byte {at} is malformed")
+    resume = at + BLOCK
+    end = len(body.rstrip(b"\0"))
+    start = 0
+    while start < end:
+        # The length counts itself, the space and the newline; 2^20 has seven digits.
+        digits, space, _ = body[start : start + 8].partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        key, equals, value = body[start + len(digits) + 1 : start + length].partition(b"=")
+        if not (space and equals and value.endswith(b"\n")):
+            raise DamagedTar("tar-extended", f"the extended header at byte {at} is malformed", resume)
         value = value[:-1]
         if key == b"path":
             name = _text(value)
         elif key == b"size":
             if not value.isdigit() or len(value) > 20:
-                raise DamagedTar(f"the extended header at byte {at} has the size {value[:20]!r}")
+                message = f"the extended header at byte {at} has the size {value[:20]!r}"
+                raise DamagedTar("tar-extended", message, resume)
             size = int(value)
         elif key.startswith(b"GNU.sparse"):
-            raise DamagedTar(f"the member at byte {at} is sparse, which is not read")
-        body = body[length:]
-    return name, size
+            sparse = True
+        start += length
+    return name, size, sparse
 
 
 def _check_end(descriptor: int, at: int) -> None:
-    while chunk := os.pread(descriptor, 2**20, at):
+    while chunk := os.pread(descriptor, _SCAN_BYTES, at):
         if chunk.strip(b"\0"):
-            raise DamagedTar(f"there is data behind the end marker at byte {at}: several tars in one file?")
+            following = _find_header(descriptor, at)
+            if following is None:
+                end = os.fstat(descriptor).st_size
+                raise DamagedTar(
+                    "tar-garbage", f"there is no archive in the data behind the end marker at byte {at}", end
+                )
+            message = f"there is data behind the end marker at byte {at}: several tars in one file?"
+            raise DamagedTar("tar-concatenated", message, following)
         at += len(chunk)
 
 
@@ -175,22 +259,29 @@ def read_samples(path: Path) -> tuple[list[TarSample], list[Problem]]:
     """
     samples: dict[str, TarSample] = {}
     problems: list[Problem] = []
+
+    def add(key: str, kind: str, message: str) -> None:
+        problems.append(Problem(path.name, key, kind, message))
+
     with open(path, "rb", buffering=0) as file:
-        try:
-            for member in read_members(file):
-                key, extension = split_key(member.name)
-                if not key or extension not in IMAGE_EXTENSIONS | {"txt"}:
-                    continue
-                sample = samples.setdefault(key, TarSample(key))
-                slot = "caption" if extension == "txt" else "image"
-                if getattr(sample, slot) is None:
-                    setattr(sample, slot, member)
-                else:
-                    message = f"a second {slot} with this key, {member.name}, is not used"
-                    problems.append(Problem(path.name, key, "duplicate", message))
-        except DamagedTar as damage:
-            problems.append(Problem(path.name, "", "tar", f"{damage}; the samples before it are kept"))
+        for member in read_members(file, on_damage=lambda damage: add("", damage.kind, str(damage))):
+            key, extension = split_key(member.name)
+            if not key or extension not in IMAGE_EXTENSIONS | {"txt"}:
+                continue
+            if not member.is_file:
+                add(key, "link", f"{member.name} is a link, a device or a folder, which is not followed")
+                continue
+            # The reader opens no path from a name, but what comes later may make one of a key.
+            if member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name):
+                add(key, "name", f"the name {member.name} leads out of its folder")
+                continue
+            sample = samples.setdefault(key, TarSample(key))
+            slot = "caption" if extension == "txt" else "image"
+            if getattr(sample, slot) is None:
+                setattr(sample, slot, member)
+            else:
+                add(key, "duplicate", f"a second {slot} with this key, {member.name}, is not used")
     for sample in samples.values():
         if sample.image is None:
-            problems.append(Problem(path.name, sample.key, "no-image", "the sample has a caption but no image"))
+            add(sample.key, "no-image", "the sample has a caption but no image")
     return [sample for sample in samples.values() if sample.image is not None], problems

@@ -205,6 +205,9 @@ FREE_ON_RESUME = (
     "data.workers",
     "data.prefetch_batches",
     "data.max_skipped_fraction",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.fetchers",
     "text.name",
 )
 

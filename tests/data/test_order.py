@@ -105,3 +105,23 @@ def test_replacements_reach_every_sample_and_differ_within_a_batch(total):
     assert len(firsts) == 8
     if total >= 24:
         assert not firsts & set(range(8))
+
+
+@pytest.mark.parametrize(("sizes", "open_shards"), SHARDS)
+@pytest.mark.parametrize("batch_size", [4, 10])
+def test_shards_from_names_what_is_read_in_time(sizes, open_shards, batch_size):
+    order = SampleOrder(sizes, batch_size=batch_size, open_shards=open_shards, seed=1)
+    ends = np.cumsum(sizes)
+
+    def shards_read(start, stop):
+        positions = [order.locate(position) for position in range(start, stop)]
+        samples = [order.epoch(epoch).samples(np.array([place]))[0] for epoch, place in positions]
+        return set(np.searchsorted(ends, samples, side="right").tolist())
+
+    for position in range(0, 3 * order.samples_per_epoch, batch_size):
+        planned = position + 2 * batch_size
+        named = order.shards_from(order.group_of(position), order.group_of(planned))
+        assert len(set(named)) == len(named)
+        assert shards_read(position, planned) <= set(named)
+        assert shards_read(position, position + 1) <= set(named[:open_shards]), "what is read first is fetched first"
+        assert shards_read(planned, planned + 1) <= set(named)

@@ -9,25 +9,25 @@ import tarfile
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
 from PIL import Image
 
 from textlock.data.captions import caption_id
-from textlock.data.images import BadSample
+from textlock.data.images import BadSample, CropWindow, crop_and_resize, decode_image
+from textlock.data.loader import DataConfig, open_loader
 from textlock.data.shards import (
     INDEX_NAME,
+    Reencoding,
     ShardReader,
     index_shards,
     main,
     open_index,
     pack_shards,
     read_captions,
+    repack_shards,
     verify_shards,
 )
-from textlock.data.tar import DamagedTar, read_members, read_samples, split_key
-
-FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+from textlock.data.tar import read_members
 
 
 def jpeg(seed=0, width=40, height=30):
@@ -55,13 +55,6 @@ def members_of(path):
         return list(read_members(file))
 
 
-def damage_of(path):
-    found = []
-    with open(path, "rb") as file, pytest.raises(DamagedTar) as caught:
-        found.extend(read_members(file))
-    return found, str(caught.value)
-
-
 def contents(path):
     payload = path.read_bytes()
     return [(member.name, payload[member.offset : member.offset + member.size]) for member in members_of(path)]
@@ -70,150 +63,6 @@ def contents(path):
 def tarfile_contents(path):
     with tarfile.open(path) as tar:
         return [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]
-
-
-names = st.lists(
-    st.text("abcXYZ0189 _-.é漢", min_size=1, max_size=90).filter(lambda part: part.strip(".") == part), max_size=4
-).map(lambda parts: "/".join([*parts, "name.jpg"]))
-
-
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-@settings(max_examples=40, deadline=None)
-@given(members=st.lists(st.tuples(names, st.binary(max_size=1500)), max_size=6))
-def test_members_agree_with_tarfile(format, members, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tar") / "0.tar"
-    try:
-        write_tar(path, members, format)
-    except ValueError:  # USTAR has no room for this name
-        return
-    assert contents(path) == tarfile_contents(path) == members
-
-
-@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
-def test_names_longer_than_a_block(format, tmp_path):
-    members = [("d" * 300 + "/" + "n" * 900 + ".jpg", b"image"), ("short.txt", b"text")]
-    path = write_tar(tmp_path / "0.tar", members, format)
-    assert contents(path) == tarfile_contents(path) == members
-
-
-def test_links_devices_and_folders_are_ignored(tmp_path):
-    path = tmp_path / "0.tar"
-    with tarfile.open(path, "w") as tar:
-        for number, kind in enumerate([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]):
-            info = tarfile.TarInfo(f"{number}.jpg")
-            info.type, info.linkname = kind, "/etc/passwd"
-            tar.addfile(info)
-        info = tarfile.TarInfo("real.jpg")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"abc"))
-    assert contents(path) == [("real.jpg", b"abc")]
-
-
-def test_base_256_and_pax_sizes(tmp_path):
-    path = write_tar(tmp_path / "0.tar", [("a.jpg", b"abc"), ("b.jpg", b"de")])
-    raw = bytearray(path.read_bytes())
-    raw[124:136] = b"\x80" + (3).to_bytes(11, "big")
-    raw[148:156] = b" " * 8
-    raw[148:156] = f"{sum(raw[:512]):06o}\0 ".encode()
-    path.write_bytes(raw)
-    assert contents(path) == tarfile_contents(path) == [("a.jpg", b"abc"), ("b.jpg", b"de")]
-
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of the whole archive"}) as tar:
-        info = tarfile.TarInfo("a.jpg")
-        info.size, info.pax_headers = 3, {"size": "3", "mtime": "1.5"}
-        tar.addfile(info, io.BytesIO(b"abc"))
-    assert contents(path) == [("a.jpg", b"abc")]
-
-
-def set_size(raw, at, field):
-    raw[at + 124 : at + 136] = field
-    raw[at + 148 : at + 156] = b" " * 8
-    raw[at + 148 : at + 156] = f"{sum(raw[at : at + 512]):06o}\0 ".encode()
-
-
-# Each edits a tar of three members of 600 bytes, which begin at 0, 1536 and 3072, and names how many stay readable.
-DAMAGE = [
-    pytest.param(lambda raw: raw.__setitem__(1536 + 5, raw[1541] ^ 4), 1, "wrong checksum", id="flipped bit"),
-    pytest.param(lambda raw: raw.__delitem__(slice(4000, None)), 2, "ends after", id="cut in a member"),
-    pytest.param(lambda raw: raw.__delitem__(slice(3300, None)), 2, "without an end marker", id="cut in a header"),
-    pytest.param(lambda raw: raw.__delitem__(slice(3072, None)), 2, "without an end marker", id="cut between"),
-    pytest.param(lambda raw: raw.__delitem__(slice(0, None)), 0, "without an end marker", id="0 bytes"),
-    pytest.param(lambda raw: set_size(raw, 1536, b"77777777777\0"), 1, "ends after", id="8 GB size"),
-    pytest.param(lambda raw: set_size(raw, 1536, b"\x80" + b"\x3f" * 11), 1, "ends after", id="2^86 size"),
-    pytest.param(lambda raw: set_size(raw, 1536, b"\xff" * 12), 1, "number", id="negative size"),
-    pytest.param(lambda raw: set_size(raw, 1536, b"12x45678901\0"), 1, "number", id="not octal"),
-    pytest.param(lambda raw: raw.extend(raw[:2048]), 3, "behind the end marker", id="two tars in one file"),
-]
-
-
-@pytest.mark.parametrize(("edit", "kept", "message"), DAMAGE)
-def test_members_before_damage_are_kept(edit, kept, message, tmp_path):
-    members = [(f"{name}.jpg", name.encode() * 600) for name in "abc"]
-    path = write_tar(tmp_path / "0.tar", members)
-    raw = bytearray(path.read_bytes())
-    edit(raw)
-    path.write_bytes(raw)
-    found, damage = damage_of(path)
-    assert [member.name for member in found] == [name for name, _ in members[:kept]]
-    assert message in damage
-
-
-@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
-def test_mutants_end_and_stay_inside_the_file(format, tmp_path):
-    path = write_tar(tmp_path / "0.tar", [("n" * 90 + f"é{n}.jpg", b"x" * 700) for n in range(4)], format)
-    whole = path.read_bytes()
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        mutant = bytearray(whole)
-        header = 512 * rng.integers(len(whole) // 512)
-        for at in rng.integers(0, 512, rng.integers(1, 4)):
-            mutant[header + at] = rng.integers(256)
-        if rng.random() < 0.7:  # keep the checksum right, so that the fields behind it are reached
-            mutant[header + 148 : header + 156] = b" " * 8
-            mutant[header + 148 : header + 156] = f"{sum(mutant[header : header + 512]):06o}\0 ".encode()
-        path.write_bytes(mutant)
-        found = []
-        try:
-            with open(path, "rb") as file:
-                found.extend(read_members(file))
-        except DamagedTar:
-            pass
-        assert all(member.offset + member.size <= len(whole) for member in found)
-
-
-@pytest.mark.parametrize(
-    ("name", "key", "extension"),
-    [
-        ("000000001.jpg", "000000001", "jpg"),
-        ("folder.d/a.b.JPG", "folder.d/a", "jpg"),
-        ("../../etc/a.txt", "../../etc/a", "txt"),
-        ("folder/._a.jpg", "", ""),
-        ("noextension", "", ""),
-    ],
-)
-def test_split_key(name, key, extension):
-    assert split_key(name) == (key, extension)
-
-
-def test_samples_are_grouped_by_key(tmp_path):
-    path = write_tar(
-        tmp_path / "0.tar",
-        [
-            ("b.txt", b"first b"),
-            ("a.JPG", b"image a"),
-            ("b.webp", b"image b"),
-            ("a.json", b"{}"),
-            ("a.txt", b"text a"),
-            ("a.png", b"second image of a"),
-            ("b.txt", b"second b"),
-            ("alone.txt", b"no image"),
-            ("silent.jpeg", b"no caption"),
-        ],
-    )
-    samples, problems = read_samples(path)
-    found = [(s.key, s.image.name, s.caption.name if s.caption else None) for s in samples]
-    assert found == [("b", "b.webp", "b.txt"), ("a", "a.JPG", "a.txt"), ("silent", "silent.jpeg", None)]
-    assert sorted((p.key, p.kind) for p in problems) == [("a", "duplicate"), ("alone", "no-image"), ("b", "duplicate")]
 
 
 def write_dataset(folder, count=7, suffix=".tsv"):
@@ -412,7 +261,7 @@ def test_index_of_a_cut_tar_keeps_the_samples_before_the_cut(tmp_path):
     os.truncate(shards / "00001.tar", member.offset + 10)
     report = index_shards(shards)
     assert report.samples == 3 + 2 + 1
-    assert [(problem.shard, problem.kind) for problem in report.problems] == [("00001.tar", "tar")]
+    assert [(problem.shard, problem.kind) for problem in report.problems] == [("00001.tar", "tar-truncated")]
     assert ShardReader(open_index(shards)).read(4).key == "000010001"
 
 
@@ -500,6 +349,56 @@ def test_verify_names_every_bad_sample(tmp_path):
     ]
 
 
+def test_verify_lists_what_the_loader_skips(tmp_path, monkeypatch, capsys):
+    folder = damaged_dataset(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["shards", "verify", str(folder), "--output", str(tmp_path / "bad.jsonl")])
+    with pytest.raises(SystemExit):
+        main()
+    assert "1 good samples; 7 problems: 2 duplicate, " in capsys.readouterr().out
+    listed = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert {tuple(line) for line in listed} == {("shard", "key", "kind", "message", "place")}
+    log = tmp_path / "skipped.jsonl"
+    config = DataConfig(
+        shards=str(folder), batch_size=5, image_size=16, workers=1, decoder="cpu", max_skipped_fraction=1.0
+    )
+    with open_loader(config, rank=0, world_size=1, skipped_log=log) as loader:
+        next(loader)
+    skipped = [json.loads(line) for line in log.read_text().splitlines()]
+    skipped = {(line["shard"], line["sample"]) for line in skipped if line["epoch"] == 0}
+    assert {(line["shard"], line["place"]) for line in listed if line["place"] is not None} == skipped
+    assert len(skipped) == 4
+
+
+def test_verify_names_a_sample_that_is_too_large(tmp_path):
+    write_tar(tmp_path / "0.tar", [*sample("a"), ("big.jpg", bytes(17 * 2**20)), ("big.txt", b"x")])
+    index_shards(tmp_path)
+    (problem,) = verify_shards(tmp_path, workers=1).problems
+    assert (problem.key, problem.kind, problem.place) == ("big", "too-large", 1)
+
+
+def test_verify_without_an_index(tmp_path):
+    shards = packed(tmp_path)
+    (shards / INDEX_NAME).unlink()
+    report = verify_shards(shards, workers=1)
+    assert (report.good, [problem.kind for problem in report.problems]) == (7, ["index"])
+
+
+def test_processes_do_what_one_does(tmp_path):
+    shards = packed(tmp_path)
+    before = (shards / INDEX_NAME).read_bytes()
+    (shards / INDEX_NAME).unlink()
+    index_shards(shards, workers=2)
+    assert (shards / INDEX_NAME).read_bytes() == before
+    write_tar(shards / "00001.tar", [*sample("a"), ("b.jpg", b"<html>"), ("b.txt", b"x")])
+    index_shards(shards)
+    assert verify_shards(shards, workers=2) == verify_shards(shards, workers=1)
+    for workers in (1, 2):
+        repack_shards(shards, tmp_path / str(workers), Reencoding(16), workers=workers)
+    for path in (tmp_path / "1").glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+    assert open_index(tmp_path / "1").fingerprint == open_index(tmp_path / "2").fingerprint
+
+
 def test_verify_compares_the_index_with_the_shards(tmp_path):
     shards = packed(tmp_path)
     raw = bytearray((shards / INDEX_NAME).read_bytes())
@@ -545,6 +444,111 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     status, out, _ = run("verify", damaged_dataset(tmp_path / "bad"))
     assert status == 1
     assert "0.tar\thtml\tformat\tnot a JPEG, PNG or WebP" in out
+
+
+def encoded(mode="RGB", size=(60, 40), format="JPEG", **options):
+    buffer = io.BytesIO()
+    gradient = np.linspace(0, 255, size[0] * size[1], dtype=np.uint8).reshape(size[1], size[0])
+    Image.fromarray(gradient).convert(mode).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+REENCODED = {
+    "large": (encoded(), (48, 32), False),
+    "tall": (encoded(size=(40, 60)), (32, 48), False),
+    "png": (encoded(format="PNG"), (48, 32), False),
+    "alpha": (encoded("RGBA", format="PNG"), (48, 32), False),
+    "cmyk": (encoded("CMYK"), (48, 32), False),
+    "small": (encoded(size=(40, 32)), (40, 32), True),
+    "tiny": (encoded(size=(8, 5)), (8, 5), True),
+    "small progressive": (encoded(size=(40, 32), progressive=True), (40, 32), False),
+    "small png": (encoded(size=(40, 32), format="PNG"), (40, 32), False),
+}
+
+
+@pytest.mark.parametrize(("payload", "size", "same"), REENCODED.values(), ids=REENCODED)
+def test_reencoding(payload, size, same):
+    smaller, header = Reencoding(32, 90)(payload)
+    assert (header.format, header.width, header.height) == ("jpeg", *size)
+    assert (smaller == payload) == same
+    with Image.open(io.BytesIO(smaller)) as image:
+        assert (image.format, image.size) == ("JPEG", size) and not image.info.get("progressive")
+    expected = torch.empty(size[1], size[0], 3, dtype=torch.uint8)
+    whole = decode_image(payload)
+    crop_and_resize(whole, CropWindow(0, 0, *whole.shape[:2]), expected)
+    assert np.abs(decode_image(smaller).astype(int) - expected.numpy()).mean() < 3
+
+
+def test_quality_decides_the_size():
+    payload = jpeg(width=80, height=60)
+    sizes = [len(Reencoding(32, quality)(payload)[0]) for quality in (30, 60, 90)]
+    assert sizes == sorted(sizes) and sizes[0] < 0.7 * sizes[2]
+    for resize, quality in ((0, 90), (32, 0), (32, 101)):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            Reencoding(resize, quality)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_pack_with_resize(workers, tmp_path):
+    images, captions = write_dataset(tmp_path, count=20)
+    (images / "4.jpg").write_bytes(jpeg()[:-2])
+    shards = tmp_path / "shards"
+    report = pack_shards(
+        images, captions, shards, samples_per_shard=8, skip_bad=True, reencoding=Reencoding(16), workers=workers
+    )
+    assert (report.samples, [problem.key for problem in report.skipped]) == (19, ["4.jpg"])
+    reader = ShardReader(open_index(shards))
+    left = [row for row in read_captions(captions) if row[1] != "4.jpg"]
+    for number, (_, name, caption) in enumerate(left):
+        raw = reader.read(number)
+        assert raw.caption.decode() == caption
+        assert min(decode_image(raw.image).shape[:2]) == 16
+        assert raw.image == Reencoding(16)((images / name).read_bytes())[0]
+
+
+def test_repack_keeps_keys_and_leaves_bad_samples_out(tmp_path):
+    source, output = tmp_path / "source", tmp_path / "output"
+    source.mkdir()
+    long = "d" * 120 + "/é"
+    write_tar(source / "a.tar", [*sample("1"), *sample(long, 2), ("bad.jpg", b"<html>"), ("bad.txt", b"x")], 1)
+    write_tar(source / "b.tar", [("only.jpg", jpeg()), *sample("3", 3)], 1)
+    write_tar(source / "c.tar", [("none.jpg", jpeg())])
+    report = repack_shards(source, output, Reencoding(16))
+    assert (report.shards, report.samples) == (2, 3)
+    found = [(problem.shard, problem.key, problem.kind) for problem in report.skipped]
+    assert found == [
+        ("a.tar", "bad", "format"),
+        ("b.tar", "only", "no-caption"),
+        ("c.tar", "none", "no-caption"),
+    ]
+    reader = ShardReader(open_index(output))
+    assert [reader.read(number).key for number in range(3)] == ["1", long, "3"]
+    assert reader.read(1).caption.decode() == f"caption of {long}"
+    assert decode_image(reader.read(2).image).shape == (16, 21, 3)
+    assert verify_shards(output, workers=1).problems == []
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        repack_shards(source, output, Reencoding(16))
+    (source / "a.tar").unlink()
+    (source / "b.tar").unlink()
+    with pytest.raises(ValueError, match="holds no good sample"):
+        repack_shards(source, tmp_path / "nothing", Reencoding(16))
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_pack_command_needs_one_source(tmp_path, monkeypatch, capsys):
+    images, captions = write_dataset(tmp_path)
+    for arguments in ([], ["--images", images], ["--shards", tmp_path], ["--shards", tmp_path, "--captions", captions]):
+        monkeypatch.setattr(sys, "argv", ["shards", "pack", "--output", str(tmp_path / "out"), *map(str, arguments)])
+        with pytest.raises(SystemExit):
+            main()
+        assert "error: name --images and --captions, or --shards with --resize" in capsys.readouterr().err
+    arguments = ["pack", "--images", images, "--captions", captions, "--output", tmp_path / "out", "--resize", "16"]
+    monkeypatch.setattr(sys, "argv", ["shards", *map(str, arguments)])
+    main()
+    arguments = ["pack", "--shards", tmp_path / "out", "--output", tmp_path / "smaller", "--resize", "8"]
+    monkeypatch.setattr(sys, "argv", ["shards", *map(str, arguments)])
+    main()
+    assert min(decode_image(ShardReader(open_index(tmp_path / "smaller")).read(0).image).shape[:2]) == 8
 
 
 def test_module_runs_as_a_program(tmp_path):

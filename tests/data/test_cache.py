@@ -1,0 +1,535 @@
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import tenacity
+from PIL import Image
+
+from textlock.data import cache as module
+from textlock.data import shards as shards_module
+from textlock.data.cache import FetchError, RemoteFile, RemoteFolder, ShardCache
+from textlock.data.evaluation import iterate_shards
+from textlock.data.loader import DataConfig, open_loader
+from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_index, verify_shards
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(module, "_BACK_OFF", tenacity.wait_none())
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Nine shards of four samples."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    folder.mkdir()
+    for shard in range(9):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(4 * shard, 4 * shard + 4):
+                buffer = io.BytesIO()
+                pixels = np.random.default_rng(number).integers(0, 256, (24, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(buffer, "JPEG")
+                for suffix, content in (("jpg", buffer.getvalue()), ("txt", f"caption {number}".encode())):
+                    info = tarfile.TarInfo(f"{number:09d}.{suffix}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    index_shards(folder)
+    return folder
+
+
+class Server:
+    """A folder over HTTP. ``faults`` maps a file's name to the answers that come before the right one."""
+
+    def __init__(self, folder):
+        self.requests = Counter()
+        self.faults = {}
+        server = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def do_GET(self):
+                name = self.path.strip("/")
+                server.requests[name] += 1
+                faults = server.faults.get(name, [])
+                if faults:
+                    faults.pop(0)(self, (folder / name).read_bytes())
+                else:
+                    super().do_GET()
+
+            def log_message(self, *arguments):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def answer(handler, payload, *, said=None):
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(payload) if said is None else said))
+    handler.end_headers()
+    handler.wfile.write(payload)
+    handler.close_connection = True
+
+
+FAULTS = {
+    "busy": lambda handler, payload: handler.send_error(503),
+    "broken off": lambda handler, payload: answer(handler, payload[:700], said=len(payload)),
+    "cut": lambda handler, payload: answer(handler, payload[:-1]),
+    "too much": lambda handler, payload: answer(handler, payload + b"x"),
+    "a page instead": lambda handler, payload: answer(handler, b"<html>please log in</html>"),
+    "a flipped bit": lambda handler, payload: answer(handler, payload[:-1] + bytes([payload[-1] ^ 1])),
+}
+
+
+@pytest.fixture
+def server(shards):
+    pytest.importorskip("aiohttp")
+    server = Server(shards)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def memory(shards):
+    """Return the URL of the shards in the memory of this process, and the count of what is fetched from there."""
+    filesystem = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        filesystem.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    yield "memory://shards"
+    filesystem.rm("/shards", recursive=True)
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    count = Counter()
+    fetch = RemoteFolder.fetch
+
+    def counted(self, name, *arguments):
+        count[name] += 1
+        fetch(self, name, *arguments)
+
+    monkeypatch.setattr(RemoteFolder, "fetch", counted)
+    return count
+
+
+def settings(address, cache, **changes):
+    base = {"batch_size": 4, "image_size": 16, "decoder": "cpu", "workers": 2, "open_shards": 2, "cache_gb": 1.0}
+    return DataConfig(shards=str(address), cache_dir=str(cache), **{**base, **changes})
+
+
+def take(config, count, **options):
+    with open_loader(config, rank=0, world_size=1, **options) as loader:
+        return [(b.keys, b.captions, b.images.numpy().tobytes()) for b in islice(loader, count)]
+
+
+def size_of(shards, count):
+    """Return the bytes of the largest ``count`` shards."""
+    return sum(sorted((path.stat().st_size for path in shards.glob("*.tar")), reverse=True)[:count])
+
+
+def copies(cache):
+    return list(cache.glob("*.tar"))
+
+
+def used(cache):
+    """Return the bytes of the copies at one moment: one that is removed meanwhile starts the count again."""
+    while True:
+        with suppress(FileNotFoundError):
+            return sum(path.stat().st_size for path in copies(cache))
+
+
+def remote_file(shards, name):
+    payload = (shards / name).read_bytes()
+    return RemoteFile(name, len(payload), hashlib.sha256(payload).digest())
+
+
+def test_batches_are_those_of_the_same_shards_in_a_folder(shards, memory, fetched, tmp_path):
+    assert take(settings(memory, tmp_path), 18) == take(settings(shards, tmp_path), 18)
+    assert fetched == {INDEX_NAME: 1, **{f"{number:05d}.tar": 1 for number in range(9)}}
+
+
+def test_a_second_run_fetches_nothing(memory, fetched, tmp_path):
+    first = take(settings(memory, tmp_path), 9)
+    fetched.clear()
+    assert take(settings(memory, tmp_path), 9) == first
+    assert not fetched
+
+
+def test_resume_from_a_state_of_local_shards(shards, memory, tmp_path):
+    with open_loader(settings(shards, tmp_path), rank=0, world_size=1) as loader:
+        next(loader)
+        state = loader.state()
+    assert take(settings(memory, tmp_path), 5, state=state) == take(settings(shards, tmp_path), 6)[1:]
+
+
+def test_the_budget_holds_and_shards_are_fetched_once_an_epoch(shards, memory, fetched, tmp_path):
+    budget = size_of(shards, 6)
+    largest = 0
+    with open_loader(settings(memory, tmp_path, cache_gb=budget / 1e9), rank=0, world_size=1) as loader:
+        for step in range(9):
+            next(loader)
+            largest = max(largest, used(tmp_path))
+            if step < 5:  # the batches after these are made while shards of the next epoch are fetched
+                assert all(count == 1 for count in fetched.values())
+    assert 0 < largest <= budget
+    assert len(fetched) == 1 + 9
+
+
+def test_shards_are_fetched_before_they_are_read(memory, tmp_path):
+    with open_loader(settings(memory, tmp_path, prefetch_batches=0), rank=0, world_size=1) as loader:
+        next(loader)
+        deadline = time.monotonic() + 30
+        while len(copies(tmp_path)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(copies(tmp_path)) == 4, "the group being read and the next, and no more"
+        for _ in range(2):  # into the second group
+            next(loader)
+        while len(copies(tmp_path)) < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(copies(tmp_path)) == 6
+
+
+@pytest.mark.parametrize(("prefetch", "groups"), [(0, 2), (1, 2), (2, 3)])
+def test_a_cache_for_less_than_what_is_read_at_a_time_is_refused(shards, memory, tmp_path, prefetch, groups):
+    least = size_of(shards, 2 * groups)
+    config = settings(memory, tmp_path, prefetch_batches=prefetch, cache_gb=(least - 1) / 1e9)
+    with pytest.raises(ValueError, match=rf"cache_gb is .* {groups} times open_shards 2, have .*: raise cache_gb or"):
+        open_loader(config, rank=0, world_size=1)
+    take(replace(config, cache_gb=least / 1e9), 1)
+
+
+def test_impossible_settings(memory, tmp_path):
+    with pytest.raises(ValueError, match="fetchers is 0"):
+        open_loader(settings(memory, tmp_path, fetchers=0), rank=0, world_size=1)
+
+
+def test_evaluation_reads_remote_shards_too(shards, memory, tmp_path, monkeypatch):
+    monkeypatch.setattr("textlock.data.shards.DEFAULT_CACHE_DIR", str(tmp_path))
+    keys = [key for batch in iterate_shards(memory, 16, batch_size=5) for key in batch.keys]
+    assert keys == [f"{number:09d}" for number in range(36)]
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_transfers_are_tried_again(server, shards, fault, tmp_path):
+    server.faults = {f"{number:05d}.tar": [fault, fault] for number in (0, 5)}
+    assert take(settings(server.url, tmp_path), 9) == take(settings(shards, tmp_path), 9)
+    assert server.requests["00000.tar"] == server.requests["00005.tar"] == 3
+    assert server.requests["00001.tar"] == 1
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_shard_that_never_arrives_whole_costs_its_samples_only(server, shards, fault, tmp_path):
+    server.faults = {"00003.tar": [fault] * 100}
+    log = tmp_path / "skipped.jsonl"
+    config = settings(server.url, tmp_path / "cache", max_skipped_fraction=1.0)
+    batches = take(config, 9, skipped_log=log)
+    assert len({key for keys, _, _ in batches for key in keys}) == 32
+    assert server.requests["00003.tar"] == module._ATTEMPTS, "not again for every sample"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {(line["shard"], line["kind"]) for line in lines} == {("00003.tar", "unreadable")} and len(lines) == 4
+    assert all(f"{server.url}/00003.tar cannot be fetched, 6 times tried: " in line["message"] for line in lines)
+    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert len(copies(tmp_path / "cache")) == 8
+
+
+def test_a_missing_shard_is_not_asked_for_again(server, shards, tmp_path):
+    server.faults = {"00003.tar": [lambda handler, payload: handler.send_error(404)] * 100}
+    log = tmp_path / "skipped.jsonl"
+    take(settings(server.url, tmp_path, max_skipped_fraction=1.0), 9, skipped_log=log)
+    assert server.requests["00003.tar"] == 1
+    assert f"{server.url}/00003.tar is not there: put it there, or index the shards again" in log.read_text()
+
+
+def test_an_endless_answer_is_broken_off(server, shards, tmp_path, monkeypatch):
+    sent = []
+
+    def endless(handler, payload):
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            for _ in range(400):
+                handler.wfile.write(bytes(2**20))
+                sent.append(2**20)
+        except OSError:
+            handler.close_connection = True
+
+    monkeypatch.setattr(module, "_ATTEMPTS", 1)
+    server.faults = {"00000.tar": [endless]}
+    with pytest.raises(FetchError, match=r"00000\.tar cannot be fetched, 1 times tried: it has more than the"):
+        ShardCache(tmp_path, 2**30).open(RemoteFolder(server.url), remote_file(shards, "00000.tar"))
+    assert sum(sent) < 200 * 2**20
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["../secret.tar", "/etc/secret.tar", "a/b.tar", "secret", "a\nb.tar"])
+def test_an_index_that_names_files_elsewhere_is_refused(name, memory, tmp_path, monkeypatch):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    stand_in = folder / ("x" * (len(name) - 4) + ".tar")
+    with tarfile.open(stand_in, "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.jpg"))
+    read_shard = shards_module._index_shard
+
+    def lie(path):
+        entry, records, problems = read_shard(path)
+        return replace(entry, name=name), records, problems
+
+    monkeypatch.setattr(shards_module, "_index_shard", lie)
+    index_shards(folder)
+    fsspec.filesystem("memory").pipe_file(f"/shards/{INDEX_NAME}", (folder / INDEX_NAME).read_bytes())
+    with pytest.raises(FileNotFoundError, match=r"names '.*' with 1 samples, which is no shard"):
+        open_index(memory, cache_dir=tmp_path)
+
+
+def test_verify_reads_remote_shards(shards, memory, tmp_path):
+    assert verify_shards(memory, workers=1, cache_dir=tmp_path) == verify_shards(shards, workers=1)
+    fsspec.filesystem("memory").rm_file("/shards/00004.tar")
+    report = verify_shards(memory, workers=1, cache_dir=tmp_path / "other")
+    (problem,) = report.problems
+    assert (report.good, problem.shard, problem.kind) == (32, "00004.tar", "unreadable")
+
+
+def test_no_index_at_the_url(server, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/index\.textlock is not there: put it there, or"):
+        open_index(f"{server.url}/nowhere", cache_dir=tmp_path)
+
+
+def test_a_damaged_remote_index(shards, memory, tmp_path):
+    filesystem = fsspec.filesystem("memory")
+    whole = (shards / INDEX_NAME).read_bytes()
+    filesystem.pipe_file(f"/shards/{INDEX_NAME}", whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(FileNotFoundError, match=r"records in memory://shards/index\.textlock are damaged"):
+        open_index(memory, cache_dir=tmp_path)
+    filesystem.pipe_file(f"/shards/{INDEX_NAME}", b"<html>")
+    with pytest.raises(ValueError, match="is not an index of textlock"):
+        open_index(memory, cache_dir=tmp_path)
+
+
+def test_a_new_index_is_noticed(shards, memory, tmp_path):
+    before = open_index(memory, cache_dir=tmp_path)
+    folder = tmp_path / "fewer"
+    shutil.copytree(shards, folder)
+    (folder / "00008.tar").unlink()
+    index_shards(folder)
+    fsspec.filesystem("memory").pipe_file(f"/shards/{INDEX_NAME}", (folder / INDEX_NAME).read_bytes())
+    assert (len(before), len(open_index(memory, cache_dir=tmp_path))) == (36, 32)
+
+
+@pytest.mark.parametrize("url", ["nothing://bucket/shards", "s3://bucket/shards"])
+def test_urls_that_cannot_be_read(url, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ValueError, match=rf"{url} cannot be read: .*textlock\[remote\]"):
+        open_index(url, cache_dir=tmp_path)
+
+
+def fetch_in_processes(url, files, cache, count):
+    """Fetch the files in ``count`` processes at once, each in its own order; return what they have read."""
+    program = """
+import hashlib, json, os, random, sys
+from pathlib import Path
+from textlock.data.cache import CachedShards, RemoteFile, RemoteFolder, ShardCache
+url, cache, files, seed = sys.argv[1:]
+files = [RemoteFile(name, size, bytes.fromhex(sha256)) for name, size, sha256 in json.loads(files)]
+shards = CachedShards(RemoteFolder(url), files, ShardCache(Path(cache), 2**30), fetchers=2)
+order = list(range(len(files)))
+random.Random(int(seed)).shuffle(order)
+shards.expect(order)
+content = b"".join(os.pread(shards.open(shard).number, files[shard].size, 0) for shard in range(len(files)))
+print(hashlib.sha256(content).hexdigest())
+shards.close()
+"""
+    listed = json.dumps([(file.name, file.size, file.sha256.hex()) for file in files])
+    command = [sys.executable, "-c", program, url, str(cache), listed]
+    processes = [subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(count)]
+    return [process.communicate(timeout=120)[0].strip() for process in processes]
+
+
+def test_processes_of_a_node_share_what_one_of_them_fetches(server, shards, tmp_path):
+    slow = lambda handler, payload: (time.sleep(0.2), answer(handler, payload))  # noqa: E731
+    server.faults = {f"{number:05d}.tar": [slow] * 3 for number in range(9)}
+    files = [remote_file(shards, f"{number:05d}.tar") for number in range(9)]
+    whole = b"".join((shards / file.name).read_bytes() for file in files)
+    assert fetch_in_processes(server.url, files, tmp_path, 3) == [hashlib.sha256(whole).hexdigest()] * 3
+    assert server.requests == {file.name: 1 for file in files}
+
+
+def test_least_recently_used_files_go_and_those_in_use_stay(shards, memory, tmp_path):
+    remote = RemoteFolder(memory)
+    files = [remote_file(shards, f"{number:05d}.tar") for number in range(5)]
+    cache = ShardCache(tmp_path, 3 * max(file.size for file in files))
+
+    def present():
+        return [number for number, file in enumerate(files) if (tmp_path / file.local_name).exists()]
+
+    held = [cache.open(remote, files[0])]
+    for number in (1, 2, 1):
+        cache.open(remote, files[number])
+    assert present() == [0, 1, 2]
+    cache.open(remote, files[3])
+    assert present() == [0, 1, 3], "0 is in use, and 1 was used after 2"
+    held += [cache.open(remote, files[number]) for number in (1, 3)]
+    assert cache.open_ahead(remote, files[4]) is None, "nothing can go"
+    assert present() == [0, 1, 3]
+    assert os.pread(held[0].number, 2**20, 0) == (shards / "00000.tar").read_bytes()
+    for _ in range(3):
+        held.pop(0)
+    assert cache.open_ahead(remote, files[4]) is not None
+    assert present() == [1, 3, 4]
+
+
+def test_a_reader_never_waits_for_room(shards, memory, tmp_path, caplog):
+    remote = RemoteFolder(memory)
+    files = [remote_file(shards, f"{number:05d}.tar") for number in range(2)]
+    cache = ShardCache(tmp_path, files[0].size)
+    held = cache.open(remote, files[0])
+    other = cache.open(remote, files[1])
+    assert len(copies(tmp_path)) == 2 and held is not other
+    assert "the shards in use exceed the cache budget" in caplog.text
+
+
+def test_a_shard_that_has_just_arrived_makes_no_room_for_another(shards, memory, tmp_path, monkeypatch):
+    remote = RemoteFolder(memory)
+    files = [remote_file(shards, f"{number:05d}.tar") for number in range(2)]
+    other = ShardCache(tmp_path, files[0].size)
+    held = []
+    rename = Path.replace
+
+    def rename_and_be_overtaken(self, target):
+        rename(self, target)
+        monkeypatch.setattr(Path, "replace", rename)
+        held.append(other.open_ahead(remote, files[1]))
+
+    monkeypatch.setattr(Path, "replace", rename_and_be_overtaken)
+    lease = ShardCache(tmp_path, files[0].size).open(remote, files[0])
+    assert held == [None]
+    assert os.pread(lease.number, 2**20, 0) == (shards / "00000.tar").read_bytes()
+    assert [path.name for path in copies(tmp_path)] == [files[0].local_name]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(shards, memory, tmp_path):
+    remote = RemoteFolder(memory)
+    file = remote_file(shards, "00000.tar")
+    cache = ShardCache(tmp_path, 2**30)
+    partial = (tmp_path / file.local_name).with_suffix(".partial")
+    partial.write_bytes(b"half")
+    with cache._locked(file.local_name[:2]):
+        ShardCache(tmp_path, 2**30)
+        assert partial.exists()
+        assert cache.open_ahead(remote, file) is None
+    ShardCache(tmp_path, 2**30)
+    assert not partial.exists()
+    partial.write_bytes(b"half")
+    cache.open(remote, file)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.local_name]
+
+
+def test_a_copy_that_was_cut_is_fetched_again(shards, memory, tmp_path, fetched):
+    remote = RemoteFolder(memory)
+    file = remote_file(shards, "00000.tar")
+    cache = ShardCache(tmp_path, 2**30)
+    cache.open(remote, file)
+    os.truncate(tmp_path / file.local_name, 100)
+    assert os.pread(cache.open(remote, file).number, 2**20, 0) == (shards / "00000.tar").read_bytes()
+    assert fetched["00000.tar"] == 2
+
+
+def test_a_failure_is_forgotten_after_a_while(shards, memory, tmp_path, fetched, monkeypatch):
+    remote = RemoteFolder(memory)
+    cache = ShardCache(tmp_path, 2**30)
+    missing = RemoteFile("absent.tar", 5, bytes(32))
+    for _ in range(3):
+        with pytest.raises(FetchError, match=r"absent\.tar is not there"):
+            cache.open(remote, missing)
+    assert fetched["absent.tar"] == 1
+    monkeypatch.setattr(module, "_SECONDS_BEFORE_ANOTHER_TRY", 0.0)
+    with pytest.raises(FetchError, match=r"absent\.tar is not there"):
+        cache.open(remote, missing)
+    assert fetched["absent.tar"] == 2
+
+
+def test_a_full_disk_stops_the_run_in_one_sentence(memory, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    open_index(memory, cache_dir=tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"the disk of the cache .* has no room for [\d,]+ bytes more: free some"):
+        take(settings(memory, tmp_path), 1)
+    assert not copies(tmp_path) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_disk_that_fills_up_while_a_shard_arrives(shards, memory, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    cache = ShardCache(tmp_path, 2**30)
+    remote = RemoteFolder(memory)
+    monkeypatch.setattr(remote._filesystem, "get_file", fail)
+    with pytest.raises(ValueError, match="has no room for"):
+        cache.open(remote, remote_file(shards, "00000.tar"))
+    assert not copies(tmp_path) and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_full_disk_makes_room_among_the_copies_first(shards, memory, tmp_path, monkeypatch):
+    remote = RemoteFolder(memory)
+    files = [remote_file(shards, f"{number:05d}.tar") for number in range(2)]
+    cache = ShardCache(tmp_path, 2**30)
+    cache.open(remote, files[0])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=files[1].size - files[0].size + 10))
+    cache.open(remote, files[1])
+    assert [path.name for path in copies(tmp_path)] == [files[1].local_name]
+
+
+def test_closing_does_not_wait_for_a_server_to_come_back(server, tmp_path, monkeypatch):
+    waiting = threading.Event()
+
+    def an_hour(attempt):
+        waiting.set()
+        return 3600
+
+    monkeypatch.setattr(module, "_BACK_OFF", an_hour)
+    server.faults = {f"{number:05d}.tar": [FAULTS["busy"]] * 100 for number in range(9)}
+    loader = open_loader(settings(server.url, tmp_path, fetchers=1), rank=0, world_size=1)
+
+    def consume():
+        with suppress(Exception):
+            next(loader)
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    assert waiting.wait(30)
+    closer = threading.Thread(target=loader.close, daemon=True)
+    closer.start()
+    for thread in (closer, consumer):
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_closing_ends_the_fetching_threads(memory, tmp_path):
+    take(settings(memory, tmp_path), 3)
+    deadline = time.monotonic() + 30
+    while [t for t in threading.enumerate() if t.name.startswith("fetch_")] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fetch_")]
+    reader = ShardReader(open_index(memory, cache_dir=tmp_path))
+    assert reader.read(0).key == "000000000"

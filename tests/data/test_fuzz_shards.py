@@ -1,0 +1,301 @@
+"""Tars and indices that somebody has tampered with: nothing but the errors that callers expect, no hang, no other file.
+
+The suite tries a few thousand; TEXTLOCK_FUZZ_INPUTS=100000 tries so many of each. A failure names its input, which is a
+function of its number.
+"""
+
+import hashlib
+import io
+import os
+import random
+import signal
+import struct
+import sys
+import tarfile
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from textlock.data import shards as module
+from textlock.data.captions import MAX_CAPTION_BYTES
+from textlock.data.images import MAX_IMAGE_BYTES, BadSample
+from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_index
+from textlock.data.tar import read_samples
+
+INPUTS = int(os.environ.get("TEXTLOCK_FUZZ_INPUTS", "2000"))
+SECONDS_AN_INPUT = 20
+
+opened: list[str] | None = None
+
+
+def note_opened(event, arguments):
+    if opened is not None and event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], str):
+        opened.append(arguments[0])
+
+
+sys.addaudithook(note_opened)  # for good: there is no way to take one out
+
+
+@contextmanager
+def guarded(number, folder):
+    """Fail with the number of the input on any error, after some seconds, or when a file elsewhere is opened."""
+    global opened
+
+    def stop(*arguments):
+        raise TimeoutError(f"more than {SECONDS_AN_INPUT} seconds")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS_AN_INPUT)
+    opened = []
+    try:
+        yield
+    except BaseException as error:
+        raise AssertionError(f"input {number}: {error!r}") from error
+    finally:
+        signal.alarm(0)
+        paths, opened = opened, None
+    outside = [path for path in paths if not os.path.realpath(path).startswith(str(folder))]
+    assert not outside, f"input {number}: {outside}"
+
+
+def build(members, format):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
+        for name, content, kind in members:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            info.linkname = "/etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
+            info.size = len(content) if kind == tarfile.REGTYPE else 0
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def sample(key, size=700):
+    regular = tarfile.REGTYPE
+    return [(f"{key}.jpg", b"\xff\xd8\xff" + bytes(size), regular), (f"{key}.txt", f"a {key}".encode(), regular)]
+
+
+SEEDS = [
+    build([*sample("1"), *sample("2"), ("2.json", b"{}", tarfile.REGTYPE)], tarfile.USTAR_FORMAT),
+    build([*sample("é" * 40), *sample("d" * 150 + "/n", 100)], tarfile.PAX_FORMAT),
+    build([*sample("n" * 200), *sample("k" * 120, 0)], tarfile.GNU_FORMAT),
+    build([("a.jpg", b"", tarfile.SYMTYPE), ("b.jpg", b"", tarfile.LNKTYPE), *sample("c")], tarfile.GNU_FORMAT),
+    build([("../a.jpg", b"x", tarfile.REGTYPE), ("/b.txt", b"x", tarfile.REGTYPE), *sample("d")], tarfile.PAX_FORMAT),
+]
+NUMBERS = [
+    b"77777777777\0",
+    b"\x80" + b"\xff" * 11,
+    b"\xff" * 12,
+    b"-0000000001\0",
+    b"0" * 11 + b"\0",
+    b"00000001000\0",
+]
+RECORDS = [
+    b"9 path=b\n",
+    b"0 path=b\n",
+    b"99999999999999999999 path=b\n",
+    b"13 size=9999\n",
+    b"11 size=-1\n",
+    b"30 size=99999999999999999999\n",
+    b"22 GNU.sparse.major=1\n",
+    b"18 path=/etc/a.jpg\n",
+    b"20 path=../../x.jpg\n",
+    b"12 path=\0.jpg\n",
+    b"15 path=\xff\xfe.jpg\n",
+    b"5 a=\n" * 400,
+]
+
+
+def set_sum(raw, at):
+    header = raw[at : at + 512]
+    header[148:156] = b" " * 8
+    raw[at + 148 : at + 156] = f"{sum(header):06o}\0 ".encode()
+
+
+def mutate_tar(draw):
+    raw = bytearray(draw.choice(SEEDS))
+    for _ in range(draw.randint(1, 4)):
+        blocks = max(1, len(raw) // 512)
+        at = 512 * draw.randrange(blocks)
+        match draw.randrange(11):
+            case 0:  # anything, anywhere
+                if raw:
+                    raw[draw.randrange(len(raw))] = draw.randrange(256)
+            case 1:  # in a header, with the right sum
+                for _ in range(draw.randint(1, 3)):
+                    raw[at : at + 512] = raw[at : at + 512].ljust(512, b"\0")
+                    raw[at + draw.randrange(512)] = draw.randrange(256)
+                set_sum(raw, at)
+            case 2:
+                raw[at : at + 512] = raw[at : at + 512].ljust(512, b"\0")
+                raw[at + 124 : at + 136] = draw.choice(NUMBERS)
+                set_sum(raw, at)
+            case 3:
+                raw[at : at + 512] = raw[at : at + 512].ljust(512, b"\0")
+                raw[at + 156] = draw.choice(b"\x000123456789xgLKSDMNVAX")
+                set_sum(raw, at)
+            case 4:
+                del raw[draw.randrange(len(raw) + 1) :]
+            case 5:
+                del raw[at : at + 512 * draw.randint(1, 3)]
+            case 6:
+                raw[at:at] = raw[at : at + 512 * draw.randint(1, 3)]
+            case 7:
+                raw += draw.choice(SEEDS)
+            case 8:
+                raw[at : at + 512] = draw.choice([bytes(512), b"\xff" * 512, draw.randbytes(512)])
+            case 9:
+                body = draw.choice(RECORDS)
+                info = tarfile.TarInfo("././@PaxHeader")
+                info.type, info.size = draw.choice([b"x", b"g", b"L", b"K"]), len(body)
+                raw[at:at] = info.tobuf(tarfile.USTAR_FORMAT) + body.ljust(-(-len(body) // 512) * 512, b"\0")
+            case 10:
+                end = draw.randrange(len(raw) + 1)
+                raw[end:end] = draw.randbytes(draw.randint(1, 600))
+    return bytes(raw)
+
+
+def read_all(index, payloads):
+    """Read every sample; whatever comes out is what the shard holds there."""
+    reader = ShardReader(index)
+    for number in range(len(index)):
+        try:
+            raw = reader.read(number)
+        except BadSample:
+            continue
+        shard = index.shard_names[index.shard_of(number)]
+        row = index.samples[number]
+        assert raw.image == payloads[shard][row["image_offset"] :][: row["image_size"]]
+        assert len(raw.image) <= MAX_IMAGE_BYTES and len(raw.caption) <= MAX_CAPTION_BYTES + 1
+
+
+def test_tampered_tars(tmp_path):
+    path = tmp_path / "0.tar"
+    kinds = set()
+    kept = 0
+    for number in range(INPUTS):
+        raw = mutate_tar(random.Random(number))
+        path.write_bytes(raw)
+        with guarded(number, tmp_path):
+            samples, problems = read_samples(path)
+            for found in samples:
+                for member in (found.image, found.caption):
+                    assert member is None or 0 <= member.offset <= member.offset + member.size <= len(raw)
+                assert not found.key.startswith("/") and ".." not in found.key.split("/")
+            kinds.update(problem.kind for problem in problems)
+            kept += len(samples)
+            if not samples:
+                continue
+            if number % 20 == 0:
+                index_shards(tmp_path)
+                index = open_index(tmp_path)
+                (tmp_path / INDEX_NAME).unlink()
+            else:
+                index = module.ShardIndex(
+                    address=str(tmp_path),
+                    shard_names=["0.tar"],
+                    shard_sizes=[len(raw)],
+                    first_sample=np.array([0, len(samples)]),
+                    samples=module._records(path, samples),
+                    fingerprint="",
+                )
+            read_all(index, {"0.tar": raw})
+            reader = ShardReader(index)
+            for place, found in enumerate(samples):
+                if found.image.size <= MAX_IMAGE_BYTES:
+                    assert reader.read(place).key == found.key
+    assert kept > INPUTS / 2, "the inputs are not so broken that nothing is reached"
+    assert kinds == {
+        *("tar-header", "tar-extended", "tar-size", "tar-sparse", "tar-truncated", "tar-concatenated", "tar-garbage"),
+        *("link", "name", "duplicate", "no-image"),
+    }
+
+
+EXTREMES = [0, 1, 511, 512, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
+NAMES = [
+    b"../0.tar",
+    b"/etc/0.tar",
+    b"0.tar\0",
+    b"",
+    b"..",
+    b"\xff.tar",
+    b"x" * 300 + b".tar",
+    b"index.textlock",
+    b"1.tar",
+]
+
+
+def mutate_index(draw, whole):
+    header = bytearray(whole[: module._HEADER.size])
+    records_offset = struct.unpack_from("<Q", header, 24)[0]
+    table, records = bytearray(whole[len(header) : records_offset]), bytearray(whole[records_offset:])
+    for _ in range(draw.randint(1, 3)):
+        match draw.randrange(8):
+            case 0:
+                header[draw.randrange(len(header))] = draw.randrange(256)
+            case 1:
+                struct.pack_into("<Q", header, draw.choice([16, 24]), draw.choice(EXTREMES))
+            case 2:
+                if table:
+                    table[draw.randrange(len(table))] = draw.randrange(256)
+            case 3:
+                entries = list(module._unpack_table(bytes(whole[len(header) : records_offset])))
+                packed = [bytearray(entry.pack()) for entry in entries]
+                entry = draw.choice(packed)
+                if draw.random() < 0.5:
+                    struct.pack_into("<Q", entry, draw.choice([0, 16]), draw.choice(EXTREMES))
+                else:
+                    name = draw.choice(NAMES)
+                    entry[module._TABLE_ENTRY.size - 2 :] = struct.pack("<H", len(name)) + name
+                table = bytearray(b"".join(packed))
+                if draw.random() < 0.7:
+                    struct.pack_into("<Q", header, 24, len(header) + len(table))
+            case 4:
+                row = 40 * draw.randrange(max(1, len(records) // 40))
+                if row + 16 <= len(records):
+                    struct.pack_into("<Q", records, row + draw.choice([0, 8]), draw.choice(EXTREMES))
+            case 5:
+                row = 40 * draw.randrange(max(1, len(records) // 40))
+                if row + 24 <= len(records):
+                    struct.pack_into("<I", records, row + draw.choice([16, 20]), draw.choice(EXTREMES) % 2**32)
+            case 6:
+                if records:
+                    records[draw.randrange(len(records))] ^= 1 << draw.randrange(8)
+            case 7:
+                part = draw.choice([table, records])
+                del part[draw.randrange(len(part) + 1) :]
+    if draw.random() < 0.8:  # as one who wants it to be believed
+        header[64:96] = bytes(32)
+        header[64:96] = hashlib.sha256(header + table).digest()
+    return bytes(header + table + records)
+
+
+def test_tampered_indices(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    payloads = {f"{number}.tar": seed for number, seed in enumerate(SEEDS)}
+    for name, payload in payloads.items():
+        (folder / name).write_bytes(payload)
+    (tmp_path / "0.tar").write_bytes(SEEDS[0])  # outside
+    index_shards(folder)
+    whole = (folder / INDEX_NAME).read_bytes()
+    believed = 0
+    for number in range(INPUTS):
+        (folder / INDEX_NAME).write_bytes(mutate_index(random.Random(number), whole))
+        with guarded(number, folder):
+            try:
+                index = open_index(folder)
+            except ValueError as error:
+                assert "\n" not in str(error)
+                continue
+            believed += 1
+            read_all(index, payloads)
+    assert believed > INPUTS / 10
+
+
+def test_the_guard_sees_other_files_and_errors(tmp_path):
+    with pytest.raises(AssertionError, match=r"input 7: .*passwd"), guarded(7, tmp_path), open("/etc/passwd"):
+        pass
+    with pytest.raises(AssertionError, match="input 8: KeyError"), guarded(8, tmp_path):
+        raise KeyError

@@ -1,0 +1,239 @@
+import io
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from textlock.data.tar import DamagedTar, read_members, read_samples, split_key
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
+
+
+def write_tar(path, members, format=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def members_of(path):
+    with open(path, "rb") as file:
+        return list(read_members(file))
+
+
+def contents(path):
+    payload = path.read_bytes()
+    return [(member.name, payload[member.offset :][: member.size]) for member in members_of(path) if member.is_file]
+
+
+def tarfile_contents(path):
+    with tarfile.open(path) as tar:
+        return [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]
+
+
+names = st.lists(
+    st.text("abcXYZ0189 _-.é漢", min_size=1, max_size=90).filter(lambda part: part.strip(".") == part), max_size=4
+).map(lambda parts: "/".join([*parts, "name.jpg"]))
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@settings(max_examples=40, deadline=None)
+@given(members=st.lists(st.tuples(names, st.binary(max_size=1500)), max_size=6))
+def test_members_agree_with_tarfile(format, members, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tar") / "0.tar"
+    try:
+        write_tar(path, members, format)
+    except ValueError:  # USTAR has no room for this name
+        return
+    assert contents(path) == tarfile_contents(path) == members
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_names_longer_than_a_block(format, tmp_path):
+    members = [("d" * 300 + "/" + "n" * 900 + ".jpg", b"image"), ("short.txt", b"text")]
+    path = write_tar(tmp_path / "0.tar", members, format)
+    assert contents(path) == tarfile_contents(path) == members
+
+
+def test_links_and_devices_are_not_followed(tmp_path):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, kind in enumerate([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]):
+            info = tarfile.TarInfo(f"{number}.jpg")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        info = tarfile.TarInfo("real.jpg")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert contents(path) == [("real.jpg", b"abc")]
+    samples, problems = read_samples(path)
+    assert [sample.key for sample in samples] == ["real"]
+    assert [(problem.key, problem.kind) for problem in problems] == [("0", "link"), ("1", "link"), ("2", "link")]
+
+
+@pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "b/../../a.jpg", "b/..", "b\\..\\a.jpg", "C:\\..\\a.jpg"])
+def test_names_that_lead_out_of_their_folder(name, tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("./b.jpg", b"b"), (name, b"a"), ("..c/d..e.jpg", b"c")])
+    samples, problems = read_samples(path)
+    assert [sample.key for sample in samples] == ["./b", "..c/d"]
+    assert [problem.kind for problem in problems] == ["name"] * name.endswith(".jpg")
+
+
+def test_base_256_and_pax_sizes(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("a.jpg", b"abc"), ("b.jpg", b"de")])
+    raw = bytearray(path.read_bytes())
+    raw[124:136] = b"\x80" + (3).to_bytes(11, "big")
+    raw[148:156] = b" " * 8
+    raw[148:156] = f"{sum(raw[:512]):06o}\0 ".encode()
+    path.write_bytes(raw)
+    assert contents(path) == tarfile_contents(path) == [("a.jpg", b"abc"), ("b.jpg", b"de")]
+
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT, pax_headers={"comment": "of the whole archive"}) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size, info.pax_headers = 3, {"size": "3", "mtime": "1.5"}
+        tar.addfile(info, io.BytesIO(b"abc"))
+    assert contents(path) == [("a.jpg", b"abc")]
+
+
+def set_size(raw, at, field):
+    raw[at + 124 : at + 136] = field
+    raw[at + 148 : at + 156] = b" " * 8
+    raw[at + 148 : at + 156] = f"{sum(raw[at : at + 512]):06o}\0 ".encode()
+
+
+def sparse(raw):
+    raw[1536 + 156] = ord("S")
+    set_size(raw, 1536, raw[1536 + 124 : 1536 + 136])
+
+
+def extend(raw, kind, body):
+    """Put an extended header with ``body`` before the second member."""
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = kind, len(body)
+    raw[1536:1536] = info.tobuf(tarfile.USTAR_FORMAT) + body.ljust(-(-len(body) // 512) * 512, b"\0")
+
+
+# Each edits a tar of the members a, b and c of 600 bytes, which begin at 0, 1536 and 3072, and says of which kind the
+# damage is and which members are read all the same.
+DAMAGE = [
+    pytest.param(lambda raw: raw.__setitem__(1536 + 5, raw[1541] ^ 4), "tar-header", "ac", id="flipped bit"),
+    pytest.param(lambda raw: raw.__setitem__(slice(1536, 2048), bytes(512)), "tar-concatenated", "ac", id="zeros"),
+    pytest.param(lambda raw: raw.__delitem__(slice(1536, 1836)), "tar-header", "a", id="a part is missing"),
+    pytest.param(lambda raw: raw.__delitem__(slice(4000, None)), "tar-truncated", "ab", id="cut in a member"),
+    pytest.param(lambda raw: raw.__delitem__(slice(3300, None)), "tar-truncated", "ab", id="cut in a header"),
+    pytest.param(lambda raw: raw.__delitem__(slice(3072, None)), "tar-truncated", "ab", id="cut between"),
+    pytest.param(lambda raw: raw.__delitem__(slice(0, None)), "tar-truncated", "", id="0 bytes"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"77777777777\0"), "tar-size", "ac", id="8 GB size"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"\x80" + b"\x3f" * 11), "tar-size", "ac", id="2^86 size"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"\xff" * 12), "tar-header", "ac", id="negative size"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"12x45678901\0"), "tar-header", "ac", id="not octal"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"00000000144\0"), "tar-header", "abc", id="a size too small"),
+    pytest.param(lambda raw: set_size(raw, 1536, b"00000002144\0"), "tar-header", "ab", id="a size too large"),
+    pytest.param(sparse, "tar-sparse", "ac", id="sparse"),
+    pytest.param(lambda raw: extend(raw, b"x", b"22 GNU.sparse.major=1\n"), "tar-sparse", "ac", id="pax sparse"),
+    pytest.param(lambda raw: extend(raw, b"x", b"9 path=b"), "tar-extended", "abc", id="pax without an end"),
+    pytest.param(lambda raw: extend(raw, b"x", b"0 path=b\n"), "tar-extended", "abc", id="pax of no length"),
+    pytest.param(lambda raw: extend(raw, b"x", b"11 size=-1\n"), "tar-extended", "abc", id="pax negative size"),
+    pytest.param(lambda raw: extend(raw, b"L", bytes(2**20 + 1)), "tar-extended", "abc", id="1 MB name"),
+    pytest.param(lambda raw: raw.extend(raw[:2048]), "tar-concatenated", "abca", id="two tars in one file"),
+    pytest.param(lambda raw: raw.extend(b"x" * 700), "tar-garbage", "abc", id="data behind the end"),
+]
+
+
+@pytest.mark.parametrize(("edit", "kind", "kept"), DAMAGE)
+def test_damage_is_named_and_its_neighbours_are_kept(edit, kind, kept, tmp_path):
+    members = [(f"{name}.jpg", name.encode() * 600) for name in "abc"]
+    path = write_tar(tmp_path / "0.tar", members)
+    raw = bytearray(path.read_bytes())
+    edit(raw)
+    path.write_bytes(raw)
+    damages = []
+    with open(path, "rb") as file:
+        found = list(read_members(file, on_damage=damages.append))
+    assert kind in [damage.kind for damage in damages]
+    assert [member.name[0] for member in found] == list(kept)
+    for member in found:
+        assert set(raw[member.offset :][: min(member.size, 600)]) == {ord(member.name[0])}
+
+    with open(path, "rb") as file, pytest.raises(DamagedTar) as caught:
+        list(read_members(file))
+    assert caught.value.kind == damages[0].kind
+
+
+def test_a_tar_of_nothing_but_damage_is_given_up(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [(f"{number}.jpg", b"") for number in range(300)])
+    raw = bytearray(path.read_bytes())
+    for at in range(0, 600 * 512, 512):
+        set_size(raw, at, b"77777777777\0")
+    path.write_bytes(raw)
+    assert len(read_samples(path)[1]) == 101
+
+
+def test_an_extended_header_of_many_records_is_read_in_one_pass(tmp_path):
+    path = write_tar(tmp_path / "0.tar", [(f"{name}.jpg", b"") for name in "abc"])
+    raw = bytearray(path.read_bytes())
+    extend(raw, b"x", b"5 a=\n" * (2**20 // 6) + b"11 path=d.\n")
+    path.write_bytes(raw)
+    started = time.process_time()
+    members_of(path)
+    # Copying what is left at each of the records would take minutes.
+    assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_mutants_end_and_stay_inside_the_file(format, tmp_path):
+    path = write_tar(tmp_path / "0.tar", [("n" * 90 + f"é{n}.jpg", b"x" * 700) for n in range(4)], format)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        mutant = bytearray(whole)
+        header = 512 * rng.integers(len(whole) // 512)
+        for at in rng.integers(0, 512, rng.integers(1, 4)):
+            mutant[header + at] = rng.integers(256)
+        if rng.random() < 0.7:  # keep the checksum right, so that the fields behind it are reached
+            mutant[header + 148 : header + 156] = b" " * 8
+            mutant[header + 148 : header + 156] = f"{sum(mutant[header : header + 512]):06o}\0 ".encode()
+        path.write_bytes(mutant)
+        with open(path, "rb") as file:
+            found = list(read_members(file, on_damage=lambda damage: None))
+        assert all(member.offset + member.size <= len(whole) for member in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "extension"),
+    [
+        ("000000001.jpg", "000000001", "jpg"),
+        ("folder.d/a.b.JPG", "folder.d/a", "jpg"),
+        ("../../etc/a.txt", "../../etc/a", "txt"),
+        ("folder/._a.jpg", "", ""),
+        ("noextension", "", ""),
+    ],
+)
+def test_split_key(name, key, extension):
+    assert split_key(name) == (key, extension)
+
+
+def test_samples_are_grouped_by_key(tmp_path):
+    path = write_tar(
+        tmp_path / "0.tar",
+        [
+            ("b.txt", b"first b"),
+            ("a.JPG", b"image a"),
+            ("b.webp", b"image b"),
+            ("a.json", b"{}"),
+            ("a.txt", b"text a"),
+            ("a.png", b"second image of a"),
+            ("b.txt", b"second b"),
+            ("alone.txt", b"no image"),
+            ("silent.jpeg", b"no caption"),
+        ],
+    )
+    samples, problems = read_samples(path)
+    found = [(s.key, s.image.name, s.caption.name if s.caption else None) for s in samples]
+    assert found == [("b", "b.webp", "b.txt"), ("a", "a.JPG", "a.txt"), ("silent", "silent.jpeg", None)]
+    assert sorted((p.key, p.kind) for p in problems) == [("a", "duplicate"), ("alone", "no-image"), ("b", "duplicate")]
