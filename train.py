@@ -17,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from textlock.data.loader import open_loader
+from textlock.data.loader import open_loader, require_few_skipped
 from textlock.data.publish import publish_text
 from textlock.engine.checkpoint import (
     Checkpoint,
@@ -94,6 +95,7 @@ def train(config: Config, world: World) -> None:
         state=progress.loader,
         skipped_log=run_dir / "skipped.jsonl",
         device=world.device,
+        text_tower=text_tower.describe(),
     )
     total_steps = config.optim.total_steps(loader.samples_per_epoch // config.data.batch_size)
     autocast = autocast_for(world.device, config.step.precision)
@@ -128,8 +130,8 @@ def train(config: Config, world: World) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.take()
         publish_text(run_dir / "config.yaml", dump_config(config))
-    world.barrier()
     metrics = Metrics(config, world, tower, progress, total_steps)
+    world.barrier()  # no rank writes before the lines of steps that will run again are gone
     millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
     metrics.say(
         f"{config.model.name}, {millions:.1f} M parameters, on {world.world_size} x {device_name(world.device)}"
@@ -149,13 +151,12 @@ def train(config: Config, world: World) -> None:
             parameters["lr"] = rate
 
         gradients.zero()
-        gradients.report(stop=stop.asked, skipped=batch.skipped)
-        result = compute_gradients(
-            progress.step,
-            batch.images.to(world.device, non_blocking=True),
-            text_tower.encode(batch.captions),
-            batch.ids.to(world.device),
-        )
+        gradients.report(stop=stop.asked, skipped=batch.skipped_by_kind)
+        if batch.text_embeddings is None:
+            text = text_tower.encode(batch.captions)
+        else:
+            text = F.normalize(batch.text_embeddings.float(), dim=-1)
+        result = compute_gradients(progress.step, batch.images, text, batch.ids)
         grad_norm = gradients.clip(config.optim.clip_norm(world.world_size)).item()
         if not math.isfinite(grad_norm):
             # The same number on every rank and before the optimiser: no weight has changed anywhere.
@@ -167,6 +168,7 @@ def train(config: Config, world: World) -> None:
 
         stopping, skipped = gradients.reported()
         metrics.step_done(images=config.data.batch_size, samples_seen=batch.position, skipped=skipped)
+        require_few_skipped(progress.skipped_by_kind, progress.samples_seen, config.data)
         progress.loader = loader.state()
         last = stopping or progress.step == total_steps
         if last or progress.step % config.log.every == 0:
@@ -176,6 +178,7 @@ def train(config: Config, world: World) -> None:
                 logit_scale=result.logit_scale.item(),
                 learning_rate=rate,
                 grad_norm=grad_norm,
+                duplicate_captions=int(result.duplicates.item()),
             )
         if last or is_due(progress.step, config.checkpoint.every):
             with metrics.paused():

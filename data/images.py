@@ -45,11 +45,12 @@ _NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST markers are tw
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. ``kind`` is a short fixed word to count by."""
+    """A sample that cannot be used: a short fixed word to count by, and the sample's key where it could be read."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, key: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.key = key
 
 
 class BadImage(BadSample):

@@ -59,7 +59,8 @@ class Metrics:
         self._display: _ProgressBar | _PlainLines | None = None
         if world.is_main:
             for name in ("metrics.jsonl", "evaluations.jsonl"):
-                _drop_lines_after(self._run_dir / name, progress.step)
+                _keep_lines(self._run_dir / name, "step", progress.step)
+            _keep_lines(self._run_dir / "skipped.jsonl", "position", progress.samples_seen - 1)
             self._trackers = [_TRACKERS[name](self._run_dir, config) for name in config.log.trackers]
             console = Console(highlight=False, soft_wrap=True)
             make_display = _ProgressBar if console.is_terminal else _PlainLines
@@ -88,12 +89,13 @@ class Metrics:
         self._step_start = time.perf_counter()
         self._progress.wall_seconds = self._step_start - self._wall_start
 
-    def step_done(self, *, images: int, samples_seen: int, skipped: int) -> None:
-        """Count one finished step: images of the global batch, samples since the start, bad samples replaced."""
+    def step_done(self, *, images: int, samples_seen: int, skipped: Mapping[str, int]) -> None:
+        """Count one finished step: images of the global batch, samples since the start, bad samples by kind."""
         now = time.perf_counter()
         self._progress.step += 1
         self._progress.samples_seen = samples_seen
-        self._progress.skipped_samples += skipped
+        for kind, count in skipped.items():
+            self._progress.skipped_by_kind[kind] = self._progress.skipped_by_kind.get(kind, 0) + count
         self._progress.train_seconds += now - self._step_start
         self._progress.wall_seconds = now - self._wall_start
         if self._first_step_is_done:
@@ -104,7 +106,16 @@ class Metrics:
             self._start_window()
         self._step_start = now
 
-    def log(self, *, epoch: int, loss: float, logit_scale: float, learning_rate: float, grad_norm: float) -> None:
+    def log(
+        self,
+        *,
+        epoch: int,
+        loss: float,
+        logit_scale: float,
+        learning_rate: float,
+        grad_norm: float,
+        duplicate_captions: int,
+    ) -> None:
         """Write one object to metrics.jsonl and show it. Rates are those since the last call."""
         rate = self._window_images / self._window_seconds if self._window_images else None
         per_device = None if rate is None else rate / self._world.world_size
@@ -121,7 +132,9 @@ class Metrics:
             "mfu": self._mfu(per_device),
             "data_wait_fraction": self._data_seconds / self._window_seconds if self._window_images else None,
             "peak_memory_bytes": _peak_memory_bytes(self._world.device),
-            "skipped_samples": self._progress.skipped_samples,
+            "duplicate_captions": duplicate_captions,
+            "skipped_samples": sum(self._progress.skipped_by_kind.values()),
+            "skipped_by_kind": dict(self._progress.skipped_by_kind),
         }
         self._start_window()
         self._write("metrics.jsonl", record)
@@ -268,14 +281,14 @@ def _import_tracker(name: str) -> Any:
         raise ValueError(f"--log.trackers {name} needs the package {name}: pip install 'textlock[{name}]'") from error
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of steps up to ``step``; a half-written last line of a killed run goes too."""
+def _keep_lines(path: Path, key: str, last: int) -> None:
+    """Keep the lines whose ``key`` is at most ``last``; a half-written last line of a killed run goes too."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)[key] <= last:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -1,15 +1,18 @@
 """The optimiser: parameter groups, the learning-rate schedule, one flat gradient buffer and its clipping."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..data.loader import SKIP_KINDS
+
 # 16-byte steps of float32: the fused optimiser loads four values at a time from aligned addresses.
 _ALIGNMENT = 4
+_SLOTS = 1 + len(SKIP_KINDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +105,15 @@ def build_optimizer(tower: nn.Module, log_logit_scale: nn.Parameter, config: Opt
 class FlatGradients:
     """Every gradient as a view of one float32 buffer: one all-reduce, one norm, one scaling.
 
-    The buffer ends in two slots that are no gradients: how many ranks were asked to stop, and how many bad samples were
-    replaced in this step. The reduction the step needs anyway so tells every rank, in the same step.
+    The buffer ends in slots that are no gradients: how many ranks were asked to stop, and how many bad samples of each
+    kind were replaced in this step. The reduction the step needs anyway so tells every rank, in the same step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         """Allocate the buffer and point ``.grad`` of every parameter into it."""
         self._parameters = list(parameters)
         sizes = [math.ceil(parameter.numel() / _ALIGNMENT) * _ALIGNMENT for parameter in self._parameters]
-        self._buffer = torch.zeros(sum(sizes) + 2, device=self._parameters[0].device, dtype=torch.float32)
+        self._buffer = torch.zeros(sum(sizes) + _SLOTS, device=self._parameters[0].device, dtype=torch.float32)
         offset = 0
         for parameter, size in zip(self._parameters, sizes, strict=True):
             parameter.grad = self._buffer[offset : offset + parameter.numel()].view_as(parameter)
@@ -120,23 +123,26 @@ class FlatGradients:
         """Clear gradients and slots; ``optimizer.zero_grad`` would drop the views."""
         self._buffer.zero_()
 
-    def report(self, *, stop: bool, skipped: int) -> None:
-        """Enter this rank's part of the two slots."""
-        self._buffer[-2:] = torch.tensor([float(stop), float(skipped)])
+    def report(self, *, stop: bool, skipped: Mapping[str, int]) -> None:
+        """Enter this rank's part of the slots."""
+        counts = dict.fromkeys(SKIP_KINDS, 0)
+        for kind, count in skipped.items():
+            counts[kind if kind in counts else SKIP_KINDS[-1]] += count
+        self._buffer[-_SLOTS:] = torch.tensor([float(stop), *counts.values()])
 
     def all_reduce(self, group: dist.ProcessGroup | None) -> None:
         """Sum over the ranks: every rank holds its share of the gradient of the global mean loss."""
         if group is not None:
             dist.all_reduce(self._buffer, group=group)
 
-    def reported(self) -> tuple[bool, int]:
-        """Return whether any rank asked to stop and how many samples all ranks skipped. Waits for the device."""
-        stops, skipped = self._buffer[-2:].tolist()
-        return stops > 0, round(skipped)
+    def reported(self) -> tuple[bool, dict[str, int]]:
+        """Return whether any rank asked to stop, and by kind the samples all ranks skipped. Waits for the device."""
+        stops, *counts = self._buffer[-_SLOTS:].tolist()
+        return stops > 0, {kind: round(count) for kind, count in zip(SKIP_KINDS, counts, strict=True) if count}
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients down to global norm ``max_norm`` and return the norm they had (0-dim, on the device)."""
-        gradients = self._buffer[:-2]
+        gradients = self._buffer[:-_SLOTS]
         norm = torch.linalg.vector_norm(gradients)
         gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

@@ -27,6 +27,7 @@ class StepResult:
 
     loss: Tensor  # mean over the global batch, the same on all ranks
     logit_scale: Tensor
+    duplicates: Tensor  # captions of the global batch that repeat another one of it
     images_forward: int  # images that went through the tower on this rank, second forwards included
 
 
@@ -78,11 +79,11 @@ class LargeBatchStep:
             step: number of the step; with the seed, rank and micro-batch it fixes every random draw of the tower.
             images: [b, S, S, 3] uint8, this rank's.
             text: [b, d] float32 unit rows of this rank's captions.
-            ids: [b] int64, equal for equal captions; read when duplicates are masked.
+            ids: [b] int64, equal for equal captions: those are counted and, where the config says so, no negatives.
 
         """
         all_text = self._gather_text.start(text)
-        all_ids = self._gather_ids.start(ids[:, None]) if self._loss.mask_duplicates else None
+        ids_of_ranks = self._gather_ids.start(ids[:, None])
 
         micro_batches = images.split(self._plan.micro_batch)
         kept: dict[int, Tensor] = {}  # rows with their graph, by micro-batch
@@ -94,13 +95,14 @@ class LargeBatchStep:
             if tier == "all":
                 kept[number] = output
 
+        all_ids = ids_of_ranks.wait()[:, 0]
         rows.requires_grad_()
         loss = contrastive_loss(
             rows,
             all_text.wait(),
             self._log_logit_scale.exp(),
             first_row=self._world.rank * len(text),
-            ids=None if all_ids is None else all_ids.wait()[:, 0],
+            ids=all_ids if self._loss.mask_duplicates else None,
             group=self._world.group,
             mode=self._loss.mode,
         )
@@ -117,7 +119,8 @@ class LargeBatchStep:
 
         self._gradients.all_reduce(self._world.group)
         forwards = len(images) + self._plan.tiers.count("none") * self._plan.micro_batch
-        return StepResult(loss.detach(), self._log_logit_scale.detach().exp(), forwards)
+        duplicates = (all_ids.sort().values.diff() == 0).sum()
+        return StepResult(loss.detach(), self._log_logit_scale.detach().exp(), duplicates, forwards)
 
     def _forward(self, step: int, number: int, images: Tensor) -> Tensor:
         # The draws are a function of their place in the run, so a second forward repeats the first one's exactly, and a

@@ -99,8 +99,8 @@ def test_small_gradients_are_not_scaled_up():
 def test_the_report_slots_are_no_gradient():
     parameter = nn.Parameter(torch.ones(3))
     gradients = FlatGradients([parameter])
-    gradients.report(stop=True, skipped=12)
+    gradients.report(stop=True, skipped={"damaged": 12, "new": 1, "newer": 2})
     assert gradients.clip(1.0).item() == 0.0
-    assert gradients.reported() == (True, 12)
+    assert gradients.reported() == (True, {"damaged": 12, "other": 3})
     gradients.zero()
-    assert gradients.reported() == (False, 0)
+    assert gradients.reported() == (False, {})
