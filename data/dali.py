@@ -44,8 +44,10 @@ class DaliDecoder:
             self._pipeline.set_outputs(images)
         self._pipeline.build()
 
-    def decode(self, payloads: Sequence[bytes], windows: Sequence[CropWindow], out: torch.Tensor) -> None:
-        """Write the images into ``out``, uint8 [n, S, S, 3] on the decoder's device, n <= ``batch``.
+    def decode(
+        self, payloads: Sequence[bytes], windows: Sequence[CropWindow], images: torch.Tensor, rows: Sequence[int]
+    ) -> None:
+        """Write JPEG images into ``rows`` of ``images`` uint8 [N, S, S, 3], on the decoder's device; at most ``batch``.
 
         On a GPU the images are there when this returns: the host waits for the current stream.
 
@@ -55,8 +57,8 @@ class DaliDecoder:
         self._pipeline.feed_input("payloads", [np.frombuffer(payload, np.uint8) for payload in payloads])
         self._pipeline.feed_input("starts", [np.array([w.top, w.left], np.int32) for w in windows])
         self._pipeline.feed_input("shapes", [np.array([w.height, w.width], np.int32) for w in windows])
-        (images,) = self._pipeline.run()
-        out.copy_(from_dlpack(images.as_tensor()))
-        if out.is_cuda:
+        (decoded,) = self._pipeline.run()
+        images.index_copy_(0, torch.tensor(rows, device=images.device), from_dlpack(decoded.as_tensor()))
+        if images.is_cuda:
             # DALI knows nothing of the copy and may write its next batch into the same memory.
-            torch.cuda.current_stream(out.device).synchronize()
+            torch.cuda.current_stream(images.device).synchronize()

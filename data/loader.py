@@ -8,7 +8,8 @@ Its slot in the batch goes to the first good sample of ``SampleOrder.replacement
 Each bad sample is counted by kind when its own slot comes up and written as one line of JSON to ``skipped_log``.
 
 The threads hold no state: each task makes a few consecutive slots of a batch. Reading, JPEG decoding and resizing
-release the interpreter lock. With DALI the same tasks read and check, and one more thread feeds the decoder.
+release the interpreter lock. With DALI the same tasks read and check, and decode what is no JPEG; one more thread feeds
+the decoder.
 
 On a GPU that thread also brings the batches to the device, on a stream of its own: when a batch is handed out, the next
 one is copied (from pinned memory) or decoded while the step runs. The device so holds the batch in use and one more;
@@ -35,9 +36,9 @@ import torch
 from .captions import decode_caption
 from .embeddings import StoredText
 from .images import (
-    BadImage,
     BadSample,
     CropWindow,
+    ImageHeader,
     check_image,
     crop_and_resize,
     crop_draws,
@@ -158,6 +159,7 @@ class _Slot:
     caption_id: int
     text: npt.NDArray[np.float16] | None
     payload: bytes  # empty once decoded: kept, a batch of them would cost fresh memory for every image
+    pixels: torch.Tensor | None  # [S, S, 3] where they are not in the batch yet and need no payload
     window: CropWindow
     skipped: _Skipped | None
 
@@ -188,7 +190,7 @@ class _Prepared:
 
 
 # Decodes a payload and writes the resized window somewhere; raises BadSample.
-_Decode = Callable[[bytes, CropWindow], None]
+_Decode = Callable[[ImageHeader, bytes, CropWindow], None]
 
 _open_loaders: "weakref.WeakSet[Loader]" = weakref.WeakSet()
 
@@ -330,7 +332,12 @@ class Loader:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             images = torch.empty(count, size, size, 3, dtype=torch.uint8, device=self._device)
             if self._dali is not None:
-                slots = self._decode_with_dali(self._dali, plan, slots, images)
+                for row, slot in enumerate(slots):
+                    if slot.pixels is not None:
+                        images[row] = slot.pixels.to(self._device)
+                rows = [row for row, slot in enumerate(slots) if slot.pixels is None]
+                for first in range(0, len(rows), self._dali.batch):
+                    self._decode_with_dali(self._dali, plan, slots, images, rows[first : first + self._dali.batch])
             for piece, part in zip(pinned, images.split(_SLOTS_PER_TASK), strict=False):
                 part.copy_(piece, non_blocking=True)
             return self._assemble(plan, images, slots)
@@ -410,34 +417,36 @@ class Loader:
             text = None if self._stored_text is None else self._stored_text.row(sample)
             header = check_image(raw.image)
             window = crop_window(header.height, header.width, draws, scale=config.crop_scale, ratio=config.crop_ratio)
+            pixels, payload = None, b""
             if decode is not None:
-                decode(raw.image, window)
+                decode(header, raw.image, window)
+            elif header.format == "jpeg":
+                payload = raw.image
+            else:
+                pixels = torch.empty(config.image_size, config.image_size, 3, dtype=torch.uint8)
+                _decode_on_cpu(pixels, header, raw.image, window)
         except BadSample as fault:
             fault.key = raw.key
             raise
-        payload = raw.image if decode is None else b""
-        return _Slot(raw.key, caption, raw.caption_id, text, payload, window, None)
+        return _Slot(raw.key, caption, raw.caption_id, text, payload, pixels, window, None)
 
     def _decode_with_dali(
-        self, dali: "DaliDecoder", plan: _Plan, slots: list[_Slot], images: torch.Tensor
-    ) -> list[_Slot]:
-        """Decode the payloads of the slots into ``images`` [n, S, S, 3]; return the slots, bad ones replaced.
+        self, dali: "DaliDecoder", plan: _Plan, slots: list[_Slot], images: torch.Tensor, rows: list[int]
+    ) -> None:
+        """Decode the payloads of some slots into their rows of ``images`` [n, S, S, 3]; replace those of bad samples.
 
         The check lets some images through that do not decode, and DALI drops the whole batch of one. Halves are tried
-        until the bad ones are alone. All pixels stay DALI's, so that a sample looks the same whatever is beside it.
+        until the bad ones are alone. All other pixels stay DALI's, so that a sample looks the same whatever is beside.
         """
-        if len(slots) <= dali.batch:
-            try:
-                dali.decode([slot.payload for slot in slots], [slot.window for slot in slots], images)
-                return slots
-            except RuntimeError:
-                if len(slots) == 1:
-                    return [self._fill(plan, 0, partial(_decode_one_with_dali, dali, images))]
-        half = dali.batch if len(slots) > dali.batch else len(slots) // 2
-        parts = (slice(0, half), slice(half, None))
-        return [
-            slot for part in parts for slot in self._decode_with_dali(dali, plan.part(part), slots[part], images[part])
-        ]
+        try:
+            dali.decode([slots[row].payload for row in rows], [slots[row].window for row in rows], images, rows)
+        except RuntimeError:
+            if len(rows) == 1:
+                slots[rows[0]] = self._fill(plan, rows[0], partial(_decode_one_with_dali, dali, images, rows[0]))
+            else:
+                half = len(rows) // 2
+                self._decode_with_dali(dali, plan, slots, images, rows[:half])
+                self._decode_with_dali(dali, plan, slots, images, rows[half:])
 
     def _account(self, prepared: _Prepared) -> None:
         """Log the bad samples of a batch that is handed out. Raises ValueError when there have been too many."""
@@ -469,15 +478,22 @@ def _slots_of(tasks: Sequence[Future[list[_Slot]]]) -> list[_Slot]:
     return [slot for task in tasks for slot in task.result()]
 
 
-def _decode_on_cpu(out: torch.Tensor, payload: bytes, window: CropWindow) -> None:
+def _decode_on_cpu(out: torch.Tensor, header: ImageHeader, payload: bytes, window: CropWindow) -> None:
     crop_and_resize(decode_image(payload), window, out)
 
 
-def _decode_one_with_dali(dali: "DaliDecoder", out: torch.Tensor, payload: bytes, window: CropWindow) -> None:
-    try:
-        dali.decode([payload], [window], out)
-    except RuntimeError as error:
-        raise BadImage("damaged", f"DALI does not decode the image: {' '.join(str(error).split())[:200]}") from error
+def _decode_one_with_dali(
+    dali: "DaliDecoder", images: torch.Tensor, row: int, header: ImageHeader, payload: bytes, window: CropWindow
+) -> None:
+    if header.format == "jpeg":
+        try:
+            dali.decode([payload], [window], images, [row])
+            return
+        except RuntimeError:  # what DALI cannot read may still be a good image
+            pass
+    image = torch.empty(images.shape[1:], dtype=torch.uint8)
+    _decode_on_cpu(image, header, payload, window)
+    images[row] = image
 
 
 def _hand_to_current_stream(batch: Batch, ready: torch.cuda.Event, device: torch.device) -> None:
