@@ -19,7 +19,7 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from textlock.data.loader import open_loader
+from textlock.data.loader import open_loader, require_few_skipped
 from textlock.data.publish import publish_text
 from textlock.engine.checkpoint import (
     Checkpoint,
@@ -106,6 +106,7 @@ def train(config: Config, world: World) -> None:
         state=progress.loader,
         skipped_log=run_dir / "skipped.jsonl",
         device=world.device,
+        text_tower=text_tower.describe(),
     )
     total_steps = config.optim.total_steps(loader.samples_per_epoch // config.data.batch_size)
     autocast = autocast_for(world.device, config.step.precision)
@@ -151,8 +152,8 @@ def train(config: Config, world: World) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.take()
         publish_text(run_dir / "config.yaml", dump_config(config))
-    world.barrier()
     metrics = Metrics(config, world, tower, progress, total_steps)
+    world.barrier()  # no rank writes before the lines of steps that will run again are gone
     millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
     metrics.say(
         f"{config.model.name}, {millions:.1f} M parameters, on {world.world_size} x {device_name(world.device)}"
@@ -175,7 +176,7 @@ def train(config: Config, world: World) -> None:
             parameters["lr"] = rate
 
         gradients.zero()
-        gradients.report(stop=stop.asked, skipped=batch.source.skipped)
+        gradients.report(stop=stop.asked, skipped=batch.source.skipped_by_kind)
         result = compute_gradients(progress.step, batch.images, batch.text, batch.ids)
         grad_norm = gradients.clip(config.optim.clip_norm(world.world_size))
         optimizer.step()
@@ -183,13 +184,13 @@ def train(config: Config, world: World) -> None:
         queued.append(QueuedStep(progress.step, batch.source, rate, result, grad_norm, gradients.reported()))
 
         last = progress.step == total_steps
-        due = any(
-            is_due(progress.step, every) for every in (config.log.every, config.checkpoint.every, config.evals.every)
-        )
-        while len(queued) > (0 if last or due or stopping else most_queued):
+        intervals = (config.log.every, config.checkpoint.every, config.evals.every)
+        due = last or any(is_due(progress.step, every) for every in intervals)
+        while len(queued) > (0 if due or stopping else most_queued):
             outcome = queued.popleft().wait()
             stopping = stopping or outcome.stop
             metrics.step_done(outcome, images=config.data.batch_size)
+            require_few_skipped(progress.skipped_by_kind, progress.samples_seen, config.data)
         last = last or stopping
         if last or is_due(progress.step, config.log.every):
             metrics.log(outcome)

@@ -14,18 +14,19 @@ from torch.utils.dlpack import from_dlpack
 
 from .images import CropWindow
 
-# Bounds the memory of the decoded images: 128 of 512 x 384 pixels are 75 MB.
-DALI_BATCH = 128
-
 
 class DaliDecoder:
-    """Decodes, crops and resizes (bicubic, antialiased) up to ``DALI_BATCH`` images at a time.
+    """Decodes, crops and resizes (bicubic, antialiased) up to ``batch`` images at a time.
 
-    ``device_id`` is the CUDA device, or None for the CPU operators. Not thread-safe.
+    ``device_id`` is the CUDA device, or None for the CPU operators. ``hw_decoder_load`` is the part of the baseline
+    JPEGs of a batch that a GPU's JPEG engine gets; how much is best has not been measured yet. Not thread-safe.
     """
 
-    def __init__(self, image_size: int, *, threads: int, device_id: int | None) -> None:
-        self._pipeline = Pipeline(DALI_BATCH, threads, device_id, prefetch_queue_depth=1)
+    # Bounds the memory of the decoded images: 128 of 512 x 384 pixels are 75 MB.
+    batch = 128
+
+    def __init__(self, image_size: int, *, threads: int, device_id: int | None, hw_decoder_load: float) -> None:
+        self._pipeline = Pipeline(self.batch, threads, device_id, prefetch_queue_depth=1)
         with self._pipeline:
             images = fn.decoders.image_slice(
                 fn.external_source(name="payloads", dtype=types.UINT8, ndim=1),
@@ -36,14 +37,19 @@ class DaliDecoder:
                 output_type=types.RGB,
                 adjust_orientation=False,
                 jpeg_fancy_upsampling=True,  # as libjpeg does by default
+                hw_decoder_load=hw_decoder_load,
             )
             size = [image_size, image_size]
             images = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
             self._pipeline.set_outputs(images)
         self._pipeline.build()
 
-    def decode(self, payloads: Sequence[bytes], windows: Sequence[CropWindow]) -> torch.Tensor:
-        """Return the images, uint8 [n, S, S, 3], n <= ``DALI_BATCH``, on the decoder's device.
+    def decode(
+        self, payloads: Sequence[bytes], windows: Sequence[CropWindow], images: torch.Tensor, rows: Sequence[int]
+    ) -> None:
+        """Write JPEG images into ``rows`` of ``images`` uint8 [N, S, S, 3], on the decoder's device; at most ``batch``.
+
+        On a GPU the images are there when this returns: the host waits for the current stream.
 
         Raises:
             RuntimeError: at least one image does not decode; DALI does not always say which. The decoder stays usable.
@@ -51,6 +57,8 @@ class DaliDecoder:
         self._pipeline.feed_input("payloads", [np.frombuffer(payload, np.uint8) for payload in payloads])
         self._pipeline.feed_input("starts", [np.array([w.top, w.left], np.int32) for w in windows])
         self._pipeline.feed_input("shapes", [np.array([w.height, w.width], np.int32) for w in windows])
-        (images,) = self._pipeline.run()
-        # DALI may write the next batch into the same memory.
-        return from_dlpack(images.as_tensor()).clone()
+        (decoded,) = self._pipeline.run()
+        images.index_copy_(0, torch.tensor(rows, device=images.device), from_dlpack(decoded.as_tensor()))
+        if images.is_cuda:
+            # DALI knows nothing of the copy and may write its next batch into the same memory.
+            torch.cuda.current_stream(images.device).synchronize()

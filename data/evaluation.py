@@ -4,6 +4,7 @@ Bad ones are left out, named in the log and counted; nothing stands in for them.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def iterate_shards(
     position = samples.start
     for good, skipped in _load_batches(load, samples, batch_size, workers):
         images, captions, ids, keys = zip(*good, strict=True)
-        position += len(good) + skipped
+        position += len(good) + skipped.total()
         yield Batch(
             images=torch.stack(images),
             captions=list(captions),
@@ -69,7 +70,7 @@ def iterate_shards(
             keys=list(keys),
             epoch=0,
             position=position,
-            skipped=skipped,
+            skipped_by_kind=dict(skipped),
         )
 
 
@@ -106,7 +107,7 @@ def iterate_class_folder(
     part = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
     for good, skipped in _load_batches(load, part, batch_size, workers):
         tensors, labels = zip(*good, strict=True)
-        yield ClassBatch(torch.stack(tensors), torch.tensor(labels, dtype=torch.int64), skipped)
+        yield ClassBatch(torch.stack(tensors), torch.tensor(labels, dtype=torch.int64), skipped.total())
 
 
 def list_class_images(folder: Path | str) -> list[tuple[Path, int]]:
@@ -135,9 +136,12 @@ def _class_folders(folder: Path) -> list[Path]:
 
 def _load_batches(
     load: Callable[[S], T], items: Sequence[S], batch_size: int, workers: int
-) -> Iterator[tuple[list[T], int]]:
-    """Yield (loaded items, count left out) for every ``batch_size`` items; ``workers`` threads load a batch ahead."""
-    skipped = 0
+) -> Iterator[tuple[list[T], Counter[str]]]:
+    """Yield (loaded items, how many of which kind were left out) for every ``batch_size`` items.
+
+    ``workers`` threads load a batch ahead.
+    """
+    skipped: Counter[str] = Counter()
     with ThreadPoolExecutor(workers) as pool:
 
         def start(first: int) -> list[Future[T]]:
@@ -152,7 +156,7 @@ def _load_batches(
                     good.append(task.result())
                 except BadSample as fault:
                     logger.warning("left out of the evaluation (%s): %s", fault.kind, fault)
-                    skipped += 1
+                    skipped[fault.kind] += 1
             if good:
                 yield good, skipped
-                skipped = 0
+                skipped = Counter()

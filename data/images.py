@@ -1,20 +1,31 @@
 """Images: the check before any decoder, the decoders, the training crop and the evaluation transform.
 
-What is done with the parts of an image file that libraries disagree on, the same for both decoders of the loader:
+What is done with the parts of an image file that libraries disagree on, by the two decoders of the loader:
 
-| in the file                       | cpu (simplejpeg, Pillow)                  | dali                             |
-| --------------------------------- | ----------------------------------------- | -------------------------------- |
-| EXIF orientation                  | not applied, as in the reference training | not applied (adjust_orientation) |
-| alpha                             | dropped                                   | dropped                          |
-| several frames                    | the first                                 | the first                        |
-| grey, palette, CMYK               | to RGB                                    | to RGB                           |
-| 16 bits a channel                 | the high 8                                | scaled to 8                      |
-| colour profile                    | ignored                                   | ignored                          |
-| damaged entropy-coded JPEG data   | refused                                   | may decode to garbage            |
-| GIF, TIFF, BMP, AVIF, JPEG 2000   | refused by the check                      | refused by the check             |
+| in the file                               | cpu (simplejpeg, Pillow)      | dali                                |
+| ----------------------------------------- | ----------------------------- | ----------------------------------- |
+| JPEG: baseline, extended, progressive     | read                          | read, but for hard edges the same   |
+|                                           |                               | to one grey level                   |
+| JPEG: grey, RGB, CMYK, YCCK; MPO          | to RGB; the first image       | to RGB; the first image             |
+| JPEG: arithmetic coded, lossless, 12 bits | refused by the check          | refused by the check                |
+| JPEG: damaged scan                        | refused                       | may decode to garbage               |
+| JPEG: any other damage                    | refused                       | the cpu decoder is asked            |
+| PNG: grey, palette, 1 to 8 bits           | to RGB                        | by the cpu decoder                  |
+| PNG: 16 bits a channel                    | the high 8                    | by the cpu decoder                  |
+| WebP: lossy, lossless                     | read                          | by the cpu decoder                  |
+| alpha, transparent palette entries        | dropped                       | by the cpu decoder                  |
+| several frames (WebP, PNG)                | the first                     | by the cpu decoder                  |
+| EXIF orientation                          | not applied, as in the        | not applied                         |
+|                                           | reference training            |                                     |
+| colour profile                            | ignored                       | ignored                             |
+| GIF, TIFF, BMP, AVIF, JPEG 2000, the rest | refused by the check          | refused by the check                |
+
+PNG and WebP never reach DALI: it decodes them on the host anyway, and files whose headers its parsers refuse (a WebP
+with EXIF behind an odd chunk, a PNG of an unknown colour type) crash it (2.4.0).
 
 The check is a header walk in Python, a few microseconds an image. It bounds memory and time (a header may promise
-65,500 x 65,500 pixels) and keeps rarely exercised decoders away from untrusted bytes.
+65,500 x 65,500 pixels, a progressive file a thousand scans over all of them) and keeps rarely exercised decoders away
+from untrusted bytes.
 """
 
 import io
@@ -34,6 +45,9 @@ UInt8Array = npt.NDArray[np.uint8]
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_IMAGE_PIXELS = 50_000_000
+# Of a progressive JPEG: every scan visits all pixels and may take sixty bytes of the file. Encoders write about ten.
+MAX_SCANS = 256
+MAX_SCANNED_PIXELS = 20 * MAX_IMAGE_PIXELS
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 
 _CROP_TRIES = 10
@@ -45,11 +59,12 @@ _NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST markers are tw
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used. ``kind`` is a short fixed word to count by."""
+    """A sample that cannot be used: a short fixed word to count by, and the sample's key where it could be read."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: str, message: str, key: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.key = key
 
 
 class BadImage(BadSample):
@@ -80,7 +95,7 @@ def check_image(payload: bytes) -> ImageHeader:
 
     Raises:
         BadImage: of kind empty, too-large (bytes), format (not one of the three), header, truncated, unsupported
-            (a JPEG that is not 8-bit Huffman with 1, 3 or 4 components) or too-many-pixels.
+            (a JPEG that is not 8-bit Huffman with 1, 3 or 4 components), too-many-pixels or too-many-scans.
     """
     if not payload:
         raise BadImage("empty", "the image has 0 bytes")
@@ -106,6 +121,7 @@ def check_image(payload: bytes) -> ImageHeader:
 
 def _check_jpeg(payload: bytes) -> ImageHeader:
     header = None
+    progressive = False
     at = 2
     last = len(payload) - 4
     while at <= last:
@@ -122,6 +138,8 @@ def _check_jpeg(payload: bytes) -> ImageHeader:
             # Searched in the whole scan: files with bytes after the end marker are valid and common.
             if payload.rfind(b"\xff\xd9", at) < 0:
                 raise BadImage("truncated", "the JPEG has no end marker")
+            if progressive:
+                _check_scans(header, payload, at)
             return header
         elif marker == 0xD9:
             raise BadImage("truncated", "the JPEG ends before any scan")
@@ -130,6 +148,7 @@ def _check_jpeg(payload: bytes) -> ImageHeader:
                 if header is not None:
                     raise BadImage("header", "the JPEG has two frame headers")
                 header = _read_frame_header(payload, at, marker)
+                progressive = marker == 0xC2
             at += 2 + (payload[at + 2] << 8 | payload[at + 3])
     raise BadImage("truncated", "the JPEG ends inside its headers")
 
@@ -144,6 +163,13 @@ def _read_frame_header(payload: bytes, at: int, marker: int) -> ImageHeader:
             "unsupported", f"JPEG frame type {marker:#x} with {precision} bits and {components} components is not read"
         )
     return ImageHeader("jpeg", width=fields[3] << 8 | fields[4], height=fields[1] << 8 | fields[2])
+
+
+def _check_scans(header: ImageHeader, payload: bytes, at: int) -> None:
+    data = np.frombuffer(payload, np.uint8, offset=at)
+    scans = np.count_nonzero((data[:-1] == 0xFF) & (data[1:] == 0xDA))  # entropy-coded data never holds this pair
+    if scans > MAX_SCANS or scans * header.width * header.height > MAX_SCANNED_PIXELS:
+        raise BadImage("too-many-scans", f"{scans} scans over {header.width} x {header.height} pixels")
 
 
 def _check_png(payload: bytes) -> ImageHeader:
@@ -177,6 +203,13 @@ def decode_image(payload: bytes) -> UInt8Array:
         BadImage: the check refuses the image, or (kind damaged) the decoder does.
     """
     header = check_image(payload)
+    image = _decode(header, payload)
+    if image.shape != (header.height, header.width, 3):
+        raise BadImage("damaged", f"the header says {header.width} x {header.height} pixels, not {image.shape[1::-1]}")
+    return image
+
+
+def _decode(header: ImageHeader, payload: bytes) -> UInt8Array:
     try:
         # libjpeg converts no CMYK; Pillow does.
         if header.format == "jpeg" and simplejpeg.decode_jpeg_header(payload)[2] not in ("CMYK", "YCCK"):

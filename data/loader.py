@@ -8,16 +8,23 @@ Its slot in the batch goes to the first good sample of ``SampleOrder.replacement
 Each bad sample is counted by kind when its own slot comes up and written as one line of JSON to ``skipped_log``.
 
 The threads hold no state: each task makes a few consecutive slots of a batch. Reading, JPEG decoding and resizing
-release the interpreter lock. With DALI the same tasks read and check, and one more thread feeds the decoder.
+release the interpreter lock. With DALI the same tasks read and check, and decode what is no JPEG; one more thread feeds
+the decoder.
+
+On a GPU that thread also brings the batches to the device, on a stream of its own: when a batch is handed out, the next
+one is copied (from pinned memory) or decoded while the step runs. The device so holds the batch in use and one more;
+those further ahead wait on the host.
 """
 
 import json
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -27,9 +34,11 @@ import numpy.typing as npt
 import torch
 
 from .captions import decode_caption
+from .embeddings import StoredText
 from .images import (
     BadSample,
     CropWindow,
+    ImageHeader,
     check_image,
     crop_and_resize,
     crop_draws,
@@ -40,8 +49,28 @@ from .order import EpochOrder, SampleOrder
 from .shards import DEFAULT_CACHE_DIR, ShardIndex, ShardReader, open_index
 
 if TYPE_CHECKING:
+    from ..models.text import TextTowerDescription
     from .dali import DaliDecoder
 
+# Every kind of bad sample, in the order in which ranks report their counts to each other; one that is not named here
+# counts as the last.
+SKIP_KINDS = (
+    "empty",
+    "too-large",
+    "format",
+    "header",
+    "truncated",
+    "unsupported",
+    "too-many-pixels",
+    "too-many-scans",
+    "damaged",
+    "no-caption",
+    "unreadable",
+    "moved",
+    "no-embedding",
+    "damaged-embedding",
+    "other",
+)
 
 _SLOTS_PER_TASK = 16
 # One bad sample among the first few is no reason to stop.
@@ -62,8 +91,12 @@ class DataConfig:
     """Global batch: samples a step over all GPUs."""
     image_size: int
     """Height and width of the images, in pixels."""
+    text_embeddings: str | None = None
+    """Folder of stored text embeddings (python -m textlock.data.embeddings); None encodes captions in every step."""
     decoder: Literal["auto", "cpu", "dali"] = "auto"
     """Image decoder; auto takes dali on a GPU where it is installed, else cpu."""
+    hw_decoder_load: float = 0.65
+    """Part of the baseline JPEGs that the GPU's JPEG engine decodes for dali; the rest goes to its CUDA cores."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Part of the image's area that the random crop takes: smallest, largest."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333)
@@ -77,7 +110,7 @@ class DataConfig:
     seed: int = 42
     """Seed of the order and of the crops."""
     max_skipped_fraction: float = 0.01
-    """Part of the samples that may be bad before the run stops."""
+    """Part of the samples of a run that may be bad before it stops."""
     cache_dir: str = DEFAULT_CACHE_DIR
     """Folder on the local disk for copies of remote shards, which all processes of a node share."""
     cache_gb: float = 100.0
@@ -91,18 +124,22 @@ class Batch:
     """One rank's part of a global batch: b samples."""
 
     images: torch.Tensor
-    """uint8 [b, S, S, 3]: on the GPU from the dali decoder, else on the CPU (pinned when the device is a GPU)."""
+    """uint8 [b, S, S, 3], on the device of the loader, as the other tensors are."""
     captions: list[str]
     text_embeddings: torch.Tensor | None
-    """Stored text embeddings [b, d], where the shards have them."""
+    """Stored rows of the captions, float16 [b, d], where the config names a folder of them."""
     ids: torch.Tensor
     """int64 [b], ``captions.caption_id`` of each caption."""
     keys: list[str]
     epoch: int
     position: int
     """Global samples consumed, this batch included."""
-    skipped: int
+    skipped_by_kind: dict[str, int]
     """Bad samples replaced (training) or left out (evaluation) here."""
+
+    @property
+    def skipped(self) -> int:
+        return sum(self.skipped_by_kind.values())
 
 
 @dataclass(frozen=True)
@@ -113,6 +150,7 @@ class _Skipped:
     position: int
     shard: str
     sample: int
+    key: str
     kind: str
     message: str
     replaced_by: str
@@ -125,7 +163,9 @@ class _Slot:
     key: str
     caption: str
     caption_id: int
+    text: npt.NDArray[np.float16] | None
     payload: bytes  # empty once decoded: kept, a batch of them would cost fresh memory for every image
+    pixels: torch.Tensor | None  # [S, S, 3] where they are not in the batch yet and need no payload
     window: CropWindow
     skipped: _Skipped | None
 
@@ -145,6 +185,18 @@ class _Plan:
         """Return the plan of some consecutive slots."""
         return replace(self, places=self.places[part], samples=self.samples[part], draws=self.draws[part])
 
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A batch that waits to be handed out, its bad samples, and what the device has to reach before it is used."""
+
+    batch: Batch
+    faults: list[_Skipped]
+    ready: torch.cuda.Event | None
+
+
+# Decodes a payload and writes the resized window somewhere; raises BadSample.
+_Decode = Callable[[ImageHeader, bytes, CropWindow], None]
 
 _open_loaders: "weakref.WeakSet[Loader]" = weakref.WeakSet()
 
@@ -175,6 +227,7 @@ class Loader:
         skipped_log: Path | None,
         device: torch.device,
         dali: "DaliDecoder | None",
+        stored_text: StoredText | None,
     ) -> None:
         self.num_samples = order.num_samples
         self.samples_per_epoch = order.samples_per_epoch
@@ -189,12 +242,16 @@ class Loader:
         self._expected: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._handed_out = 0
         self._skipped_log = skipped_log
+        self._judges_alone = world_size == 1
         self._device = device
         self._dali = dali
+        self._stored_text = stored_text
         self._closed = threading.Event()
         self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
-        self._feeder = ThreadPoolExecutor(1, thread_name_prefix="dali")
-        self._pending: deque[Callable[[], tuple[Batch, list[_Skipped]]]] = deque()
+        self._feeder = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._room_for_next = threading.Semaphore(1)
+        self._pending: deque[Callable[[], _Prepared]] = deque()
         _open_loaders.add(self)
 
     def __iter__(self) -> "Loader":
@@ -213,13 +270,16 @@ class Loader:
                 plan = self._next_plan()
                 self._expect_shards()
                 self._pending.append(self._start(plan))
-            batch, faults = self._pending.popleft()()
-            self._account(batch, faults)
+            prepared = self._pending.popleft()()
+            self._account(prepared)
         except BaseException:
             self.close()
             raise
-        self._position = batch.position
-        return batch
+        if prepared.ready is not None:
+            _hand_to_current_stream(prepared.batch, prepared.ready, self._device)
+        self._position = prepared.batch.position
+        self._room_for_next.release()
+        return prepared.batch
 
     def state(self) -> dict[str, Any]:
         """Return the state after the batches handed out, for ``open_loader``: JSON-able, the same on every rank."""
@@ -256,123 +316,208 @@ class Loader:
         draws = crop_draws(self._config.seed, epoch, places)
         return _Plan(order, epoch, places, order.samples(places), draws, self._planned)
 
-    def _start(self, plan: _Plan) -> Callable[[], tuple[Batch, list[_Skipped]]]:
+    def _start(self, plan: _Plan) -> Callable[[], _Prepared]:
         """Hand the work of a batch to the threads; the result waits for the batch."""
         count, size = len(plan.places), self._config.image_size
-        pin = self._device.type == "cuda"
-        images = torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=pin) if self._dali is None else None
         parts = [slice(start, start + _SLOTS_PER_TASK) for start in range(0, count, _SLOTS_PER_TASK)]
-        tasks = [
-            self._workers.submit(self._load, plan.part(part), None if images is None else images[part])
-            for part in parts
-        ]
-        if images is None:
-            return self._feeder.submit(self._decode_with_dali, plan, tasks).result
-        return lambda: _assemble(plan, images, [slot for task in tasks for slot in task.result()])
+        if self._dali is not None:
+            tasks = [self._workers.submit(self._load, plan.part(part), None) for part in parts]
+            return self._feeder.submit(self._feed, plan, tasks, []).result
+        if self._stream is not None:
+            # Small pieces: pinned memory is handed out in powers of two, and a whole batch could take twice its size.
+            pinned = [
+                torch.empty(len(plan.places[part]), size, size, 3, dtype=torch.uint8, pin_memory=True) for part in parts
+            ]
+            tasks = [
+                self._workers.submit(self._load, plan.part(part), piece)
+                for part, piece in zip(parts, pinned, strict=True)
+            ]
+            return self._feeder.submit(self._feed, plan, tasks, pinned).result
+        images = torch.empty(count, size, size, 3, dtype=torch.uint8)
+        tasks = [self._workers.submit(self._load, plan.part(part), images[part]) for part in parts]
+        return lambda: self._assemble(plan, images, _slots_of(tasks))
+
+    def _feed(self, plan: _Plan, tasks: Sequence[Future[list[_Slot]]], pinned: Sequence[torch.Tensor]) -> _Prepared:
+        """Decode with DALI what the tasks have read, or copy to the device what they have decoded into ``pinned``."""
+        slots = _slots_of(tasks)
+        while not self._room_for_next.acquire(timeout=0.1):
+            if self._closed.is_set():
+                raise RuntimeError("the loader was closed")
+        count, size = len(slots), self._config.image_size
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            images = torch.empty(count, size, size, 3, dtype=torch.uint8, device=self._device)
+            if self._dali is not None:
+                for row, slot in enumerate(slots):
+                    if slot.pixels is not None:
+                        images[row] = slot.pixels.to(self._device)
+                rows = [row for row, slot in enumerate(slots) if slot.pixels is None]
+                for first in range(0, len(rows), self._dali.batch):
+                    self._decode_with_dali(self._dali, plan, slots, images, rows[first : first + self._dali.batch])
+            for piece, part in zip(pinned, images.split(_SLOTS_PER_TASK), strict=False):
+                part.copy_(piece, non_blocking=True)
+            return self._assemble(plan, images, slots)
+
+    def _assemble(self, plan: _Plan, images: torch.Tensor, slots: Sequence[_Slot]) -> _Prepared:
+        """Make the batch of some slots, on the device; on a GPU inside the stream of the loader."""
+        faults = [slot.skipped for slot in slots if slot.skipped is not None]
+        text = None
+        if self._stored_text is not None:
+            text = torch.from_numpy(np.stack([slot.text for slot in slots if slot.text is not None]))
+        ids = torch.tensor([slot.caption_id for slot in slots], dtype=torch.int64)
+        ready = None
+        if self._stream is not None:
+            ids = ids.pin_memory().to(self._device, non_blocking=True)
+            text = None if text is None else text.pin_memory().to(self._device, non_blocking=True)
+            ready = self._stream.record_event()
+        batch = Batch(
+            images=images,
+            captions=[slot.caption for slot in slots],
+            text_embeddings=text,
+            ids=ids,
+            keys=[slot.key for slot in slots],
+            epoch=plan.epoch,
+            position=plan.end,
+            skipped_by_kind=dict(Counter(fault.kind for fault in faults)),
+        )
+        return _Prepared(batch, faults, ready)
 
     def _load(self, plan: _Plan, images: torch.Tensor | None) -> list[_Slot]:
         """Make the slots of a plan; decode them into ``images`` [n, S, S, 3] unless that is None."""
         slots = []
-        for number, (place, sample) in enumerate(zip(plan.places.tolist(), plan.samples.tolist(), strict=True)):
+        for number in range(len(plan.places)):
             if self._closed.is_set():
                 raise RuntimeError("the loader was closed")
-            out = None if images is None else images[number]
-            slots.append(self._fill(plan, place, sample, plan.draws[number], out))
+            decode = None if images is None else partial(_decode_on_cpu, images[number])
+            slots.append(self._fill(plan, number, decode))
         return slots
 
-    def _fill(
-        self,
-        plan: _Plan,
-        place: int,
-        sample: int,
-        draws: npt.NDArray[np.float64],
-        out: torch.Tensor | None,
-    ) -> _Slot:
+    def _fill(self, plan: _Plan, number: int, decode: _Decode | None) -> _Slot:
         """Fill one slot with its sample or, when that is bad, with the first good replacement."""
+        place, sample, draws = int(plan.places[number]), int(plan.samples[number]), plan.draws[number]
         try:
-            return self._use(sample, draws, out)
+            return self._use(sample, draws, decode)
         except BadSample as fault:
             first_fault = fault
         replacements = self._order.replacements(place)
         for _ in range(_MAX_REPLACEMENTS):
             candidate = int(plan.order.samples(np.array([next(replacements)]))[0])
             try:
-                slot = self._use(candidate, draws, out)
+                slot = self._use(candidate, draws, decode)
             except BadSample:
                 continue
-            position = plan.epoch * self.samples_per_epoch + place
-            shard = self._index.shard_names[self._index.shard_of(sample)]
-            skipped = _Skipped(plan.epoch, position, shard, sample, first_fault.kind, str(first_fault), slot.key)
+            skipped = _Skipped(
+                epoch=plan.epoch,
+                position=plan.epoch * self.samples_per_epoch + place,
+                shard=self._index.shard_names[self._index.shard_of(sample)],
+                sample=sample,
+                key=first_fault.key,
+                kind=first_fault.kind,
+                message=str(first_fault),
+                replaced_by=slot.key,
+            )
             return replace(slot, skipped=skipped)
         raise ValueError(
             f"{_MAX_REPLACEMENTS + 1} samples in a row are bad, the first because {first_fault} ({first_fault.kind}): "
             f"run python -m textlock.data.shards verify {self._config.shards}"
         )
 
-    def _use(self, sample: int, draws: npt.NDArray[np.float64], out: torch.Tensor | None) -> _Slot:
-        """Read and check a sample, and decode it into ``out`` [S, S, 3] unless that is None. Raises BadSample."""
+    def _use(self, sample: int, draws: npt.NDArray[np.float64], decode: _Decode | None) -> _Slot:
+        """Read and check a sample, and decode it unless ``decode`` is None. Raises BadSample."""
         raw = self._reader.read(sample)
-        caption = decode_caption(raw.caption)
-        if not caption:
-            raise BadSample("no-caption", "the caption is missing or empty")
-        header = check_image(raw.image)
         config = self._config
-        window = crop_window(header.height, header.width, draws, scale=config.crop_scale, ratio=config.crop_ratio)
-        if out is None:
-            return _Slot(raw.key, caption, raw.caption_id, raw.image, window, None)
-        crop_and_resize(decode_image(raw.image), window, out)
-        return _Slot(raw.key, caption, raw.caption_id, b"", window, None)
+        try:
+            caption = decode_caption(raw.caption)
+            if not caption:
+                raise BadSample("no-caption", "the caption is missing or empty")
+            text = None if self._stored_text is None else self._stored_text.row(sample)
+            header = check_image(raw.image)
+            window = crop_window(header.height, header.width, draws, scale=config.crop_scale, ratio=config.crop_ratio)
+            pixels, payload = None, b""
+            if decode is not None:
+                decode(header, raw.image, window)
+            elif header.format == "jpeg":
+                payload = raw.image
+            else:
+                pixels = torch.empty(config.image_size, config.image_size, 3, dtype=torch.uint8)
+                _decode_on_cpu(pixels, header, raw.image, window)
+        except BadSample as fault:
+            fault.key = raw.key
+            raise
+        return _Slot(raw.key, caption, raw.caption_id, text, payload, pixels, window, None)
 
-    def _decode_with_dali(self, plan: _Plan, tasks: Sequence[Future[list[_Slot]]]) -> tuple[Batch, list[_Skipped]]:
-        from .dali import DALI_BATCH
+    def _decode_with_dali(
+        self, dali: "DaliDecoder", plan: _Plan, slots: list[_Slot], images: torch.Tensor, rows: list[int]
+    ) -> None:
+        """Decode the payloads of some slots into their rows of ``images`` [n, S, S, 3]; replace those of bad samples.
 
-        assert self._dali is not None
-        slots = [slot for task in tasks for slot in task.result()]
-        images = []
-        for start in range(0, len(slots), DALI_BATCH):
-            part = slots[start : start + DALI_BATCH]
-            try:
-                decoded = self._dali.decode([slot.payload for slot in part], [slot.window for slot in part])
-            except RuntimeError:
-                # The check let an image through that does not decode, and DALI drops its whole batch. Decoded one by
-                # one the good ones stay and the bad one is replaced.
-                size = self._config.image_size
-                decoded = torch.empty(len(part), size, size, 3, dtype=torch.uint8)
-                within = slice(start, start + DALI_BATCH)
-                slots[within] = self._load(plan.part(within), decoded)
-            images.append(decoded.to(self._device))
-        return _assemble(plan, torch.cat(images), slots)
+        The check lets some images through that do not decode, and DALI drops the whole batch of one. Halves are tried
+        until the bad ones are alone. All other pixels stay DALI's, so that a sample looks the same whatever is beside.
+        """
+        try:
+            dali.decode([slots[row].payload for row in rows], [slots[row].window for row in rows], images, rows)
+        except RuntimeError:
+            if len(rows) == 1:
+                slots[rows[0]] = self._fill(plan, rows[0], partial(_decode_one_with_dali, dali, images, rows[0]))
+            else:
+                half = len(rows) // 2
+                self._decode_with_dali(dali, plan, slots, images, rows[:half])
+                self._decode_with_dali(dali, plan, slots, images, rows[half:])
 
-    def _account(self, batch: Batch, faults: list[_Skipped]) -> None:
+    def _account(self, prepared: _Prepared) -> None:
         """Log the bad samples of a batch that is handed out. Raises ValueError when there have been too many."""
-        self._handed_out += len(batch.keys)
-        self.skipped_by_kind.update(fault.kind for fault in faults)
-        if faults and self._skipped_log is not None:
+        self._handed_out += len(prepared.batch.keys)
+        self.skipped_by_kind.update(prepared.batch.skipped_by_kind)
+        if prepared.faults and self._skipped_log is not None:
             with open(self._skipped_log, "a", encoding="utf-8") as log:
-                log.writelines(json.dumps(asdict(fault)) + "\n" for fault in faults)
-        skipped = self.skipped_by_kind.total()
-        limit = self._config.max_skipped_fraction
-        if self._handed_out >= _MIN_SAMPLES_TO_JUDGE and skipped > limit * self._handed_out:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped_by_kind.most_common())
-            raise ValueError(
-                f"{skipped} of {self._handed_out} samples are bad ({kinds}), more than max_skipped_fraction {limit}: "
-                f"run python -m textlock.data.shards verify {self._config.shards}, or raise max_skipped_fraction"
-            )
+                log.writelines(json.dumps(asdict(fault)) + "\n" for fault in prepared.faults)
+        if self._judges_alone:
+            require_few_skipped(self.skipped_by_kind, self._handed_out, self._config)
 
 
-def _assemble(plan: _Plan, images: torch.Tensor, slots: Sequence[_Slot]) -> tuple[Batch, list[_Skipped]]:
-    faults = [slot.skipped for slot in slots if slot.skipped is not None]
-    batch = Batch(
-        images=images,
-        captions=[slot.caption for slot in slots],
-        text_embeddings=None,
-        ids=torch.tensor([slot.caption_id for slot in slots], dtype=torch.int64),
-        keys=[slot.key for slot in slots],
-        epoch=plan.epoch,
-        position=plan.end,
-        skipped=len(faults),
-    )
-    return batch, faults
+def require_few_skipped(skipped_by_kind: Mapping[str, int], samples: int, config: DataConfig) -> None:
+    """Raise ValueError when more of ``samples`` were bad than the config allows.
+
+    A loader judges by itself when it is the only one. Loaders that share global batches do not: one that stopped alone
+    would leave the others waiting, so their caller judges the sum.
+    """
+    skipped, limit = sum(skipped_by_kind.values()), config.max_skipped_fraction
+    if samples >= _MIN_SAMPLES_TO_JUDGE and skipped > limit * samples:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(skipped_by_kind).most_common())
+        raise ValueError(
+            f"{skipped} of {samples} samples are bad ({kinds}), more than max_skipped_fraction {limit}: "
+            f"run python -m textlock.data.shards verify {config.shards}, or raise max_skipped_fraction"
+        )
+
+
+def _slots_of(tasks: Sequence[Future[list[_Slot]]]) -> list[_Slot]:
+    return [slot for task in tasks for slot in task.result()]
+
+
+def _decode_on_cpu(out: torch.Tensor, header: ImageHeader, payload: bytes, window: CropWindow) -> None:
+    crop_and_resize(decode_image(payload), window, out)
+
+
+def _decode_one_with_dali(
+    dali: "DaliDecoder", images: torch.Tensor, row: int, header: ImageHeader, payload: bytes, window: CropWindow
+) -> None:
+    if header.format == "jpeg":
+        try:
+            dali.decode([payload], [window], images, [row])
+            return
+        except RuntimeError:  # what DALI cannot read may still be a good image
+            pass
+    image = torch.empty(images.shape[1:], dtype=torch.uint8)
+    _decode_on_cpu(image, header, payload, window)
+    images[row] = image
+
+
+def _hand_to_current_stream(batch: Batch, ready: torch.cuda.Event, device: torch.device) -> None:
+    """Make the current stream wait for a batch, and keep the batch's memory until that stream is done with it."""
+    stream = torch.cuda.current_stream(device)
+    stream.wait_event(ready)
+    for tensor in (batch.images, batch.text_embeddings, batch.ids):
+        if tensor is not None:
+            tensor.record_stream(stream)
 
 
 def open_loader(
@@ -383,24 +528,34 @@ def open_loader(
     state: dict[str, Any] | None = None,
     skipped_log: Path | None = None,
     device: torch.device | str | None = None,
+    text_tower: "TextTowerDescription | None" = None,
 ) -> Loader:
     """Open the training batches of one rank: global slots [rank * b / P, (rank + 1) * b / P) of every global batch.
 
     ``state`` is that of an earlier loader, of any world size: the batches go on after the last one it handed out.
-    ``device`` is where training runs; the dali decoder puts the images there.
+    ``device`` is where training runs and where the batches are put. ``text_tower`` is the tower that stored text
+    embeddings must be those of.
 
     Raises:
-        FileNotFoundError: there are no shards, or no index.
-        ValueError: a setting is impossible, the index is stale, or the state belongs to other data or other settings.
+        FileNotFoundError: there are no shards, no index, or no stored text embeddings of a shard.
+        ValueError: a setting is impossible, the index is stale, the state belongs to other data or other settings, or
+            the stored text embeddings to another tower.
     """
     _check_config(config, rank, world_size)
     device = torch.device(device or "cpu")
+    if device.type == "cuda" and device.index is None:  # other threads have a current device of their own
+        device = torch.device("cuda", torch.cuda.current_device())
     index = open_index(config.shards, cache_dir=config.cache_dir, cache_gb=config.cache_gb, fetchers=config.fetchers)
     _check_cache(config, index)
     order = SampleOrder(
         index.samples_per_shard, batch_size=config.batch_size, open_shards=config.open_shards, seed=config.seed
     )
     position = 0 if state is None else _check_state(state, config, index)
+    stored_text = None
+    if config.text_embeddings is not None:
+        if text_tower is None:
+            raise ValueError("text_embeddings is set, but open_loader was not told of which text tower they must be")
+        stored_text = StoredText(config.text_embeddings, index, text_tower)
     dali = _open_dali(config, device)
     return Loader(
         config,
@@ -412,6 +567,7 @@ def open_loader(
         skipped_log=skipped_log,
         device=device,
         dali=dali,
+        stored_text=stored_text,
     )
 
 
@@ -432,6 +588,8 @@ def _check_config(config: DataConfig, rank: int, world_size: int) -> None:
         raise ValueError(f"batch_size {config.batch_size} is not divisible by {world_size} ranks: change one of them")
     if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
         raise ValueError(f"crop_scale is {config.crop_scale}: it must be two rising fractions of the area, at most 1")
+    if not 0 <= config.hw_decoder_load <= 1:
+        raise ValueError(f"hw_decoder_load is {config.hw_decoder_load}: it must be a fraction of the images")
     if not 0 < config.crop_ratio[0] <= config.crop_ratio[1]:
         raise ValueError(f"crop_ratio is {config.crop_ratio}: it must be two rising positive ratios")
 
@@ -490,7 +648,9 @@ def _open_dali(config: DataConfig, device: torch.device) -> "DaliDecoder | None"
         raise ValueError(
             'decoder dali needs DALI, which is not installed: pip install "textlock[gpu]", or take decoder cpu'
         ) from error
-    device_id = None
-    if device.type == "cuda":
-        device_id = torch.cuda.current_device() if device.index is None else device.index
-    return DaliDecoder(config.image_size, threads=config.workers, device_id=device_id)
+    return DaliDecoder(
+        config.image_size,
+        threads=config.workers,
+        device_id=device.index if device.type == "cuda" else None,
+        hw_decoder_load=config.hw_decoder_load,
+    )

@@ -480,6 +480,23 @@ class ShardReader:
             raise BadSample("moved", f"byte {caption_offset} does not begin the caption that was indexed there")
         return RawSample(key, block[BLOCK : image_end - start], caption, signed_id)
 
+    def read_caption(self, sample: int) -> str:
+        """Return the text of a sample's caption without reading its image; empty when there is none.
+
+        Raises:
+            BadSample: of kind unreadable or moved, as in ``read``.
+        """
+        shard = self._index.shard_of(sample)
+        _, offset, _, size, _, caption_hash = self._index.samples[sample].item()
+        try:
+            caption = decode_caption(_read_exactly(self._open(shard).number, offset, min(size, MAX_CAPTION_BYTES + 1)))
+        except (OSError, OverflowError) as error:
+            name = self._index.shard_names[shard]
+            raise BadSample("unreadable", f"{name} cannot be read at byte {offset}: {error}") from error
+        if caption_id(caption) % 2**64 != caption_hash:
+            raise BadSample("moved", f"byte {offset} does not begin the caption that was indexed there")
+        return caption
+
     def _key(self, descriptor: int, header: bytes, image_offset: int, key_hash: int) -> str:
         key = split_key(header_name(header))[0]
         if _hash_key(key) == key_hash:

@@ -18,7 +18,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,7 +48,7 @@ class Progress:
 
     step: int = 0  # finished optimiser steps
     samples_seen: int = 0
-    skipped_samples: int = 0  # bad samples that others stood in for
+    skipped_by_kind: dict[str, int] = field(default_factory=dict)  # bad samples that others stood in for
     train_seconds: float = 0.0  # in steps, waiting for data included
     wall_seconds: float = 0.0  # in all, evaluations and checkpoints included
     loader: dict[str, Any] | None = None  # state of the loader; None: from the start

@@ -1,12 +1,13 @@
-"""Batches on their way to the device: copied, and their captions encoded, while the step before still runs there."""
+"""Batches with their text rows, made ready on the device while the step before still runs there."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.loader import Batch, Loader
+from ..data.loader import Batch
 from ..models.text import TextTower
 
 
@@ -21,13 +22,13 @@ class FedBatch:
 
 
 class Feed:
-    """Takes batches from a loader and brings them to the device, on a CUDA device on a stream of its own.
+    """Takes batches from a loader and has their captions encoded, on a CUDA device on a stream of its own.
 
-    The host runs ahead of the device, so copies and the frozen text tower of the next batch share the device with the
-    image tower of this one. Stored text rows are taken where the loader gives them.
+    The host runs ahead of the device, so the frozen text tower reads the next batch beside the image tower of this one.
+    Images come from the loader on the device; stored text rows are taken where it gives them.
     """
 
-    def __init__(self, loader: Loader, text_tower: TextTower, device: torch.device) -> None:
+    def __init__(self, loader: Iterator[Batch], text_tower: TextTower, device: torch.device) -> None:
         self._loader = loader
         self._text_tower = text_tower
         self._device = device
@@ -38,23 +39,21 @@ class Feed:
         return self
 
     def __next__(self) -> FedBatch:
-        """Wait for the loader's next batch and queue its way to the device."""
-        batch = next(self._loader)
+        """Wait for the loader's next batch and queue the encoding of its captions."""
         if self._stream is None:
-            return self._on_device(batch)
+            return self._read()
         with torch.cuda.stream(self._stream):
-            fed = self._on_device(batch)
+            fed = self._read()
         here = torch.cuda.current_stream(self._device)
         here.wait_stream(self._stream)
         for tensor in (fed.images, fed.text, fed.ids):
             tensor.record_stream(here)  # or its memory could be given to the batch after while a step reads it
         return fed
 
-    def _on_device(self, batch: Batch) -> FedBatch:
+    def _read(self) -> FedBatch:
+        batch = next(self._loader)
         if batch.text_embeddings is None:
             text = self._text_tower.encode(batch.captions)
         else:
-            text = batch.text_embeddings.to(self._device, non_blocking=True)
-        ids = batch.ids if self._stream is None else batch.ids.pin_memory()
-        images, ids = (tensor.to(self._device, non_blocking=True) for tensor in (batch.images, ids))
-        return FedBatch(images, text, ids, batch)
+            text = F.normalize(batch.text_embeddings.float(), dim=-1)
+        return FedBatch(batch.images, text, batch.ids, batch)

@@ -20,7 +20,7 @@ from rich import progress as rich_progress
 from rich.console import Console
 from torch import Tensor
 
-from ..data.loader import Batch
+from ..data.loader import SKIP_KINDS, Batch
 from ..data.publish import publish_text
 from ..models.vision import VisionTower
 from .checkpoint import Progress
@@ -58,7 +58,8 @@ class StepOutcome:
     logit_scale: float
     grad_norm: float
     stop: bool  # a rank was asked to stop
-    skipped: int  # bad samples replaced on all ranks
+    duplicate_captions: int  # captions of the global batch that repeat another one of it
+    skipped: dict[str, int]  # bad samples replaced on all ranks, by kind
 
 
 class QueuedStep:
@@ -75,10 +76,11 @@ class QueuedStep:
             learning_rate: what it was taken with.
             result: of `LargeBatchStep`.
             grad_norm: 0-dim.
-            reported: [2], of `FlatGradients.reported`.
+            reported: [1 + kinds], of `FlatGradients.reported`.
         """
         self._step, self._batch, self._learning_rate = step, batch, learning_rate
-        numbers = torch.cat((torch.stack((result.loss, result.logit_scale, grad_norm)).float(), reported))
+        own = (result.loss, result.logit_scale, grad_norm, result.duplicates)
+        numbers = torch.cat((torch.stack([number.float() for number in own]), reported))
         self._arrived = None
         if numbers.is_cuda:
             self._numbers = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
@@ -93,14 +95,22 @@ class QueuedStep:
         """
         if self._arrived is not None:
             self._arrived.synchronize()
-        loss, logit_scale, grad_norm, stops, skipped = self._numbers.tolist()
+        loss, logit_scale, grad_norm, duplicates, stops, *skipped = self._numbers.tolist()
         if not math.isfinite(grad_norm):
             raise ValueError(
                 f"step {self._step}: loss {loss} with gradient norm {grad_norm} is not finite; checkpoints are older. "
                 f"Start a new --run-dir with a lower --optim.learning-rate."
             )
         return StepOutcome(
-            self._step, self._batch, self._learning_rate, loss, logit_scale, grad_norm, stops > 0, round(skipped)
+            self._step,
+            self._batch,
+            self._learning_rate,
+            loss,
+            logit_scale,
+            grad_norm,
+            stop=stops > 0,
+            duplicate_captions=round(duplicates),
+            skipped={kind: round(count) for kind, count in zip(SKIP_KINDS, skipped, strict=True) if count},
         )
 
 
@@ -120,7 +130,8 @@ class Metrics:
         self._display: _ProgressBar | _PlainLines | None = None
         if world.is_main:
             for name in ("metrics.jsonl", "evaluations.jsonl"):
-                _drop_lines_after(self._run_dir / name, progress.step)
+                _keep_lines(self._run_dir / name, "step", progress.step)
+            _keep_lines(self._run_dir / "skipped.jsonl", "position", progress.samples_seen - 1)
             self._trackers = [_TRACKERS[name](self._run_dir, config) for name in config.log.trackers]
             console = Console(highlight=False, soft_wrap=True)
             make_display = _ProgressBar if console.is_terminal else _PlainLines
@@ -153,7 +164,8 @@ class Metrics:
         """Count one finished step of ``images`` in the global batch."""
         now = time.perf_counter()
         self._progress.samples_seen = outcome.batch.position
-        self._progress.skipped_samples += outcome.skipped
+        for kind, count in outcome.skipped.items():
+            self._progress.skipped_by_kind[kind] = self._progress.skipped_by_kind.get(kind, 0) + count
         self._progress.train_seconds += now - self._step_start
         self._progress.wall_seconds = now - self._wall_start
         if self._first_step_is_done:
@@ -181,7 +193,9 @@ class Metrics:
             "mfu": self._mfu(per_device),
             "data_wait_fraction": self._data_seconds / self._window_seconds if self._window_images else None,
             "peak_memory_bytes": _peak_memory_bytes(self._world.device),
-            "skipped_samples": self._progress.skipped_samples,
+            "duplicate_captions": outcome.duplicate_captions,
+            "skipped_samples": sum(self._progress.skipped_by_kind.values()),
+            "skipped_by_kind": dict(self._progress.skipped_by_kind),
         }
         self._start_window()
         self._write("metrics.jsonl", record)
@@ -328,14 +342,14 @@ def _import_tracker(name: str) -> Any:
         raise ValueError(f"--log.trackers {name} needs the package {name}: pip install 'textlock[{name}]'") from error
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of steps up to ``step``; a half-written last line of a killed run goes too."""
+def _keep_lines(path: Path, key: str, last: int) -> None:
+    """Keep the lines whose ``key`` is at most ``last``; a half-written last line of a killed run goes too."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)[key] <= last:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

@@ -2,7 +2,7 @@
 
 import importlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..data.loader import SKIP_KINDS
+
 # 16-byte steps of float32: the fused optimiser loads four values at a time from aligned addresses.
 _ALIGNMENT = 4
+_SLOTS = 1 + len(SKIP_KINDS)
 
 # Where a package has its FusedAdam, and what to install for it.
 _FUSED_ADAM = {
@@ -159,15 +162,15 @@ class FlatGradients:
     The view is the parameter's ``.grad``, for autograd and the optimiser, and its ``.main_grad``, to which the fused
     blocks add their weight gradients themselves (Megatron's and Transformer Engine's name for it).
 
-    The buffer ends in two slots that are no gradients: how many ranks were asked to stop, and how many bad samples were
-    replaced in this step. The reduction the step needs anyway so tells every rank, in the same step.
+    The buffer ends in slots that are no gradients: how many ranks were asked to stop, and how many bad samples of each
+    kind were replaced in this step. The reduction the step needs anyway so tells every rank, in the same step.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         """Allocate the buffer and point ``.grad`` and ``.main_grad`` of every parameter into it."""
         self._parameters = list(parameters)
         sizes = [math.ceil(parameter.numel() / _ALIGNMENT) * _ALIGNMENT for parameter in self._parameters]
-        self._buffer = torch.zeros(sum(sizes) + 2, device=self._parameters[0].device, dtype=torch.float32)
+        self._buffer = torch.zeros(sum(sizes) + _SLOTS, device=self._parameters[0].device, dtype=torch.float32)
         self._places: dict[nn.Parameter, slice] = {}
         self._reducing: list[tuple[slice, dist.Work]] = []
         offset = 0
@@ -181,10 +184,14 @@ class FlatGradients:
         """Clear gradients and slots; ``optimizer.zero_grad`` would drop the views."""
         self._buffer.zero_()
 
-    def report(self, *, stop: bool, skipped: int) -> None:
-        """Enter this rank's part of the two slots."""
-        self._buffer[-2].fill_(float(stop))
-        self._buffer[-1].fill_(float(skipped))
+    def report(self, *, stop: bool, skipped: Mapping[str, int]) -> None:
+        """Enter this rank's part of the slots."""
+        counts = dict.fromkeys(SKIP_KINDS, 0)
+        for kind, count in skipped.items():
+            counts[kind if kind in counts else SKIP_KINDS[-1]] += count
+        for slot, count in zip(self._buffer[-_SLOTS:], (stop, *counts.values()), strict=True):
+            if count:  # the slots are clear, and most stay so
+                slot.fill_(float(count))
 
     def start_reduction(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
         """Start the sum over the ranks for parameters that follow one another, whose gradients are whole.
@@ -219,12 +226,15 @@ class FlatGradients:
         self._reducing.clear()
 
     def reported(self) -> Tensor:
-        """Return how many ranks asked to stop, and how many samples all ranks skipped: [2], on the device."""
-        return self._buffer[-2:]
+        """Return how many ranks asked to stop, and how many samples all ranks skipped of each kind of SKIP_KINDS.
+
+        [1 + kinds], on the device.
+        """
+        return self._buffer[-_SLOTS:]
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients down to global norm ``max_norm`` and return the norm they had (0-dim, on the device)."""
-        gradients = self._buffer[:-2]
+        gradients = self._buffer[:-_SLOTS]
         norm = torch.linalg.vector_norm(gradients)
         gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

@@ -34,6 +34,7 @@ class StepResult:
 
     loss: Tensor  # mean over the global batch, the same on all ranks
     logit_scale: Tensor
+    duplicates: Tensor  # captions of the global batch that repeat another one of it
     images_forward: int  # images that went through the tower on this rank, second forwards included
 
 
@@ -86,7 +87,8 @@ class LargeBatchStep:
         self._seed = seed
         self._local_batch = len(plan.tiers) * plan.micro_batch
         self._gather_text = TextGather(world.group, (self._local_batch, tower.embed_dim), text_dtype(world.device))
-        self._gather_ids = TextGather(world.group, (self._local_batch, 1), torch.int64) if masks_duplicates else None
+        self._gather_ids = TextGather(world.group, (self._local_batch, 1), torch.int64)
+        self._masks_duplicates = masks_duplicates
         with autocast:
             self._copies = ComputeCopies(tower, compute_dtype(tower.patch_embed.weight))
         # Of all images of this rank, and the gradient that the loss gives them: the same memory in every step.
@@ -100,14 +102,14 @@ class LargeBatchStep:
                 tower.
             images: [b, S, S, 3] uint8, this rank's.
             text: [b, d] unit rows of this rank's captions.
-            ids: [b] int64, equal for equal captions; read when duplicates are masked.
+            ids: [b] int64, equal for equal captions; those are counted and, where the config says so, no negatives.
 
         """
         gathering = self._gather_text.start(text.to(self._gather_text.dtype))
-        gathering_ids = None if self._gather_ids is None else self._gather_ids.start(ids[:, None])
+        gathering_ids = self._gather_ids.start(ids[:, None])
 
         def candidates() -> tuple[Tensor, Tensor | None]:
-            all_ids = None if gathering_ids is None else gathering_ids.wait()[:, 0]
+            all_ids = gathering_ids.wait()[:, 0] if self._masks_duplicates else None
             return self._objective.candidates(step, gathering.wait(), all_ids)
 
         micro_batches = images.split(self._plan.micro_batch)
@@ -118,7 +120,8 @@ class LargeBatchStep:
         self._objective.remember(step)
         twice = self._plan.tiers.count("none") if self._objective.couples_images else 0
         forwards = len(images) + twice * self._plan.micro_batch
-        return StepResult(loss, self._objective.logit_scale().detach(), forwards)
+        duplicates = (gathering_ids.wait().flatten().sort().values.diff() == 0).sum()
+        return StepResult(loss, self._objective.logit_scale().detach(), duplicates, forwards)
 
     def _all_then_back(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
         tiers = self._plan.tiers

@@ -18,6 +18,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,6 +74,23 @@ _NOMIC_FIXED: Final = {
 }
 
 
+@dataclass(frozen=True)
+class TextTowerDescription:
+    """What the rows of a text tower are made with, for files that hold some."""
+
+    name: str
+    """The folder or hub name it was loaded by."""
+    revision: str | None
+    """Commit of a hub model; None for a folder."""
+    prefix: str
+    max_length: int
+    pooling: str
+    layer_norm: bool
+    embed_dim: int
+    fingerprint: str
+    """:meth:`TextTower.fingerprint`: the one field that decides whether rows are the same."""
+
+
 class TextTower:
     """A frozen text encoder with its tokenizer, prefix, pooling and normalisation."""
 
@@ -82,11 +100,15 @@ class TextTower:
         tokenizer: Any,
         folder: Path,
         *,
+        name: str,
+        revision: str | None,
         layer_norm: bool,
         prefix: str,
         max_length: int,
         device: torch.device,
     ) -> None:
+        self.name = name
+        self.revision = revision
         self.embed_dim: int = model.config.hidden_size
         self.device = device
         self.layer_norm = layer_norm
@@ -139,6 +161,19 @@ class TextTower:
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
+    def describe(self) -> TextTowerDescription:
+        """Return what the rows are made with."""
+        return TextTowerDescription(
+            self.name,
+            self.revision,
+            self.prefix,
+            self.max_length,
+            _POOLING,
+            self.layer_norm,
+            self.embed_dim,
+            self.fingerprint(),
+        )
+
     def _with_prefix(self, caption: str) -> str:
         # A lone surrogate (an undecodable byte of a file name) is refused by the tokenizer.
         text = caption[: _CHARACTERS_PER_TOKEN * self.max_length].encode("utf-8", "replace").decode()
@@ -190,7 +225,8 @@ def build_text_tower(
         FileNotFoundError: no such folder or hub model, or the folder lacks its config, weights or tokenizer.
         ValueError: the folder's configuration, weights or pooling cannot be used as they are.
     """
-    folder = _transformer_folder(_local_folder(path_or_name))
+    local = _local_folder(path_or_name)
+    folder = _transformer_folder(local)
     for file, remedy in (
         ("config.json", "give the folder that save_pretrained wrote"),
         ("tokenizer.json", "save the model's fast tokenizer there with tokenizer.save_pretrained"),
@@ -220,6 +256,8 @@ def build_text_tower(
         model,
         tokenizer,
         folder,
+        name=str(path_or_name),
+        revision=local.name if local.parent.name == "snapshots" else None,  # how the hub's cache names a commit
         layer_norm=layer_norm,
         prefix=prefix,
         max_length=max_length,

@@ -86,6 +86,8 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
                 shutil.rmtree(tmp_path / "runs")
                 launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
                 run([*launch, *rest, *small], tmp_path)
+            case ["python", "-m", "textlock.data.embeddings", shards, "--tower", _]:
+                run([sys.executable, *command[1:3], shards, "--tower", str(small_world.root / "text")], tmp_path)
             case ["python", *rest]:
                 run([sys.executable, *rest], tmp_path)
             case _:

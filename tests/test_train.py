@@ -1,21 +1,30 @@
 """train.py as its users run it: whole runs, interrupted ones, several processes, and bad input."""
 
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from textlock.data.loader import open_loader
+from textlock.data.shards import index_shards
+from textlock.engine.config import parse_config
 
 from .conftest import ONE_THREAD, ROOT, records, run
 
 METRICS = {
     "step", "samples_seen", "epoch", "loss", "logit_scale", "learning_rate", "grad_norm", "images_per_second",
     "images_per_second_per_device", "mfu", "data_wait_fraction", "peak_memory_bytes", "skipped_samples",
+    "skipped_by_kind", "duplicate_captions",
 }  # fmt: skip
 RESULTS = {
     "zero_shot_top1", "zero_shot_top5", "image_to_text_recall@1", "image_to_text_recall@5", "image_to_text_recall@10",
@@ -111,10 +120,107 @@ def test_an_interrupted_run_goes_on_bit_for_bit(small_world, whole_run, tmp_path
     assert weights(run_dir) == weights(whole_run)
 
 
+def test_stored_text_embeddings_give_the_losses_of_the_text_tower(small_world, whole_run, tmp_path):
+    """To half precision: rounding a row moves the first loss by 2e-5 of it, and the steps after it learn from that."""
+    rows = str(tmp_path / "rows")
+    shards, text = str(small_world.root / "data" / "train"), str(small_world.root / "text")
+    made = run("-m", "textlock.data.embeddings", shards, "--tower", text, "--output", rows)
+    assert made.returncode == 0, made.stderr
+    outcome = train(*small_world.command(tmp_path / "run", "--data.text-embeddings", rows))
+    assert outcome.returncode == 0, outcome.stderr
+    one, other = losses(whole_run), losses(tmp_path / "run")
+    assert len(one) == len(other) == 12
+    assert one != other, "the stored rows were not read"
+    assert other[0][1:] == pytest.approx(one[0][1:], rel=3e-4)
+    for (step, loss, norm), (_, other_loss, other_norm) in zip(one, other, strict=True):
+        assert other_loss == pytest.approx(loss, rel=2e-3), step
+        assert other_norm == pytest.approx(norm, rel=1e-2), step
+
+
+def test_repeated_captions_are_counted(small_world, whole_run):
+    config = parse_config(small_world.command(Path("unused")))
+    with open_loader(config.data, rank=0, world_size=1) as loader:
+        expected = [16 - len(set(next(loader).ids.tolist())) for _ in range(12)]
+    assert sum(expected) > 0
+    assert [line["duplicate_captions"] for line in records(whole_run / "metrics.jsonl")] == expected
+
+
+BAD_SAMPLES = {
+    "html": (b"<html>", b"x", "format"),
+    "cut": (b"\xff\xd8\xff\xe0", b"x", "truncated"),
+    "no picture": (b"", b"x", "empty"),
+    "no text": (b"", b" ", "no-caption"),
+}
+
+
+@pytest.fixture(scope="module")
+def world_with_bad_samples(small_world, tmp_path_factory) -> Path:
+    """The shards of the small world and one more, of eight bad samples."""
+    shards = tmp_path_factory.mktemp("bad") / "shards"
+    shutil.copytree(small_world.root / "data" / "train", shards)
+    with tarfile.open(shards / "zzzzz.tar", "w") as tar:
+        for number, (image, caption, _) in enumerate([*BAD_SAMPLES.values()] * 2):
+            for suffix, content in (("jpg", image), ("txt", caption)):
+                member = tarfile.TarInfo(f"bad{number}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index_shards(shards)
+    return shards
+
+
+def launch(processes: int) -> list[str]:
+    if processes == 1:
+        return ["train.py"]
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "train.py"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_samples_are_counted_by_kind_over_ranks_and_resumes(
+    small_world, world_with_bad_samples, tmp_path, processes
+):
+    flags = [
+        "--data.shards",
+        str(world_with_bad_samples),
+        "--data.max-skipped-fraction",
+        "1",
+        "--step.micro-batch",
+        "4",
+    ]
+    command = [*launch(processes), *small_world.command(tmp_path / "run", *flags)]
+    assert run(*command).returncode == 0
+    whole = records(tmp_path / "run" / "metrics.jsonl")[-1]
+    skipped = records(tmp_path / "run" / "skipped.jsonl")
+    assert whole["skipped_by_kind"] == Counter(line["kind"] for line in skipped)
+    assert whole["skipped_samples"] == len(skipped) >= 6
+    assert {line["shard"] for line in skipped} == {"zzzzz.tar"}
+    kinds = [kind for *_, kind in BAD_SAMPLES.values()] * 2
+    assert {(line["key"], line["kind"]) for line in skipped} <= {(f"bad{at}", kind) for at, kind in enumerate(kinds)}
+
+    for folder in (tmp_path / "run" / "checkpoints").glob("step_0000001*"):
+        shutil.rmtree(folder)  # killed after step 8
+    outcome = run(*command)
+    assert outcome.returncode == 0 and "going on after step 8" in outcome.stdout
+    again = records(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert (again["skipped_by_kind"], again["loss"]) == (whole["skipped_by_kind"], whole["loss"])
+    key = itemgetter("position")
+    assert sorted(records(tmp_path / "run" / "skipped.jsonl"), key=key) == sorted(skipped, key=key)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_too_many_bad_samples_stop_every_rank(small_world, world_with_bad_samples, tmp_path, processes):
+    """Judged from 1,000 samples on, over all ranks: each alone has seen too few."""
+    flags = ["--data.shards", str(world_with_bad_samples), "--data.batch-size", "104", "--step.micro-batch", "52"]
+    outcome = run(*launch(processes), *small_world.command(tmp_path / "run", *flags))
+    assert outcome.returncode != 0
+    assert outcome.stderr.count("of 1040 samples are bad (") == processes
+    assert "more than max_skipped_fraction 0.01" in outcome.stderr
+    assert records(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 9
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(small_world, whole_run, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-    outcome = run(*launch, *small_world.command(tmp_path / "two", "--step.micro-batch", "4"))
+    outcome = run(*launch(2), *small_world.command(tmp_path / "two", "--step.micro-batch", "4"))
     assert outcome.returncode == 0, outcome.stderr
     one, two = losses(whole_run), losses(tmp_path / "two")
     assert len(one) == len(two) == 12
@@ -154,6 +260,7 @@ BAD_INPUT = {
     "missing text tower": (["--text.name", "/nowhere/text"], "/nowhere/text"),
     "missing class folder": (["--evals.zero-shot", "/nowhere/classes"], "/nowhere/classes"),
     "missing retrieval shards": (["--evals.retrieval", "/nowhere/heldout"], "/nowhere/heldout"),
+    "missing text embeddings": (["--data.text-embeddings", "/nowhere/rows"], "/nowhere/rows"),
     "batch larger than the data": (["--data.batch-size", "4096"], "4096"),
     "ragged micro-batch": (["--step.micro-batch", "5"], "does not divide"),
     "images that the patches do not divide": (["--data.image-size", "30"], "image size 30"),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -15,8 +16,10 @@ from PIL import Image
 from textlock.data.captions import caption_id
 from textlock.data.evaluation import iterate_class_folder, iterate_shards, list_classes
 from textlock.data.images import crop_and_resize, crop_draws, crop_window, decode_image, eval_image
-from textlock.data.loader import DataConfig, open_loader
+from textlock.data.loader import SKIP_KINDS, DataConfig, open_loader, require_few_skipped
 from textlock.data.shards import INDEX_NAME, index_shards
+
+from .zoo import DAMAGED, EMPTY_CAPTIONS, GARBAGE_FOR_DALI, GOOD, ODD_CAPTIONS, REFUSED
 
 
 def jpeg(seed, width=40, height=32):
@@ -27,7 +30,10 @@ def jpeg(seed, width=40, height=32):
 
 
 def write_shards(folder, sizes, bad=None):
-    """Write shards of the given sizes; ``bad`` maps sample numbers to the (image, caption) that replace good ones."""
+    """Write shards of the given sizes; ``bad`` maps sample numbers to the (image, caption) that replace good ones.
+
+    A caption of None leaves the member out.
+    """
     folder.mkdir(exist_ok=True)
     number = 0
     for shard, size in enumerate(sizes):
@@ -37,6 +43,8 @@ def write_shards(folder, sizes, bad=None):
                 if bad and number in bad:
                     image, caption = bad[number]
                 for suffix, content in (("jpg", image), ("txt", caption)):
+                    if content is None:
+                        continue
                     info = tarfile.TarInfo(f"{number:09d}.{suffix}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -229,6 +237,102 @@ def test_bad_samples_are_replaced_counted_and_logged(tmp_path, decoder):
     assert all(flat[line["position"]] == line["replaced_by"] for line in lines)
 
 
+def test_what_is_no_jpeg_has_the_same_pixels_from_both_decoders(tmp_path):
+    """DALI crashes on some PNG and WebP headers, so it is given none."""
+    pytest.importorskip("nvidia.dali")
+    names = [name for name in GOOD if "png" in name or "webp" in name]
+    folder = write_shards(tmp_path / "shards", [60], {2 * at: (GOOD[name], b"x") for at, name in enumerate(names)})
+    config = settings(folder, batch_size=60)
+    (ours,), (theirs,) = take(config, 1), take(replace(config, decoder="dali"), 1)
+    assert ours.keys == theirs.keys and theirs.skipped == ours.skipped == 0
+    same = {
+        key for key, one, other in zip(ours.keys, ours.images, theirs.images, strict=True) if torch.equal(one, other)
+    }
+    assert same >= {f"{2 * at:09d}" for at in range(len(names))}
+    assert (ours.images.int() - theirs.images.int()).abs().float().mean() < 1
+
+
+def test_what_dali_cannot_read_is_asked_of_the_other_decoder(tmp_path, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    from textlock.data.dali import DaliDecoder
+
+    def picky(self, payloads, windows, images, rows):
+        if any(payload == jpeg(4, 40) for payload in payloads):
+            raise RuntimeError("one of them is not to its taste")
+        decode(self, payloads, windows, images, rows)
+
+    decode = DaliDecoder.decode
+    monkeypatch.setattr(DaliDecoder, "decode", picky)
+    config = settings(write_shards(tmp_path / "shards", [200]), batch_size=200)
+    (ours,), (theirs,) = take(config, 1), take(replace(config, decoder="dali"), 1)
+    assert ours.keys == theirs.keys and theirs.skipped == 0
+    at = ours.keys.index("000000004")
+    assert torch.equal(ours.images[at], theirs.images[at])
+    monkeypatch.undo()
+    (untroubled,) = take(replace(config, decoder="dali"), 1)
+    others = [row for row in range(200) if row != at]
+    assert torch.equal(theirs.images[others], untroubled.images[others])
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """Every kind of bad sample between good ones, and a second set where good ones are in the places of the bad."""
+    bad = {f"image: {name}": (payload, b"x", kind) for name, (payload, kind) in REFUSED.items()}
+    bad |= {f"damaged: {name}": (payload, b"x", "damaged") for name, payload in DAMAGED.items()}
+    bad |= {f"caption: {name}": (jpeg(0), caption, "no-caption") for name, caption in EMPTY_CAPTIONS.items()}
+    bad["caption: no member"] = (jpeg(0), None, "no-caption")
+    bad["neither"] = (b"", None, "no-caption")
+    odd = {f"image: {name}": (payload, b"x") for name, payload in GOOD.items()}
+    odd |= {f"caption: {name}": (jpeg(1), caption) for name, caption in ODD_CAPTIONS.items()}
+    assert len(bad) >= 40
+    places = {2 * number + 1: name for number, name in enumerate([*bad, *odd])}
+    count = 2 * len(places) + 40
+    sizes = [count // 3, count // 3, count - 2 * (count // 3)]
+    samples = {at: (bad | odd)[name][:2] for at, name in places.items()}
+    kinds = {at: bad[name][2] for at, name in places.items() if name in bad}
+    root = tmp_path_factory.mktemp("zoo")
+    clean = {at: sample for at, sample in samples.items() if at not in kinds}
+    names = {at: places[at] for at in kinds}
+    return write_shards(root / "zoo", sizes, samples), write_shards(root / "clean", sizes, clean), kinds, names, count
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "dali"])
+def test_the_zoo(zoo, decoder, tmp_path):
+    """The run goes on, each bad sample is counted and named, and the pixels and captions beside it are as ever."""
+    if decoder == "dali":
+        pytest.importorskip("nvidia.dali")
+    folder, clean_folder, kinds, names, count = zoo
+    if decoder == "dali":  # it takes these two for good
+        kinds = {at: kind for at, kind in kinds.items() if names[at] not in map("damaged: {}".format, GARBAGE_FOR_DALI)}
+    config = settings(folder, batch_size=count, max_skipped_fraction=1.0, decoder=decoder, prefetch_batches=0)
+    (batch,) = take(config, 1, skipped_log=tmp_path / "skipped.jsonl")
+    (clean,) = take(replace(config, shards=str(clean_folder)), 1)
+
+    lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert {line["sample"]: (names[line["sample"]], line["kind"]) for line in lines} == {
+        at: (names[at], kind) for at, kind in kinds.items()
+    }
+    size = count // 3
+    for line in lines:
+        assert line["shard"] == f"{min(line['sample'] // size, 2):05d}.tar"
+        assert line["key"] == ("" if line["kind"] == "too-large" else f"{line['sample']:09d}")
+        assert line["message"] and len(line["message"]) < 300
+        assert batch.keys[line["position"]] == line["replaced_by"]
+    assert batch.skipped_by_kind == {kind: list(kinds.values()).count(kind) for kind in set(kinds.values())}
+    assert set(batch.skipped_by_kind) <= set(SKIP_KINDS)
+
+    replaced = {line["position"] for line in lines}
+    assert clean.skipped == 0
+    for at in set(range(count)) - replaced:
+        if int(batch.keys[at]) in names:
+            continue  # garbage that DALI lets through
+        assert (batch.keys[at], batch.captions[at]) == (clean.keys[at], clean.captions[at])
+        assert torch.equal(batch.images[at], clean.images[at]), batch.keys[at]
+    for caption in batch.captions:
+        assert 0 < len(caption) <= 2048
+        json.dumps(caption).encode()
+
+
 def test_replacement_does_not_depend_on_ranks(tmp_path):
     config = settings(write_shards(tmp_path / "shards", [20, 20], BAD), max_skipped_fraction=1.0)
     whole = take(config, 6)
@@ -259,6 +363,18 @@ def test_skip_budget_stops_the_run(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="closed"):
             next(loader)
     assert len(take(replace(config, max_skipped_fraction=0.125), 5)) == 5
+
+
+def test_skip_budget_of_several_ranks_is_the_callers(tmp_path, monkeypatch):
+    """One rank that stopped alone would leave the others waiting: the sum over all of them is judged."""
+    monkeypatch.setattr("textlock.data.loader._MIN_SAMPLES_TO_JUDGE", 40)
+    config = settings(write_shards(tmp_path / "shards", [20, 20], BAD), max_skipped_fraction=0.05)
+    parts = [take(config, 5, rank=rank, world_size=2) for rank in range(2)]
+    counts = sum((Counter(batch.skipped_by_kind) for part in parts for batch in part), Counter())
+    with pytest.raises(ValueError, match="5 of 40 samples are bad"):
+        require_few_skipped(counts, 40, config)
+    require_few_skipped(counts, 100, config)
+    require_few_skipped(counts, 39, config)
 
 
 def test_nothing_but_bad_samples(tmp_path):

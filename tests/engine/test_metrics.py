@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from textlock.data.loader import SKIP_KINDS
 from textlock.engine.checkpoint import Progress
 from textlock.engine.config import parse_config
 from textlock.engine.distributed import World
@@ -28,13 +29,17 @@ def open_metrics(folder, tower, progress, *flags):
     return Metrics(config, WORLD, tower, progress, 9)
 
 
-def finish(metrics, progress, *, samples_seen, skipped=0):
+def numbers(*, norm=4.0, stops=0.0, **skipped):
+    """Return the last arguments of a `QueuedStep`."""
+    result = StepResult(torch.tensor(1.0), torch.tensor(2.0), torch.tensor(5), 8)
+    return result, torch.tensor(norm), torch.tensor([stops, *(float(skipped.get(kind, 0)) for kind in SKIP_KINDS)])
+
+
+def finish(metrics, progress, *, samples_seen, **skipped):
     """Let a step end as the training loop does."""
     progress.step += 1
     batch = SimpleNamespace(position=samples_seen, epoch=0)
-    result = StepResult(torch.tensor(1.0), torch.tensor(2.0), 8)
-    queued = QueuedStep(progress.step, batch, 3.0, result, torch.tensor(4.0), torch.tensor([0.0, skipped]))
-    outcome = queued.wait()
+    outcome = QueuedStep(progress.step, batch, 3.0, *numbers(**skipped)).wait()
     metrics.step_done(outcome, images=8)
     return outcome
 
@@ -53,7 +58,7 @@ def test_rates_leave_out_the_first_step_and_what_happens_in_pauses(tmp_path, tow
         with metrics.waiting_for_data():
             clock.advance(1)
         clock.advance(3)
-        outcome = finish(metrics, progress, samples_seen=8 * step, skipped=step)
+        outcome = finish(metrics, progress, samples_seen=8 * step, empty=step, damaged=1)
         with metrics.paused():
             clock.advance(50)
     metrics.log(outcome)
@@ -61,7 +66,9 @@ def test_rates_leave_out_the_first_step_and_what_happens_in_pauses(tmp_path, tow
     assert first["images_per_second"] is None and first["data_wait_fraction"] is None
     assert second["images_per_second"] == second["images_per_second_per_device"] == pytest.approx(2.0)
     assert second["data_wait_fraction"] == pytest.approx(0.25)
-    assert (second["step"], second["samples_seen"], second["skipped_samples"]) == (3, 24, 5)
+    assert (second["step"], second["samples_seen"], second["duplicate_captions"]) == (3, 24, 5)
+    assert (first["skipped_samples"], first["skipped_by_kind"]) == (0, {})
+    assert (second["skipped_samples"], second["skipped_by_kind"]) == (7, {"empty": 5, "damaged": 2})
     assert progress.train_seconds == pytest.approx(108) and progress.wall_seconds == pytest.approx(208)
 
 
@@ -69,12 +76,14 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_runs_again(tmp_path, tower):
     written = "".join(json.dumps({"step": step, "loss": 0.0}) + "\n" for step in range(1, 6)) + '{"step": 6, "lo'
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         (tmp_path / name).write_text(written)
-    progress = Progress(step=3, samples_seen=24, train_seconds=7.0, wall_seconds=11.0, skipped_samples=2)
+    (tmp_path / "skipped.jsonl").write_text("".join(f'{{"position": {at}}}\n' for at in (3, 23, 24, 30)))
+    progress = Progress(step=3, samples_seen=24, train_seconds=7.0, wall_seconds=11.0, skipped_by_kind={"empty": 2})
     metrics = open_metrics(tmp_path, tower, progress)
-    metrics.log(finish(metrics, progress, samples_seen=32, skipped=1))
+    metrics.log(finish(metrics, progress, samples_seen=32, empty=1))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     assert [line["step"] for line in lines(tmp_path, "evaluations.jsonl")] == [1, 2, 3]
     assert lines(tmp_path)[-1]["skipped_samples"] == 3
+    assert [line["position"] for line in lines(tmp_path, "skipped.jsonl")] == [3, 23]
     assert progress.train_seconds >= 7.0 and progress.wall_seconds >= 11.0
 
 
@@ -105,18 +114,15 @@ def test_tensorboard_gets_the_same_figures(tmp_path, tower):
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_one_sentence(norm):
-    result = StepResult(torch.tensor(1.0), torch.tensor(2.0), 8)
-    queued = QueuedStep(7, SimpleNamespace(), 3.0, result, torch.tensor(norm), torch.zeros(2))
+    queued = QueuedStep(7, SimpleNamespace(), 3.0, *numbers(norm=norm))
     with pytest.raises(ValueError, match=r"step 7: loss 1.0 with gradient norm (nan|inf) is not finite"):
         queued.wait()
 
 
 @pytest.mark.parametrize(("stops", "stop"), [(0.0, False), (1.0, True), (3.0, True)])
 def test_one_rank_that_was_asked_stops_all(stops, stop):
-    result = StepResult(torch.tensor(1.0), torch.tensor(2.0), 8)
-    reported = torch.tensor([stops, 5.0])
-    outcome = QueuedStep(7, SimpleNamespace(), 3.0, result, torch.tensor(4.0), reported).wait()
-    assert (outcome.stop, outcome.skipped) == (stop, 5)
+    outcome = QueuedStep(7, SimpleNamespace(), 3.0, *numbers(stops=stops, empty=5)).wait()
+    assert (outcome.stop, outcome.skipped, outcome.duplicate_captions) == (stop, {"empty": 5}, 5)
 
 
 def test_flops_are_those_of_the_published_accounting():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from textlock.data.loader import SKIP_KINDS
 from textlock.engine import optim
 from textlock.engine.checkpoint import Progress, build_tower, read_checkpoint, restore, save_checkpoint
 from textlock.engine.config import LossConfig, parse_config
@@ -126,11 +127,13 @@ def test_small_gradients_are_not_scaled_up():
 def test_the_report_slots_are_no_gradient():
     parameter = nn.Parameter(torch.ones(3))
     gradients = FlatGradients([parameter])
-    gradients.report(stop=True, skipped=12)
+    gradients.report(stop=True, skipped={"damaged": 12, "new": 1, "newer": 2})
     assert gradients.clip(1.0).item() == 0.0
-    assert gradients.reported().tolist() == [1, 12]
+    stops, *counts = gradients.reported().tolist()
+    assert stops == 1
+    assert {kind: count for kind, count in zip(SKIP_KINDS, counts, strict=True) if count} == {"damaged": 12, "other": 3}
     gradients.zero()
-    assert gradients.reported().tolist() == [0, 0]
+    assert not gradients.reported().any()
 
 
 class FusedAdam(torch.optim.Optimizer):

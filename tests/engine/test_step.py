@@ -89,7 +89,7 @@ class Training:
         """Return the result of a step and the gradient of the global loss by parameter."""
         own = slice(self.world.rank * self.local, (self.world.rank + 1) * self.local)
         self.gradients.zero()
-        self.gradients.report(stop=self.world.rank == 1, skipped=self.world.rank)
+        self.gradients.report(stop=self.world.rank == 1, skipped={"empty": self.world.rank})
         result = self.step(step, *(part[own] for part in batch_of(step)))
         return result, {name: parameter.grad.clone() for name, parameter in self.parameters().items()}
 
@@ -265,7 +265,7 @@ def test_a_feed_encodes_what_is_not_stored():
     feed = Feed(iter([online, stored]), tower, CPU)
     first, second = next(feed), next(feed)
     tower.encode.assert_called_once_with(["a"])
-    assert torch.equal(first.text, rows) and torch.equal(second.text, rows + 1)
+    assert torch.equal(first.text, rows) and torch.equal(second.text, F.normalize(rows + 1, dim=-1))
     assert first.images is images and first.source is online and second.ids is ids
 
 
@@ -305,7 +305,7 @@ def run_rank(rank, world_size, folder):
         training = Training(name, tiers=tiers, world=world)
         asked, at_end = watched(training.gradients)
         result = training.train()
-        assert training.gradients.reported().tolist() == [float(world_size > 1), sum(range(world_size))]
+        assert training.gradients.reported().tolist()[:2] == [float(world_size > 1), sum(range(world_size))]
         torch.save(result, f"{folder}/{case}-{rank}.pt")
         # When the sum of a block is asked for, its gradients are whole: they do not change any more.
         assert len(asked) == STEPS * len(training.tower.blocks)

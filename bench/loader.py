@@ -1,0 +1,421 @@
+"""Images a second of the loader, beside those of other projects, on the same shards with the same crop.
+
+    python -m textlock.bench.loader                                    # every loader that this machine can run
+    python -m textlock.bench.loader --loaders cpu webdataset_pil --sizes 256 > bench/results/NAME.jsonl
+    python -m textlock.bench.loader --memory-samples 200000            # is the memory of a long run flat?
+
+Drawn pictures, a few of them cut short, are packed into shards in a temporary folder. Every loader makes batches of
+random crops of 224 pixels, with as many threads or processes as `--workers`. Each is first compared with Pillow on
+whole pictures; one that is wrong prints no figure. One JSON line a figure on stdout, a table on stderr. Images a
+CPU-second count the time of all processes: on a machine that does other work too they are the steadier figure.
+"""
+
+import io
+import json
+import os
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from textlock.data.loader import DataConfig, Loader, open_loader
+from textlock.data.shards import index_shards
+from textlock.engine.provenance import commit, device_name, versions
+
+# Width and height of the pictures, by the short side that names them.
+SIZES = {256: (320, 256), 512: (512, 384)}
+CROP = 224
+RATIO = (0.75, 1.3333333)
+# Mean difference from Pillow's bicubic, in grey levels, that still counts as the same picture: DALI's is 0.2.
+TOLERANCE = 1.0
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    sizes: tuple[int, ...] = (256, 512)
+    """Which pictures: 256 are 320 x 256 pixels, 512 are 512 x 384."""
+    loaders: tuple[str, ...] = ()
+    """Names as in the table; left out: all."""
+    samples: int = 2000
+    """Pictures in the shards."""
+    bad: float = 0.01
+    """Part of them that are cut short."""
+    batch: int = 64
+    """Pictures of a batch."""
+    workers: int = os.cpu_count() or 1
+    """Threads of our loader, processes of the others."""
+    seconds: float = 10.0
+    """Time spent on each figure."""
+    memory_samples: int = 0
+    """Instead of rates: read so many samples of small pictures and print the memory of the process on the way."""
+
+
+Result = TypeVar("Result")
+
+
+class Unavailable(Exception):
+    """A loader that this machine cannot run, and why."""
+
+
+class Wrong(Exception):
+    """A loader whose pictures are not those of Pillow."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A folder of shards and the pictures in it, by key."""
+
+    folder: Path
+    pictures: dict[str, bytes]
+
+    @property
+    def paths(self) -> list[str]:
+        return sorted(map(str, self.folder.glob("*.tar")))
+
+
+Batches = Iterator[tuple[Tensor, list[str]]]  # pictures and keys
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loader: how it is opened with a scale of crops, and how its pictures become levels [b, S, S, 3]."""
+
+    open: Callable[[Shards, Options, tuple[float, float]], Batches]
+    levels: Callable[[Tensor], Tensor] = lambda images: images.float()
+
+
+def draw(rng: np.random.Generator, width: int, height: int) -> bytes:
+    """Return a JPEG about as large as a photo of its size: smooth colours and some noise."""
+    coarse = rng.integers(0, 256, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    noisy = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_shards(folder: Path, samples: int, width: int, height: int, bad: float) -> Shards:
+    """Draw a hundred pictures and pack them again and again, evenly into eight shards."""
+    rng = np.random.default_rng(0)
+    drawn = [draw(rng, width, height) for _ in range(100)]
+    pictures = {}
+    shards = max(1, min(8, samples // 100))
+    spoilt = set(rng.choice(samples, round(bad * samples), replace=False).tolist())
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for number in range(shard * samples // shards, (shard + 1) * samples // shards):
+                key, picture = f"{number:09d}", drawn[number % len(drawn)]
+                if number in spoilt:
+                    picture = picture[: len(picture) // 2]
+                else:
+                    pictures[key] = picture
+                for name, content in ((f"{key}.jpg", picture), (f"{key}.txt", f"picture {number}".encode())):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    index_shards(folder)
+    return Shards(folder, pictures)
+
+
+def config_of(shards: Shards, options: Options, scale: tuple[float, float], decoder: str) -> DataConfig:
+    return DataConfig(
+        shards=str(shards.folder),
+        batch_size=options.batch,
+        image_size=CROP,
+        decoder="dali" if decoder == "dali" else "cpu",
+        crop_scale=scale,
+        crop_ratio=RATIO,
+        workers=options.workers,
+        max_skipped_fraction=1.0,
+    )
+
+
+def open_ours(config: DataConfig) -> Loader:
+    try:
+        return open_loader(config, rank=0, world_size=1, device=device_of_this_machine())
+    except ValueError as error:
+        if "not installed" in str(error):
+            raise Unavailable("DALI is not installed (pip install 'textlock[gpu]')") from error
+        raise
+
+
+def ours(shards: Shards, options: Options, scale: tuple[float, float], *, decoder: str) -> Batches:
+    with open_ours(config_of(shards, options, scale, decoder)) as loader:
+        for batch in loader:
+            yield batch.images, batch.keys
+
+
+def webdataset_loader(
+    shards: Shards, options: Options, decode: Callable[[bytes], Tensor], collate: Callable[[list[Any]], Any]
+) -> Iterator[Any]:
+    """Batches of what ``decode`` makes of each picture, in processes; what it raises on is left out without a word."""
+    try:
+        import webdataset
+    except ImportError:
+        raise Unavailable("webdataset is not installed (pip install webdataset)") from None
+    dataset = (
+        webdataset.WebDataset(shards.paths, shardshuffle=False, handler=webdataset.ignore_and_continue)
+        .shuffle(1000)
+        .repeat()
+        .to_tuple("jpg", "__key__")
+        .map_tuple(decode, lambda key: key, handler=webdataset.ignore_and_continue)
+        .batched(options.batch, collation_fn=collate)
+    )
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=options.workers,
+        worker_init_fn=lambda _: torch.set_num_threads(1),
+        multiprocessing_context="fork",
+    )
+    return iter(loader)
+
+
+def stacked(samples: list[Any]) -> tuple[Tensor, list[str]]:
+    return torch.stack([image for image, _ in samples]), [key for _, key in samples]
+
+
+def webdataset_pil(shards: Shards, options: Options, scale: tuple[float, float]) -> Batches:
+    """Decode with Pillow, crop and normalise with torchvision, as open_clip and contrastors train."""
+    from torchvision import transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(CROP, scale, RATIO, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return webdataset_loader(
+        shards, options, lambda payload: transform(Image.open(io.BytesIO(payload)).convert("RGB")), stacked
+    )
+
+
+def webdataset_torchvision(shards: Shards, options: Options, scale: tuple[float, float]) -> Batches:
+    """Take the fastest of torchvision on a CPU: libjpeg-turbo, and an antialiased resize of uint8."""
+    from torchvision import io as images
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(CROP, scale, RATIO, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+    def decode(payload: bytes) -> Tensor:
+        encoded = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        return crop(images.decode_jpeg(encoded, images.ImageReadMode.RGB))
+
+    return webdataset_loader(shards, options, decode, stacked)
+
+
+def webdataset_nvjpeg(shards: Shards, options: Options, scale: tuple[float, float]) -> Batches:
+    """Read in processes; decode a batch at once with torchvision's nvJPEG, crop and resize on the GPU."""
+    if not torch.cuda.is_available():
+        raise Unavailable("torchvision's nvJPEG needs a GPU")
+    from torchvision import io as images
+    from torchvision.transforms import v2
+
+    crop = v2.RandomResizedCrop(CROP, scale, RATIO, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+
+    def read(payload: bytes) -> Tensor:
+        if b"\xff\xd9" not in payload[-64:]:  # one that is cut short would take its whole batch with it
+            raise ValueError("cut short")
+        return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+
+    for batch in webdataset_loader(shards, options, read, list):
+        decoded = images.decode_jpeg([payload for payload, _ in batch], images.ImageReadMode.RGB, device="cuda")
+        yield torch.stack([crop(image) for image in decoded]), [key for _, key in batch]
+
+
+def levels_of_normalised(images: Tensor) -> Tensor:
+    return ((images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255).permute(0, 2, 3, 1)
+
+
+def levels_of_planes(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1).float()
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "cpu": Candidate(lambda *arguments: ours(*arguments, decoder="cpu")),
+    "dali": Candidate(lambda *arguments: ours(*arguments, decoder="dali")),
+    "webdataset_pil": Candidate(webdataset_pil, levels_of_normalised),
+    "webdataset_torchvision": Candidate(webdataset_torchvision, levels_of_planes),
+    "webdataset_nvjpeg": Candidate(webdataset_nvjpeg, levels_of_planes),
+}
+
+
+def check(name: str, shards: Shards, options: Options) -> float:
+    """Return the usual difference from Pillow on whole pictures; raises Unavailable, or Wrong when it is too large."""
+    batches = CANDIDATES[name].open(shards, replace(options, workers=1), (1.0, 1.0))
+    differences = []
+    for images, keys in islice(batches, 2):
+        for picture, key in zip(CANDIDATES[name].levels(images.cpu()), keys, strict=True):
+            whole = Image.open(io.BytesIO(shards.pictures[key])).resize((CROP, CROP), Image.Resampling.BICUBIC)
+            differences.append((picture - torch.from_numpy(np.array(whole)).float()).abs().mean())
+    # Not the largest: a crop of the whole area may by chance be a pixel narrower than the picture.
+    difference = torch.stack(differences).median().item()
+    if not difference <= TOLERANCE:
+        raise Wrong(f"{difference:.2f} grey levels from Pillow")
+    return difference
+
+
+def measure(name: str, shards: Shards, options: Options) -> dict[str, Any]:
+    """Return the rates of a loader, and its memory, over ``seconds`` after two batches that do not count."""
+    batches = CANDIDATES[name].open(shards, options, (0.9, 1.0))
+    for _ in range(2):
+        next(batches)
+    used, images = cpu_seconds(), 0
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < options.seconds:
+        images += len(next(batches)[1])
+    return {
+        "images_per_second": images / elapsed,
+        "images_per_cpu_second": images / (cpu_seconds() - used),
+        "host_bytes": host_bytes(),
+    }
+
+
+def outcome_of(name: str, shards: Shards, options: Options) -> dict[str, Any]:
+    """Return what is published of a loader, or why there is nothing."""
+    torch.set_num_threads(1)
+    try:
+        difference = check(name, shards, options)
+        rates = measure(name, shards, options)
+        return {**rates, "skipped": skipped_share(name, shards, options), "difference": difference}
+    except Unavailable as reason:
+        return {"absent": str(reason)}
+    except Wrong as wrong:
+        return {"wrong": str(wrong)}
+
+
+def in_a_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Run in a process of its own: no loader inherits the threads or the memory of another."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def family() -> list[Path]:
+    """Return what /proc holds of this process and its children."""
+    own = Path("/proc/self").resolve()
+    children = " ".join(path.read_text() for path in own.glob("task/*/children")).split()
+    return [own, *(Path("/proc") / child for child in children)]
+
+
+def cpu_seconds() -> float:
+    ticks = 0
+    for process in family():
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def host_bytes() -> int:
+    """Return the memory of this process and its children; what they share is counted once."""
+    lines = [line for process in family() for line in (process / "smaps_rollup").read_text().splitlines()]
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def skipped_share(name: str, shards: Shards, options: Options) -> float | None:
+    """Return the part of one epoch that our loader replaced; the others do not say."""
+    if name not in ("cpu", "dali"):
+        return None
+    with open_ours(config_of(shards, options, (0.9, 1.0), name)) as loader:
+        for _ in range(loader.samples_per_epoch // options.batch):
+            next(loader)
+        return loader.skipped_by_kind.total() / loader.samples_per_epoch
+
+
+def memory_of_a_long_run(name: str, shards: Shards, options: Options) -> list[dict[str, int]]:
+    """Return the resident memory after each tenth of ``memory_samples``."""
+    config = replace(config_of(shards, options, (0.9, 1.0), name), image_size=32)
+    marks: list[dict[str, int]] = []
+    with open_ours(config) as loader:
+        for batch in loader:
+            if batch.position * 10 >= options.memory_samples * (len(marks) + 1):
+                marks.append({"samples": batch.position, "resident_bytes": resident_bytes()})
+            if len(marks) == 10:
+                return marks
+    raise AssertionError("the loader is endless")
+
+
+def device_of_this_machine() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(options: Options) -> None:
+    if min(options.samples, options.batch, options.workers, options.seconds) <= 0 or not 0 <= options.bad < 1:
+        raise ValueError("samples, batch, workers and seconds must be positive, bad a fraction below 1")
+    if unknown := set(options.loaders) - CANDIDATES.keys():
+        raise ValueError(f"no loader is named {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
+    if unknown_sizes := set(options.sizes) - SIZES.keys():
+        raise ValueError(f"no pictures of size {unknown_sizes.pop()}; choose from {', '.join(map(str, SIZES))}")
+    machine = {"device": device_name(device_of_this_machine()), "versions": versions(), "commit": commit()}
+    names = options.loaders or tuple(CANDIDATES)
+    if options.memory_samples:
+        with tempfile.TemporaryDirectory() as folder:
+            shards = write_shards(Path(folder), options.samples, 64, 48, options.bad)
+            for name in [name for name in names if name in ("cpu", "dali")]:
+                marks = in_a_process(memory_of_a_long_run, name, shards, options)
+                print(json.dumps({"loader": name, "memory": marks} | machine), flush=True)
+                shown = ", ".join(f"{mark['resident_bytes'] / 2**20:.1f}" for mark in marks)
+                print(f"{name}, MiB after each tenth of {options.memory_samples:,} samples: {shown}", file=sys.stderr)
+        return
+    table = Table(title=f"batches of {options.batch} crops, {options.workers} workers, {machine['device']}")
+    for column in ("pictures", "KB", "loader", "images/s", "images/CPU-s", "host MiB", "skipped", "levels off"):
+        table.add_column(column, justify="right")
+    absent: dict[str, set[str]] = {}  # reason -> names
+    for size in options.sizes:
+        width, height = SIZES[size]
+        with tempfile.TemporaryDirectory() as folder:
+            shards = write_shards(Path(folder), options.samples, width, height, options.bad)
+            kilobytes = sum(map(len, shards.pictures.values())) / len(shards.pictures) / 1000
+            for name in names:
+                outcome = in_a_process(outcome_of, name, shards, options)
+                if "absent" in outcome:
+                    absent.setdefault(outcome["absent"], set()).add(name)
+                    continue
+                case = {"width": width, "height": height, "kilobytes": kilobytes, "workers": options.workers}
+                print(json.dumps({"case": case, "loader": name} | outcome | machine), flush=True)
+                table.add_row(f"{width} x {height}", f"{kilobytes:.0f}", name, *cells(outcome))
+    Console(stderr=True, width=120).print(table)
+    for why, left_out in absent.items():
+        print(f"left out {', '.join(sorted(left_out))}: {why}", file=sys.stderr)
+
+
+def cells(outcome: dict[str, Any]) -> list[str]:
+    """Return the cells of the table from `images/s` on."""
+    if "wrong" in outcome:
+        return ["wrong", "", "", "", outcome["wrong"]]
+    skipped = outcome["skipped"]
+    return [
+        f"{outcome['images_per_second']:,.0f}",
+        f"{outcome['images_per_cpu_second']:,.0f}",
+        f"{outcome['host_bytes'] / 2**20:,.0f}",
+        "" if skipped is None else f"{100 * skipped:.2f} %",
+        f"{outcome['difference']:.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

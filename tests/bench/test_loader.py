@@ -1,0 +1,73 @@
+"""The benchmark of the loaders at a size of no interest: they are right, measured, and refused when they are wrong."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from textlock.bench import loader as bench
+
+TINY = bench.Options(sizes=(256,), samples=200, batch=16, workers=1, seconds=0.2, loaders=("cpu",))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return bench.write_shards(tmp_path_factory.mktemp("bench"), 200, 320, 256, bad=0.05)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_loader_is_measured_in_a_process_of_its_own(capsys):
+    bench.main(TINY)
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["loader"] == "cpu" and line["case"]["width"] == 320 and line["case"]["workers"] == 1
+    assert line["images_per_second"] > 0 and line["images_per_cpu_second"] > 0 and line["host_bytes"] > 2**20
+    assert 0 < line["skipped"] < 0.05 and line["difference"] < 0.1
+    assert line["device"] and line["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+@pytest.mark.parametrize("name", ["webdataset_pil", "webdataset_torchvision"])
+def test_the_peers_are_right_and_leave_out_what_is_cut_short(name, shards):
+    pytest.importorskip("webdataset")
+    assert bench.check(name, shards, TINY) < 0.1
+    batches = bench.CANDIDATES[name].open(shards, TINY, (0.9, 1.0))
+    keys = [key for _ in range(20) for key in next(batches)[1]]
+    assert set(keys) <= set(shards.pictures) and len(set(keys)) > 150
+
+
+def test_a_loader_that_is_wrong_has_no_figures(shards, monkeypatch):
+    right = bench.CANDIDATES["cpu"]
+    shifted = replace(right, levels=lambda images: right.levels(images).roll(4, dims=2))
+    monkeypatch.setitem(bench.CANDIDATES, "cpu", shifted)
+    outcome = bench.outcome_of("cpu", shards, TINY)
+    assert outcome.keys() == {"wrong"} and "grey levels" in outcome["wrong"]
+
+
+def test_a_missing_peer_is_named(shards, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
+    assert "webdataset is not installed" in bench.outcome_of("webdataset_pil", shards, TINY)["absent"]
+
+
+def test_memory_is_marked_ten_times(shards):
+    marks = bench.memory_of_a_long_run("cpu", shards, replace(TINY, memory_samples=400))
+    assert [mark["samples"] for mark in marks] == [48, 80, 128, 160, 208, 240, 288, 320, 368, 400]
+    assert all(mark["resident_bytes"] > 2**20 for mark in marks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loaders": ("cpuu",)}, "no loader is named cpuu; choose from cpu, dali"),
+        ({"sizes": (300,)}, "no pictures of size 300; choose from 256, 512"),
+        ({"seconds": 0.0}, "must be positive"),
+    ],
+)
+def test_bad_options(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main(replace(TINY, **changes))

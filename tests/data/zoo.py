@@ -1,0 +1,228 @@
+"""Payloads that a shard may hold where an image or a caption should be: good ones, bad ones and damaged ones."""
+
+import gzip
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from textlock.data.images import MAX_IMAGE_BYTES
+
+
+def photo(width=96, height=64, mode="RGB", seed=0):
+    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
+
+
+def encode(image, format="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def orientation(number):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    return exif
+
+
+def patched(payload, offset, new):
+    return payload[:offset] + new + payload[offset + len(new) :]
+
+
+def frame_header(payload):
+    return next(at for at in range(len(payload)) if payload[at] == 0xFF and payload[at + 1] in (0xC0, 0xC2))
+
+
+def without_segments(payload, marker):
+    """Drop the segments of a kind that come before the scan."""
+    kept, at = payload[:2], 2
+    while payload[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(payload[at + 2 : at + 4], "big")
+        if payload[at + 1] != marker:
+            kept += payload[at:end]
+        at = end
+    return kept + payload[at:]
+
+
+def with_scans(payload, count):
+    """Repeat the last scan of a progressive JPEG."""
+    start = payload.rindex(b"\xff\xda")
+    return payload[:-2] + payload[start:-2] * count + payload[-2:]
+
+
+def png_chunk(kind, content):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(width, height, bits, colour, content):
+    """Put a PNG together from its header fields and the content of its data chunk."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = (png_chunk(b"IHDR", header), png_chunk(b"IDAT", content), png_chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def deep_png(values, colour):
+    """Encode 16-bit values [H, W, C]; Pillow writes no such PNG with colours."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png(values.shape[1], values.shape[0], 16, colour, zlib.compress(rows))
+
+
+def webp(*chunks):
+    body = b"".join(
+        kind + struct.pack("<I", len(content)) + content + bytes(len(content) % 2) for kind, content in chunks
+    )
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
+def canvas(width, height, flags=0):
+    return b"VP8X", bytes([flags, 0, 0, 0]) + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+
+
+RGB = np.asarray(photo())
+ALPHA = np.linspace(0, 255, 96 * 64).reshape(64, 96, 1).astype(np.uint8)
+RGBA = Image.fromarray(np.concatenate([RGB, ALPHA], axis=2))
+DEEP = RGB.astype(np.uint16) * 257 - (RGB > 0) * 100  # low bytes that are not the high ones again
+DEEP_ALPHA = ALPHA.astype(np.uint16) * 257
+JPEG = encode(photo(), quality=92)
+PROGRESSIVE = encode(photo(), progressive=True)
+PNG = encode(photo(), "PNG")
+WEBP = encode(photo(), "WEBP", lossless=True)
+LOSSY = encode(photo(), "WEBP", quality=90)
+FRAMES = {"save_all": True, "append_images": [photo(seed=1)]}
+SMALL_FRAME = (
+    b"ANMF",
+    struct.pack("<I", 5)[:3] * 2 + struct.pack("<I", 31)[:3] * 2 + bytes(4) + encode(photo(32, 32), "WEBP")[12:],
+)
+SOF = frame_header(JPEG)
+
+GOOD = {
+    "jpeg": JPEG,
+    "grey jpeg": encode(photo(mode="L")),
+    "cmyk jpeg": encode(photo(mode="CMYK")),
+    "rgb jpeg": encode(photo(), keep_rgb=True),
+    "progressive jpeg": PROGRESSIVE,
+    "progressive grey jpeg": encode(photo(mode="L"), progressive=True),
+    "4:4:4 jpeg": encode(photo(), subsampling=0),
+    "4:2:2 jpeg": encode(photo(), subsampling=1),
+    "jpeg with restarts": encode(photo(), restart_marker_blocks=2),
+    "mpo": encode(photo(), "MPO", **FRAMES),
+    **{f"exif orientation {number}": encode(photo(), exif=orientation(number)) for number in (2, 3, 6, 8)},
+    "jpeg with a broken profile": encode(photo(), icc_profile=b"x" * 200),
+    "jpeg with bytes behind the end": JPEG + b"\0" * 1000,
+    "jpeg with fill bytes": JPEG[:2] + b"\xff\xff" + JPEG[2:],
+    "jpeg with a long comment": JPEG[:2] + b"\xff\xfe\xff\xff" + b"c" * 65533 + JPEG[2:],
+    "png": PNG,
+    "png with alpha": encode(RGBA, "PNG"),
+    "grey png": encode(photo(mode="L"), "PNG"),
+    "grey png with alpha": encode(RGBA.convert("LA"), "PNG"),
+    "palette png": encode(photo(mode="P"), "PNG"),
+    "palette png with a transparent entry": encode(photo().quantize(16), "PNG", transparency=3),
+    "1-bit png": encode(photo(mode="1"), "PNG"),
+    "16-bit grey png": deep_png(DEEP[:, :, :1], 0),
+    "16-bit png": deep_png(DEEP, 2),
+    "16-bit grey png with alpha": deep_png(np.concatenate([DEEP[:, :, :1], DEEP_ALPHA], axis=2), 4),
+    "16-bit png with alpha": deep_png(np.concatenate([DEEP, DEEP_ALPHA], axis=2), 6),
+    "png with exif": encode(photo(), "PNG", exif=orientation(6)),
+    "animated png": encode(photo(), "PNG", **FRAMES),
+    "lossless webp": WEBP,
+    "lossy webp": LOSSY,
+    "webp with alpha": encode(RGBA, "WEBP", quality=90),
+    "lossless webp with alpha": encode(RGBA, "WEBP", lossless=True, exact=True),
+    "webp with exif": encode(photo(), "WEBP", lossless=True, exif=orientation(6)),
+    "animated webp": encode(photo(), "WEBP", lossless=True, **FRAMES),
+    "webp whose first frame is smaller": webp(canvas(96, 64, 2), (b"ANIM", bytes(6)), SMALL_FRAME),
+    "one pixel": encode(photo(1, 1)),
+    "one pixel wide": encode(photo(1, 700)),
+}
+
+# What the check refuses before any decoder runs, and by which kind.
+REFUSED = {
+    "empty": (b"", "empty"),
+    "one byte": (b"\xff", "format"),
+    "html": (b"<!DOCTYPE html><html>Not found</html>", "format"),
+    "json": (b'{"error": "forbidden"}', "format"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "format"),
+    "base64 text": (b"data:image/jpeg;base64,/9j/4AAQSkZJRg==", "format"),
+    "gif": (encode(photo(), "GIF"), "format"),
+    "bmp": (encode(photo(), "BMP"), "format"),
+    "tiff": (encode(photo(), "TIFF"), "format"),
+    "ico": (encode(photo(), "ICO"), "format"),
+    "jpeg 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(64), "format"),
+    "avif": (b"\0\0\0\x20ftypavif" + bytes(64), "format"),
+    "gzipped jpeg": (gzip.compress(JPEG), "format"),
+    "pickle": (b"\x80\x04\x95\x0b\0\0\0\0\0\0\0\x8c\x02os", "format"),
+    "random bytes": (np.random.default_rng(0).bytes(4000), "format"),
+    "zeros": (bytes(4000), "format"),
+    "leading junk": (b"\0" + JPEG, "format"),
+    "junk after the start marker": (JPEG[:2] + b"junk" + JPEG[2:], "format"),
+    "too many bytes": (JPEG + bytes(MAX_IMAGE_BYTES), "too-large"),
+    "half a jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
+    "no end marker": (JPEG[:-2], "truncated"),
+    "ends at the frame header": (JPEG[:SOF], "truncated"),
+    "ends inside the frame header": (JPEG[: SOF + 7], "truncated"),
+    "start marker only": (JPEG[:3], "truncated"),
+    "no scan": (JPEG[:2] + b"\xff\xd9", "truncated"),
+    "lossless frame": (patched(JPEG, SOF + 1, b"\xc3"), "unsupported"),
+    "arithmetic frame": (patched(JPEG, SOF + 1, b"\xc9"), "unsupported"),
+    "12 bits": (patched(JPEG, SOF + 4, b"\x0c"), "unsupported"),
+    "no components": (patched(JPEG, SOF + 9, b"\0"), "unsupported"),
+    "two components": (patched(JPEG, SOF + 9, b"\x02"), "unsupported"),
+    "no height": (patched(JPEG, SOF + 5, b"\0\0"), "header"),
+    "no frame header": (without_segments(JPEG, 0xC0), "header"),
+    "junk between segments": (JPEG[:SOF] + b"junk" + JPEG[SOF:], "header"),
+    "two frame headers": (JPEG[:SOF] + JPEG[SOF : SOF + 19] + JPEG[SOF:], "header"),
+    "jpeg bomb header": (patched(JPEG, SOF + 5, b"\x4e\x20\x4e\x20"), "too-many-pixels"),
+    "a thousand scans": (with_scans(PROGRESSIVE, 1000), "too-many-scans"),
+    "a hundred scans over a large image": (
+        patched(with_scans(PROGRESSIVE, 100), frame_header(PROGRESSIVE) + 5, struct.pack(">HH", 5000, 5000)),
+        "too-many-scans",
+    ),
+    "png signature only": (PNG[:8], "header"),
+    "half a png": (PNG[: len(PNG) // 2], "truncated"),
+    "png without width": (patched(PNG, 16, bytes(4)), "header"),
+    "png bomb header": (png(10**9, 10**9, 8, 2, b""), "too-many-pixels"),
+    "half a webp": (WEBP[: len(WEBP) // 2], "truncated"),
+    "empty webp": (b"RIFF\x04\0\0\0WEBP", "truncated"),
+    "webp of an unknown chunk": (webp((b"JUNK", bytes(40))), "header"),
+    "webp bomb header": (webp(canvas(2**24, 2**24), (b"VP8 ", bytes(20))), "too-many-pixels"),
+}
+
+# What only a decoder can find. DALI takes the first two for good and makes garbage of them.
+DAMAGED = {
+    "scan data": patched(JPEG, len(JPEG) // 2, b"\xff\x01" * 20),
+    "header of a larger image": patched(JPEG, SOF + 5, struct.pack(">HH", 128, 192)),
+    "jpeg without quantisation": without_segments(JPEG, 0xDB),
+    "png data": patched(PNG, len(PNG) // 2, b"\x55" * 20),
+    "png without data": png(96, 64, 8, 2, b""),
+    "png with data of a smaller image": png(96, 64, 8, 2, zlib.compress(bytes(500))),
+    "png of an unknown colour type": png(96, 64, 8, 5, zlib.compress(bytes(64 * 97))),
+    "webp data": patched(WEBP, 30, b"\x55" * 60),
+    "webp canvas of another size": webp(canvas(96, 64), (b"VP8 ", encode(photo(32, 32), "WEBP")[20:])),
+}
+GARBAGE_FOR_DALI = ("scan data", "header of a larger image")
+
+# Captions without any text.
+EMPTY_CAPTIONS = {
+    "no bytes": b"",
+    "white space": b" \r\n\t ",
+    "nul bytes": bytes(10),
+    "unicode spaces": "\u3000\u2003\xa0".encode(),
+}
+
+# Captions that look harmful and are used.
+ODD_CAPTIONS = {
+    "latin-1": b"caf\xe9",
+    "utf-16": "a red bus".encode("utf-16"),
+    "a surrogate": b"\xed\xa0\x80x",
+    "overlong": b"\xc0\xaf etc",
+    "byte order mark": b"\xef\xbb\xbfa bus",
+    "two megabytes": b"word " * 400_000,
+    "one word of a megabyte": b"x" * 2**20,
+    "control characters": b"\x1b[2Ja\x07\x08 bus",
+    "right to left override": "a \u202egnp.exe".encode(),
+    "markup": b"<script>alert(1)</script> {{7*7}} ${HOME} `id`",
+    "line breaks": b'a\nb\r\n{"step": 1}\n',
+}
