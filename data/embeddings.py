@@ -265,8 +265,8 @@ def encode_shards(
 
     Raises:
         FileNotFoundError: there are no shards, or no index.
-        ValueError: the index is stale, a file holds rows of another tower, the tower's rows are not finite, or the shards
-            are remote and there is no ``output``.
+        ValueError: the index is stale, a file holds rows of another tower, rows are not finite, or the shards are
+            remote and there is no ``output``.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} ranks: ranks count from 0")
