@@ -71,8 +71,8 @@ def why_lost(error: RuntimeError) -> str | None:
         return None
     reason = str(error).partition("\n")[0].partition(". ")[0]
     return (
-        f"rank {os.environ.get('RANK', '0')} lost another rank, whose own message is above if it left one (killed for "
-        f"memory it leaves none, only the launcher's exit code -9): {reason}. The same command goes on from the last "
+        f"rank {os.environ.get('RANK', '0')} lost another rank; the cause is that rank's own message, or its exit code "
+        f"among the launcher's lines (-9: killed, often for memory): {reason}. The same command goes on from the last "
         f"checkpoint."
     )
 

@@ -275,14 +275,15 @@ def available_bytes(device: torch.device, memory_gib: float | None, *, fixed_byt
 def fixed_bytes(tower: VisionTower, autocast: torch.autocast, *, local_batch: int, global_batch: int) -> int:
     """Return the bytes that a step needs beside activations and what was there before: all but weights and gradients.
 
-    The optimiser's two moments, the weights' copies in the type of the products, two batches of images, rows of images
-    and texts with the loss's exponentials (2 bytes a logit, up to a gibibyte) or, beyond that, its chunks.
+    The optimiser's two moments; the weights' copies in the type of the products; three batches of images: of the step
+    in work, of the one queued behind it, and on their way to the one after; rows of images and texts; the loss's
+    exponentials, 2 bytes a logit up to a gibibyte, or its chunks beyond that.
     """
     with autocast:
         compute = compute_dtype(tower.patch_embed.weight)
     parameters = sum(parameter.numel() for parameter in tower.parameters())
     weights = parameters * (8 + (compute.itemsize if compute != torch.float32 else 0))
-    images = 2 * local_batch * tower.image_size**2 * 3
+    images = 3 * local_batch * tower.image_size**2 * 3
     rows = (4 * local_batch + 2 * global_batch) * tower.embed_dim * 4
     loss = 2 * min(2 * local_batch * global_batch, 2**30)  # the loss stores exponentials in half of what is free
     return weights + images + rows + loss

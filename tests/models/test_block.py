@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from textlock.models import block as module
 from textlock.models.block import Block, ComputeCopies, Keep, Stream, kept_bytes, weight_gradient
@@ -125,6 +126,25 @@ def test_kept_bytes_are_those_predicted(kind, keep, precision):
 
     expected = kept_bytes(block, TOKENS, keep, residual=residual, compute=compute)
     assert bytes_of(5) - bytes_of(3) == 2 * expected
+
+
+@pytest.mark.parametrize(
+    ("keep", "layers"),
+    [("all", []), ("no-mlp", ["first"]), ("lean", ["first", "qkv"]), ("block", ["first", "qkv", "out"])],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_made_again_are_those_of_the_table(kind, keep, layers):
+    block, stream = make_block(kind), make_stream(first=False)
+    weights = {"first": block.mlp.first.weight, "qkv": block.qkv.weight, "out": block.out_proj.weight}
+    total = block(stream, make_rope(), keep).total()
+    with FlopCounterMode(display=False) as counter:
+        total.sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = sum(counted.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    rows = 3 * TOKENS
+    of_gradients = 2 * sum(weight.numel() for weight in (*weights.values(), block.mlp.fc2.weight))
+    again = sum(weights[name].numel() for name in layers)
+    assert products == 2 * rows * (of_gradients + again)
 
 
 def test_kept_bytes_of_the_base_tower():
