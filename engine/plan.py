@@ -29,7 +29,7 @@ _ATTENTION_BACKWARD_RATE = 160e12
 _BANDWIDTH = 2.7e12
 
 # What is left to the allocator's rounding and to what nobody counts.
-_SHARE_OF_FREE_MEMORY = 0.94
+SHARE_OF_FREE_MEMORY = 0.94
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,9 @@ def tier_costs(tower: VisionTower, autocast: torch.autocast) -> dict[Tier, TierC
 
     every = measure_activation_bytes(tower, autocast)
     if blocks[0].implementation != "fused":
-        least = measure_activation_bytes(tower, autocast, "block")
+        # A checkpoint holds x and branch of its block where autograd's hooks do not see them.
+        inputs = (2 * len(blocks) - 1) * tokens * tower.config.width * (tower.residual or compute).itemsize
+        least = measure_activation_bytes(tower, autocast, "block") + inputs
         costs = {
             "all": TierCost(every, _working_bytes(blocks[0], tokens, compute, "all"), 0.0),
             # One block's activations come back while its backward runs.
@@ -269,7 +271,7 @@ def available_bytes(device: torch.device, memory_gib: float | None, *, fixed_byt
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     else:
         free = _free_host_bytes()
-    return max(0, int(free * _SHARE_OF_FREE_MEMORY) - fixed_bytes)
+    return max(0, int(free * SHARE_OF_FREE_MEMORY) - fixed_bytes)
 
 
 def fixed_bytes(tower: VisionTower, autocast: torch.autocast, *, local_batch: int, global_batch: int) -> int:

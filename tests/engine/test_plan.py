@@ -143,9 +143,11 @@ def test_a_tower_without_fused_blocks_knows_two_tiers():
     tower = build_vision_tower("eva02_micro_patch8_32", block="plain")
     costs = tier_costs(tower, OFF)
     assert list(costs) == ["all", "block", "none"]
-    for tier in ("all", "block"):
-        assert costs[tier].kept_bytes == measure_activation_bytes(tower, OFF, tier)
-    assert costs["block"].kept_bytes < costs["all"].kept_bytes / 5
+    assert costs["all"].kept_bytes == measure_activation_bytes(tower, OFF)
+    # Beside what autograd's hooks see, x and branch of every block; the first has no branch.
+    inputs = 3 * tower.config.tokens * tower.config.width * 4
+    assert costs["block"].kept_bytes == measure_activation_bytes(tower, OFF, "block") + inputs
+    assert costs["block"].kept_bytes < costs["all"].kept_bytes / 3
 
 
 def h100(tower, gib, local_batch):

@@ -1,0 +1,188 @@
+"""The benchmark of whole steps at a size of no interest: it runs, checks itself, and stands for one rank of many."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from textlock.bench import step as bench
+from textlock.engine.feed import FedBatch
+
+CPU = torch.device("cpu")
+EAGER = tuple(name for name in bench.CANDIDATES if "compiled" not in name)
+TINY = bench.Options(
+    tower="eva02_micro_patch8_32", local_batches=(4, 8), texts=8, micro_batch=2, only=EAGER, seconds=0.001
+)
+
+
+@pytest.fixture
+def group():
+    with bench.group_of_one(CPU):
+        yield
+
+
+def lines_of(options, capsys):
+    bench.main(options)
+    printed = capsys.readouterr()
+    return {
+        (line["case"]["local_batch"], line["candidate"]): line for line in map(json.loads, printed.out.splitlines())
+    }
+
+
+def test_every_loop_is_checked_and_measured(capsys):
+    lines = lines_of(TINY, capsys)
+    assert lines.keys() == {(b, name) for b in (4, 8) for name in EAGER}
+    for (local_batch, name), line in lines.items():
+        assert line["part"] == "step"
+        assert line["case"]["texts"] == 8 and line["case"]["ranks"] == 8 // local_batch
+        assert line["runs"] >= 3 and line["peak_bytes"] > 0
+        assert line["images_per_second"] == pytest.approx(1e3 * local_batch / line["ms"])
+        assert line["shares"].keys() == set(bench.PARTS) and sum(line["shares"].values()) == pytest.approx(1)
+        assert all(line["shares"][part] > 0 for part in ("tower", "loss", "reduction", "optimizer", "data_wait"))
+        assert line["errors"].keys() == {"weight_grads_of_1", "weight_grads_of_2"}
+        assert 0 < max(line["errors"].values()) < 1e-4
+        assert ("predicted_activation_bytes" in line) == (name == "ours")
+        assert line["device"] and line["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+@pytest.mark.parametrize("keep", [4, 0.0005], ids=["plenty of memory", "little memory"])
+def test_one_rank_of_many_computes_its_share_of_the_global_batch(group, keep):
+    """Against a dense float64 loss over the images of all ranks, those of the others constant."""
+    setting = bench.setting_of(replace(TINY, texts=24, local_batches=(8,), memory_gib=keep), CPU)
+    case = setting.case(8, 24)
+    images = bench.draw_images(setting, 8)
+    source = bench.batch_of(images, case.text[:8])
+    batch = FedBatch(images, case.text[:8], source.ids, source)
+    prepared = bench.CANDIDATES["ours"].prepare(setting, case)
+    assert (set(prepared.plan.tiers) == {"all"}) == (keep == 4)
+    found = prepared.weight_gradients(batch)
+
+    tower, exact = setting.build("plain").double(), case.double()
+    rows = F.normalize(tower(images), dim=-1)
+    logits = exact.scale * torch.cat([rows, exact.images[8:]]) @ exact.text.T
+    labels = torch.arange(24)
+    ((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2).backward()
+    truth = {name: weight.grad for name, weight in tower.named_parameters()}
+    assert bench.relative_error(bench.flat(found), bench.flat(truth)) < 1e-5
+
+
+def spoil_loss(monkeypatch):
+    right = bench.Objective.of_batch
+    monkeypatch.setattr(bench.Objective, "of_batch", lambda *a, **k: right(*a, **k) * 1.1)
+
+
+def spoil_gradient(monkeypatch):
+    right = bench.image_rows
+    monkeypatch.setattr(bench, "image_rows", lambda *a, **k: right(*a, **k) * torch.nan)
+
+
+def forget_other_ranks(monkeypatch):
+    monkeypatch.setattr(bench.losses, "other_ranks", lambda case, mode: torch.zeros(case.B + 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "wrong"),
+    [
+        (spoil_loss, {"ours", "gradcache_fused", "gradcache_eager"}),
+        (spoil_gradient, set(EAGER) - {"ours"}),
+        (forget_other_ranks, {"ours", "gradcache_fused", "gradcache_eager"}),
+    ],
+)
+def test_a_wrong_loop_has_no_figures(spoil, wrong, group, monkeypatch):
+    spoil(monkeypatch)
+    setting = bench.setting_of(TINY, CPU)
+    for name in EAGER:
+        outcome = bench.outcome_of(lambda name=name: bench.check(name, setting), CPU, 60)
+        assert ("wrong" in outcome) == (name in wrong), name
+
+
+def test_ours_wrong_is_a_fault_and_prints_no_figure(capsys, monkeypatch):
+    spoil_loss(monkeypatch)
+    with pytest.raises(SystemExit) as exit:
+        bench.main(replace(TINY, only=("ours",), local_batches=(8,)))
+    printed = capsys.readouterr()
+    assert exit.value.code == 1
+    (line,) = map(json.loads, printed.out.splitlines())
+    assert "wrong" in line and "ms" not in line
+    assert "fault: 8 images, ours" in printed.err
+
+
+def test_a_peer_that_runs_out_of_memory_or_time_leaves_the_others_their_figures(capsys, monkeypatch):
+    def fails(rank, batch):
+        if rank.case.b != bench.COMPARED_IMAGES:
+            raise torch.OutOfMemoryError("no")
+        bench_checkpoints(rank, batch)
+
+    bench_checkpoints = bench.checkpoints
+    monkeypatch.setattr(bench, "checkpoints", fails)
+    lines = lines_of(replace(TINY, only=("ours", "checkpoints_eager"), local_batches=(4,)), capsys)
+    assert lines[4, "checkpoints_eager"]["failed"] == "out of memory"
+    assert lines[4, "ours"]["ms"] > 0
+    lines = lines_of(replace(TINY, only=("gradcache_eager",), local_batches=(4,), limit=1e-3), capsys)
+    assert lines[4, "gradcache_eager"]["failed"] == bench.TIME_LIMIT
+
+
+def test_what_is_missing_is_named_and_left_out(capsys, monkeypatch):
+    def missing():
+        raise bench.Unavailable("open_clip is not installed")
+
+    monkeypatch.setattr(bench.losses, "open_clip_losses", missing)
+    bench.main(replace(TINY, only=("ours", "open_clip_eager", "open_clip_fused"), local_batches=(4,)))
+    printed = capsys.readouterr()
+    assert [json.loads(line)["candidate"] for line in printed.out.splitlines()] == ["ours"]
+    assert "left out open_clip_eager, open_clip_fused: open_clip is not installed" in printed.err
+
+
+def test_images_come_from_shards_when_they_are_given(group, monkeypatch):
+    class Decoder:
+        closed = False
+
+        def __iter__(self):
+            while True:
+                yield bench.batch_of(torch.full((4, 32, 32, 3), 7, dtype=torch.uint8), torch.zeros(4, 64))
+
+        def close(self):
+            self.closed = True
+
+    opened, decoder = [], Decoder()
+    monkeypatch.setattr(bench, "open_loader", lambda config, **place: opened.append(config) or decoder)
+    options = replace(TINY, shards="data/train", workers=3)
+    setting = bench.setting_of(options, CPU)
+    case = setting.case(4, 8)
+    with bench.batches(setting, case, options) as feed:
+        batch = next(feed)
+    (config,) = opened
+    assert (config.shards, config.batch_size, config.image_size, config.workers) == ("data/train", 4, 32, 3)
+    assert (batch.images == 7).all() and torch.allclose(batch.text, case.text[:4])
+    assert decoder.closed
+
+
+def test_gradcache_and_open_clip_run_every_image_twice_and_ours_once(group, monkeypatch):
+    setting = bench.setting_of(TINY, CPU)
+    case, batch = bench.compared(setting, 1)
+    images = {}
+    for name in EAGER:
+        prepared = bench.CANDIDATES[name].prepare(setting, case)
+        seen = []
+        prepared.rank.tower.register_forward_hook(lambda tower, inputs, out, seen=seen: seen.append(len(inputs[0])))
+        prepared.add_gradients(prepared.rank, batch)
+        images[name] = sum(seen)
+    twice = {name for name in EAGER if name.startswith(("gradcache", "open_clip"))}
+    assert images == {name: (2 if name in twice else 1) * bench.COMPARED_IMAGES for name in EAGER}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (replace(TINY, only=("theirs",)), "no candidate is named theirs; choose from ours"),
+        (replace(TINY, local_batches=(3,)), "8 texts are no multiple of the local batch 3"),
+        (replace(TINY, micro_batch=3), "the micro-batch 3 does not divide the local batch 4"),
+        (replace(TINY, tower="vit_huge"), "vision tower 'vit_huge' is unknown"),
+        (replace(TINY, seconds=0), "must be positive"),
+    ],
+)
+def test_wrong_options_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main(options)
