@@ -35,10 +35,11 @@ from textlock.engine.distributed import World, join_world, why_lost
 from textlock.engine.feed import Feed
 from textlock.engine.metrics import Metrics, QueuedStep, require_trackers
 from textlock.engine.objective import Objective
-from textlock.engine.optim import FlatGradients, build_optimizer, learning_rate
+from textlock.engine.optim import FlatGradients, ShardedGradients, build_optimizer, learning_rate
 from textlock.engine.plan import available_bytes, choose_plan, fixed_bytes, tier_costs
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.report import save_gallery, write_report
+from textlock.engine.sharding import gathered, shard_tower
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
 from textlock.evals.suite import EvaluationSuite
 from textlock.models.text import build_text_tower
@@ -81,10 +82,14 @@ def train(config: Config, world: World) -> None:
     )
     text_fingerprint = text_tower.fingerprint()
 
-    # The image tower and the objective's scalars: float32 masters, the same on every rank.
+    # The image tower and the objective's scalars: float32 masters, the same on every rank or a part on each.
     torch.manual_seed(config.seed)
     tower = build_tower(config, text_tower.embed_dim, weights=None if checkpoint else config.model.weights)
-    tower.to(world.device)
+    sharded = config.step.sharding == "fsdp"
+    if sharded:
+        shard_tower(tower, world)
+    else:
+        tower.to(world.device)
     objective = Objective(
         config.loss,
         texts=config.data.batch_size,
@@ -93,7 +98,10 @@ def train(config: Config, world: World) -> None:
         device=world.device,
     )
     optimizer = build_optimizer(tower, objective, config.optim)
-    gradients = FlatGradients([*tower.parameters(), *objective.parameters()])
+    if sharded and world.group is not None:
+        gradients: FlatGradients = ShardedGradients(tower.parameters(), objective.parameters(), world.group)
+    else:
+        gradients = FlatGradients([*tower.parameters(), *objective.parameters()])
     if checkpoint:
         checkpoint.require_text_tower(text_fingerprint, config.text.name)
         restore(checkpoint, tower, objective, optimizer)
@@ -111,9 +119,17 @@ def train(config: Config, world: World) -> None:
     total_steps = config.optim.total_steps(loader.samples_per_epoch // config.data.batch_size)
     autocast = autocast_for(world.device, config.step.precision)
     local_batch = config.data.batch_size // world.world_size
-    beside = fixed_bytes(tower, autocast, local_batch=local_batch, global_batch=config.data.batch_size)
+    beside = fixed_bytes(
+        tower,
+        autocast,
+        local_batch=local_batch,
+        global_batch=config.data.batch_size,
+        shards=world.world_size if sharded else 1,
+    )
+    with gathered(tower):
+        costs = tier_costs(tower, autocast)
     plan = choose_plan(
-        costs=tier_costs(tower, autocast),
+        costs=costs,
         local_batch=local_batch,
         micro_batch=config.step.micro_batch,
         keep=config.step.keep,
@@ -197,7 +213,7 @@ def train(config: Config, world: World) -> None:
         if last or is_due(progress.step, config.checkpoint.every):
             progress.loader = loader.state()
             with metrics.paused():
-                if world.is_main:
+                if world.is_main or sharded:
                     save_checkpoint(
                         run_dir / "checkpoints",
                         tower=tower,
@@ -206,16 +222,19 @@ def train(config: Config, world: World) -> None:
                         progress=progress,
                         text_fingerprint=text_fingerprint,
                         config=config,
+                        writes=world.is_main,
                     )
                 world.barrier()
         if not stopping and (last or is_due(progress.step, config.evals.every)):
-            with metrics.paused():
+            with metrics.paused(), gathered(tower):
                 figures = evaluations.run(encode_images)
                 metrics.log_evaluation(figures)
 
     loader.close()
     if progress.step == total_steps:
-        figures = figures or evaluations.run(encode_images)
+        if not figures:
+            with gathered(tower):
+                figures = evaluations.run(encode_images)
         if world.is_main:
             results = {
                 **figures,

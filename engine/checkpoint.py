@@ -32,6 +32,7 @@ from ..models.vision import VisionTower, build_vision_tower
 from .config import Config, dump_config, load_config
 from .objective import Objective
 from .provenance import versions
+from .sharding import divided_like, whole
 
 _MANIFEST = "MANIFEST.json"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -94,14 +95,21 @@ def save_checkpoint(
     progress: Progress,
     text_fingerprint: str,
     config: Config,
+    writes: bool = True,
 ) -> Path:
     """Write ``root/step_XXXXXXXX`` and delete all but the newest ``config.checkpoint.keep``.
+
+    Of a sharded tower the files hold whole tensors, as of any other: all ranks must call, and one ``writes``.
 
     Returns the folder. A folder of that step that is already there and whole is left as it is. Folders of later steps
     are deleted: they were found damaged when the run went on from an earlier one, and their steps are being run again.
     Raises OSError when the disk refuses; what was there before is untouched then.
     """
     final = root / f"step_{progress.step:08d}"
+    model = _gather(tower.state_dict(), keep=writes)
+    trainer = _gather(_trainer_tensors(tower, objective, optimizer), keep=writes)
+    if not writes:
+        return final
     if final.exists():
         try:
             verify_checkpoint(final)
@@ -111,8 +119,8 @@ def save_checkpoint(
     for leftover in root.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
     with published_folder(final) as draft:
-        _save_tensors(tower.state_dict(), draft / "model.safetensors")
-        _save_tensors(_trainer_tensors(tower, objective, optimizer), draft / "trainer.safetensors")
+        _save_tensors(model, draft / "model.safetensors")
+        _save_tensors(trainer, draft / "trainer.safetensors")
         state = {
             "progress": asdict(progress),
             "embed_dim": tower.embed_dim,
@@ -205,12 +213,13 @@ def restore(checkpoint: Checkpoint, tower: nn.Module, objective: Objective, opti
     wanted = {f"{moment}.{name}": value for name, value in named.items() for moment in _MOMENTS} | of_objective
     _require_same_keys(checkpoint.trainer, wanted, checkpoint.folder / "trainer.safetensors", ignore_shape_of="step.")
 
-    tower.load_state_dict(checkpoint.model)
+    live = tower.state_dict()
+    tower.load_state_dict({name: divided_like(value, live[name]) for name, value in checkpoint.model.items()})
     objective.load_state_dict({name: checkpoint.trainer[name] for name in of_objective})
     for name, parameter in named.items():
         moments = {moment: checkpoint.trainer[f"{moment}.{name}"] for moment in _MOMENTS}
         # Step counts included: the fused optimiser keeps them beside the parameters.
-        optimizer.state[parameter] = {key: value.to(parameter.device).clone() for key, value in moments.items()}
+        optimizer.state[parameter] = {key: divided_like(value, parameter).clone() for key, value in moments.items()}
 
 
 class RunLock:
@@ -311,9 +320,19 @@ def _shortened(items: list[str], most: int = 4) -> str:
     return ", ".join(items[:most]) + more
 
 
+def _gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Return whole tensors on the CPU; a rank that does not keep them takes part in gathering one after the other."""
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        complete = whole(tensor.detach())
+        if keep:
+            gathered[name] = complete.cpu().contiguous()
+    return gathered
+
+
 def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+        save_file(dict(tensors), file)
     except SafetensorError as error:
         raise OSError(f"{file} cannot be written: {error}") from error
 

@@ -99,6 +99,9 @@ class StepConfig:
     """Memory for activations in GiB; None asks the device."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the image tower; weights and optimiser stay float32. auto: bf16 on a GPU, fp32 on a CPU."""
+    sharding: Literal["replicated", "fsdp"] = "replicated"
+    """Where weights, gradients and moments lie. replicated: all on every GPU, the fastest where they fit. fsdp: divided
+    among the GPUs, every block gathered where it is needed (FSDP2), for towers that do not fit; under torchrun only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +186,11 @@ class Config:
         for name, path in (("run-dir", self.run_dir), ("data.shards", self.data.shards), ("text.name", self.text.name)):
             if not path.strip():
                 raise ValueError(f"--{name} is empty; name a folder")
+        if self.step.sharding == "fsdp" and self.optim.optimizer != "torch":
+            raise ValueError(
+                f"--optim.optimizer {self.optim.optimizer} knows whole parameters only: with --step.sharding fsdp "
+                f"choose --optim.optimizer torch"
+            )
         for template in self.evals.templates:
             if "{}" not in template:
                 raise ValueError(f"--evals.templates holds {template!r} without {{}} where the class name goes")

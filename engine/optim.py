@@ -10,6 +10,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .sharding import own_part
 
 from ..data.loader import SKIP_KINDS
 
@@ -97,18 +100,19 @@ def parameter_groups(tower: nn.Module, objective: nn.Module, config: OptimConfig
     """Split the parameters by weight decay.
 
     Vectors (biases, norms, tokens, the pooling latent), the position embedding and the objective's scalars are never
-    decayed; matrices of the pooling head decay by ``head_weight_decay``, all others by ``tower_weight_decay``.
+    decayed; matrices of the pooling head decay by ``head_weight_decay``, all others by ``tower_weight_decay``. Sharded
+    parameters and whole ones are in groups of their own: one call of the fused kernel takes either.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in tower.named_parameters():
         if not parameter.requires_grad:
             continue
         vector = sum(size > 1 for size in parameter.shape) < 2 or name == "position"
         in_head = name.startswith(("pool.", "projection."))
         decay = 0.0 if vector else config.head_weight_decay if in_head else config.tower_weight_decay
-        groups.setdefault(decay, []).append(parameter)
-    groups.setdefault(0.0, []).extend(objective.parameters())
-    return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()]
+        groups.setdefault((decay, isinstance(parameter, DTensor)), []).append(parameter)
+    groups.setdefault((0.0, False), []).extend(objective.parameters())
+    return [{"params": parameters, "weight_decay": decay} for (decay, _), parameters in groups.items()]
 
 
 def build_optimizer(tower: nn.Module, objective: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -237,4 +241,36 @@ class FlatGradients:
         gradients = self._buffer[:-_SLOTS]
         norm = torch.linalg.vector_norm(gradients)
         gradients.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+
+class ShardedGradients(FlatGradients):
+    """The same for a sharded tower, whose gradients FSDP sums and divides among the ranks.
+
+    The flat buffer holds what every rank has whole: the objective's scalars and the slots. Its sum over the ranks
+    is one small message, and so is that of the norm.
+    """
+
+    def __init__(
+        self, sharded: Iterable[nn.Parameter], replicated: Iterable[nn.Parameter], group: dist.ProcessGroup
+    ) -> None:
+        """Allocate the buffer of the replicated parameters; the others get their ``.grad`` in every backward."""
+        super().__init__(replicated)
+        self._sharded = list(sharded)
+        self._group = group
+
+    def zero(self) -> None:
+        """Clear buffer and gradients: what FSDP finds in ``.grad`` it adds to."""
+        super().zero()
+        for parameter in self._sharded:
+            parameter.grad = None
+
+    def clip(self, max_norm: float) -> Tensor:
+        """As in `FlatGradients`; all ranks must call and get the same norm."""
+        shards = [own_part(parameter.grad) for parameter in self._sharded if parameter.grad is not None]
+        squares = torch.stack(torch._foreach_norm(shards)).square().sum()
+        dist.all_reduce(squares, group=self._group)
+        replicated = self._buffer[:-_SLOTS]
+        norm = (squares + replicated.square().sum()).sqrt()
+        torch._foreach_mul_([*shards, replicated], (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

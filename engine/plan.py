@@ -274,17 +274,29 @@ def available_bytes(device: torch.device, memory_gib: float | None, *, fixed_byt
     return max(0, int(free * SHARE_OF_FREE_MEMORY) - fixed_bytes)
 
 
-def fixed_bytes(tower: VisionTower, autocast: torch.autocast, *, local_batch: int, global_batch: int) -> int:
+def fixed_bytes(
+    tower: VisionTower, autocast: torch.autocast, *, local_batch: int, global_batch: int, shards: int = 1
+) -> int:
     """Return the bytes that a step needs beside activations and what was there before: all but weights and gradients.
 
     The optimiser's two moments; the weights' copies in the type of the products; three batches of images: of the step
     in work, of the one queued behind it, and on their way to the one after; rows of images and texts; the loss's
     exponentials, 2 bytes a logit up to a gibibyte, or its chunks beyond that.
+
+    Of a tower divided into ``shards``: this rank's part of the moments and of the summed gradients, the gradients of
+    all weights until the last micro-batch sums them, and the gathered weights: those outside the blocks, and two blocks
+    with the buffers that they travel in.
     """
     with autocast:
         compute = compute_dtype(tower.patch_embed.weight)
     parameters = sum(parameter.numel() for parameter in tower.parameters())
-    weights = parameters * (8 + (compute.itemsize if compute != torch.float32 else 0))
+    copy = compute.itemsize if compute != torch.float32 else 0
+    if shards == 1:
+        weights = parameters * (8 + copy)
+    else:
+        of_block = sum(parameter.numel() for parameter in tower.blocks[0].parameters())
+        beside = parameters - len(tower.blocks) * of_block
+        weights = parameters * 12 // shards + parameters * 4 + (beside + 4 * of_block) * 4 + of_block * copy
     images = 3 * local_batch * tower.image_size**2 * 3
     rows = (4 * local_batch + 2 * global_batch) * tower.embed_dim * 4
     loss = 2 * min(2 * local_batch * global_batch, 2**30)  # the loss stores exponentials in half of what is free

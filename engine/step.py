@@ -9,6 +9,7 @@ Nothing here waits for the device: the host queues a step and is free for the ne
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ from .distributed import World
 from .objective import Objective
 from .optim import FlatGradients
 from .plan import Plan
+from .sharding import is_sharded, sum_after_backward
 
 Candidates = Callable[[], tuple[Tensor, Tensor | None]]  # text rows and ids, waited for when they are asked for
 
@@ -89,8 +91,12 @@ class LargeBatchStep:
         self._gather_text = TextGather(world.group, (self._local_batch, tower.embed_dim), text_dtype(world.device))
         self._gather_ids = TextGather(world.group, (self._local_batch, 1), torch.int64)
         self._masks_duplicates = masks_duplicates
-        with autocast:
-            self._copies = ComputeCopies(tower, compute_dtype(tower.patch_embed.weight))
+        self._sharded = is_sharded(tower)
+        # Sharded weights are not there to be copied before their block runs.
+        self._copies: AbstractContextManager[None] = nullcontext()
+        if not self._sharded:
+            with autocast:
+                self._copies = ComputeCopies(tower, compute_dtype(tower.patch_embed.weight))
         # Of all images of this rank, and the gradient that the loss gives them: the same memory in every step.
         self._rows = torch.empty(self._local_batch, tower.embed_dim, device=world.device)
 
@@ -149,7 +155,7 @@ class LargeBatchStep:
                 output = self._forward(step, number, micro_batches[number], self._plan.again)
             else:
                 output = kept.pop(number)
-            output.backward(self._rows_of(rows.grad, number))
+            self._back(number, output, self._rows_of(rows.grad, number))
         return loss.detach()
 
     def _one_by_one(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
@@ -166,7 +172,7 @@ class LargeBatchStep:
             share.backward()
             total += share.detach()
             assert rows.grad is not None
-            output.backward(rows.grad)
+            self._back(number, output, rows.grad)
         if self._world.group is not None:
             dist.all_reduce(total, group=self._world.group)
         return total
@@ -175,10 +181,18 @@ class LargeBatchStep:
         # The draws are a function of their place in the run, so a second forward repeats the first one's exactly, and a
         # resumed run needs no stored generator state.
         torch.manual_seed(_seed_of(self._seed, step, self._world.rank, number))
-        # Behind the last micro-batch the gradients of a block travel while the blocks before it go backward.
-        last = number == len(self._plan.tiers) - 1
-        on_gradients = self._reduce_block if last and self._world.group is not None else None
-        return image_rows(self._tower, images, self._autocast, keep, on_gradients)
+        # Behind the last micro-batch the gradients of a block travel while the blocks before it go backward; those of a
+        # sharded tower do so by themselves.
+        reduces = self._is_last(number) and self._world.group is not None and not self._sharded
+        return image_rows(self._tower, images, self._autocast, keep, self._reduce_block if reduces else None)
+
+    def _back(self, number: int, output: Tensor, gradient: Tensor) -> None:
+        if self._sharded:
+            sum_after_backward(self._tower, self._is_last(number))
+        output.backward(gradient)
+
+    def _is_last(self, number: int) -> bool:
+        return number == len(self._plan.tiers) - 1
 
     def _reduce_block(self, number: int) -> None:
         assert self._world.group is not None

@@ -27,6 +27,7 @@ as before, and so have the gradients.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
@@ -214,11 +215,12 @@ class Block(nn.Module):
             gated=self.mlp.gated,
             keep=keep,
             backend=self.attention_backend,
+            dtype=dtype,
             main_grads=_Layers(*(getattr(parameter, "main_grad", None) for parameter in layers)),
         )
         with torch.autocast(stream.x.device.type, enabled=False):
-            copies = (_copy_of(parameter, dtype) for parameter in layers)
-            x, branch = _FusedBlock.apply(settings, rope, *stream, *vectors, *layers, *copies)
+            sources = (_source_of(parameter, dtype) for parameter in layers)
+            x, branch = _FusedBlock.apply(settings, rope, *stream, *vectors, *layers, *sources)
         return Stream(x, branch, fc2_bias)
 
 
@@ -226,7 +228,8 @@ class ComputeCopies:
     """Copies of the blocks' linear layers in the type of their products, for all forwards and backwards of one step.
 
     Within ``with copies:`` the fused blocks of the module read these copies, made once on the way in; without it every
-    forward makes its own. The weights must not change inside. The copies' memory is kept from step to step.
+    forward and every backward makes its own. The weights must not change inside. The copies' memory is kept from step
+    to step.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -307,6 +310,7 @@ class _Settings:
     gated: bool
     keep: Keep
     backend: str
+    dtype: torch.dtype  # of the products
     main_grads: _Layers
 
 
@@ -364,8 +368,8 @@ class _FusedBlock(torch.autograd.Function):
         bias: Tensor | None,
         *weights: Any,
     ) -> tuple[Tensor, Tensor]:
-        vectors, copies = _Vectors(*weights[:7]), _Layers(*weights[13:])
-        pieces = _Pieces(settings, rope, vectors, copies)
+        vectors, sources = _Vectors(*weights[:7]), _Layers(*weights[13:])
+        pieces = _Pieces(settings, rope, vectors, _in_type(sources, settings.dtype))
         x1, normed, *_ = pieces.norm1(x, branch, bias)
         qkv = pieces.qkv(normed)
         attended, lse = pieces.attend(qkv)
@@ -378,15 +382,15 @@ class _FusedBlock(torch.autograd.Function):
         kept_first = first if settings.keep == "all" else None
         ctx.settings = settings
         ctx.branch_dtype = None if branch is None else branch.dtype
-        ctx.save_for_backward(rope, *vectors, *copies, x1, kept_qkv, *of_attention, kept_first, mean, rstd)
-        return x2, F.linear(h, copies.fc2_weight)
+        ctx.save_for_backward(rope, *vectors, *sources, x1, kept_qkv, *of_attention, kept_first, mean, rstd)
+        return x2, F.linear(h, pieces.layers.fc2_weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_x2: Tensor, d_y: Tensor) -> tuple[Any, ...]:
         settings: _Settings = ctx.settings
         saved = ctx.saved_tensors
-        rope, vectors, layers = saved[0], _Vectors(*saved[1:8]), _Layers(*saved[8:14])
+        rope, vectors, layers = saved[0], _Vectors(*saved[1:8]), _in_type(saved[8:14], settings.dtype)
         x1, qkv, attended, lse, x2, first, mean, rstd = saved[14:]
         pieces = _Pieces(settings, rope, vectors, layers)
         wanted = _Layers(*ctx.needs_input_grad[12:18])
@@ -480,9 +484,20 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2).to(x.dtype)
 
 
-def _copy_of(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def _source_of(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what is kept of a parameter for the backward pass: its copy, or where it has none what to make it from.
+
+    A copy for each forward pass between its forward and its backward would be as much memory as the weights. Only what
+    layer scale made is no weight that is there anyhow, and is kept in the smaller type.
+    """
     copy: Tensor | None = getattr(parameter, "compute_copy", None)
-    return copy if copy is not None and copy.dtype == dtype else parameter.detach().to(dtype)
+    if copy is not None and copy.dtype == dtype:
+        return copy
+    return parameter.detach() if parameter.is_leaf else parameter.detach().to(dtype)
+
+
+def _in_type(sources: Sequence[Tensor], dtype: torch.dtype) -> _Layers:
+    return _Layers(*(source.to(dtype) for source in sources))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from textlock.data.loader import open_loader
@@ -232,6 +233,35 @@ def test_two_processes_train_as_one(small_world, whole_run, tmp_path):
     assert results[1]["world_size"] == 2
 
 
+@pytest.mark.slow
+def test_a_sharded_run_is_the_replicated_one_and_goes_on_as_such(small_world, tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    replicated, sharded, resumed = (tmp_path / name for name in ("replicated", "fsdp", "resumed"))
+    for run_dir in (replicated, sharded):
+        flags = ["--step.micro-batch", "4", "--step.sharding", run_dir.name]
+        outcome = run(*launch, *small_world.command(run_dir, *flags))
+        assert outcome.returncode == 0, outcome.stderr
+    shutil.copytree(sharded, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step_00000012")
+    outcome = train(*small_world.command(resumed))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "going on after step 8" in outcome.stdout
+
+    for found in (sharded, resumed):
+        for (step, loss, norm), (_, other_loss, other_norm) in zip(losses(replicated), losses(found), strict=True):
+            assert other_loss == pytest.approx(loss, rel=1e-5), step
+            assert other_norm == pytest.approx(norm, rel=1e-4), step
+        figures = [records(run_dir / "evaluations.jsonl")[-1] for run_dir in (replicated, found)]
+        for evaluation in figures:
+            del evaluation["wall_seconds"]
+        assert figures[1] == pytest.approx(figures[0], rel=1e-5)
+        for name in ("model.safetensors", "trainer.safetensors"):
+            expected = load_file(replicated / "checkpoints" / "step_00000012" / name)
+            torch.testing.assert_close(
+                load_file(found / "checkpoints" / "step_00000012" / name), expected, rtol=1e-3, atol=1e-5
+            )
+
+
 def expect_refusal(capsys, message: str, arguments: list[str]) -> None:
     """Run main() in this process: exit status 2, one line on stderr."""
     from textlock.train import main
@@ -264,6 +294,7 @@ BAD_INPUT = {
     "batch larger than the data": (["--data.batch-size", "4096"], "4096"),
     "ragged micro-batch": (["--step.micro-batch", "5"], "does not divide"),
     "images that the patches do not divide": (["--data.image-size", "30"], "image size 30"),
+    "one process to share with itself": (["--step.sharding", "fsdp"], "start with torchrun"),
 }  # fmt: skip
 
 

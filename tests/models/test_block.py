@@ -265,10 +265,10 @@ def test_copies_are_made_once_and_change_nothing(tower):
     images = random_images()
     expected = autocast_run(tower, images)
     copies = ComputeCopies(tower, torch.bfloat16)
-    with copies, mock.patch.object(module, "_copy_of", wraps=module._copy_of) as copy_of:
+    with copies, mock.patch.object(module, "_source_of", wraps=module._source_of) as source_of:
         for _ in range(2):
             assert all(map(torch.equal, autocast_run(tower, images), expected))
-        seen = {id(copy_of(parameter, torch.bfloat16)) for parameter in tower.blocks[0].qkv.parameters()}
+        seen = {id(source_of(parameter, torch.bfloat16)) for parameter in tower.blocks[0].qkv.parameters()}
         assert seen == {id(parameter.compute_copy) for parameter in tower.blocks[0].qkv.parameters()}
     assert not any(hasattr(parameter, "compute_copy") for parameter in tower.parameters())
 

@@ -1,0 +1,261 @@
+"""A tower divided among two ranks: what each holds, gathers, plans and writes is what a whole tower would have it be.
+
+Run as a script this file is one rank: `python test_sharding.py RANK FOLDER`.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
+
+from textlock.data.loader import DataConfig
+from textlock.engine.checkpoint import Progress, read_checkpoint, restore, save_checkpoint
+from textlock.engine.config import Config, LossConfig, StepConfig
+from textlock.engine.distributed import World
+from textlock.engine.objective import Objective
+from textlock.engine.optim import OptimConfig, ShardedGradients, build_optimizer
+from textlock.engine.plan import fixed_bytes, tier_costs
+from textlock.engine.sharding import gathered, own_part, shard_tower, sum_after_backward, whole
+from textlock.engine.step import autocast_for, image_rows
+from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
+
+RANKS = 2
+CPU = torch.device("cpu")
+OFF = autocast_for(CPU, "fp32")
+CONFIG = Config(
+    run_dir="run",
+    data=DataConfig(shards="shards", batch_size=8, image_size=32, workers=1),
+    optim=OptimConfig(steps=3),
+)
+
+
+def make_tower(**arguments) -> VisionTower:
+    torch.manual_seed(0)
+    tower = build_vision_tower("eva02_micro_patch8_32", embed_dim=24, **arguments)
+    torch.nn.init.normal_(tower.pool.latent)
+    return tower
+
+
+def images(count, seed=0):
+    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+class Trained:
+    """A sharded tower with an optimiser that has taken a step."""
+
+    def __init__(self, world, seed=0):
+        self.tower = make_tower()
+        shard_tower(self.tower, world)
+        self.objective = Objective(LossConfig(), texts=8, width=24, dtype=torch.float32, device=CPU)
+        self.optimizer = build_optimizer(self.tower, self.objective, CONFIG.optim)
+        self.gradients = ShardedGradients(self.tower.parameters(), self.objective.parameters(), world.group)
+        self.gradients.zero()
+        self.tower(images(4, seed + world.rank)).square().sum().backward()
+        self.objective.log_logit_scale.grad.fill_(1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-2
+        self.optimizer.step()
+
+    def save(self, root, world):
+        return save_checkpoint(
+            root,
+            tower=self.tower,
+            objective=self.objective,
+            optimizer=self.optimizer,
+            progress=Progress(step=1),
+            text_fingerprint="abc",
+            config=CONFIG,
+            writes=world.is_main,
+        )
+
+
+def every_parameter_has_a_gradient_that_is_the_sum(world, folder):
+    tower, alone = make_tower(), make_tower()
+    shard_tower(tower, world)
+    tower(images(4, world.rank)).square().sum().backward()
+    alone(torch.cat([images(4, rank) for rank in range(RANKS)])).square().sum().backward()
+    for (name, parameter), twin in zip(tower.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(whole(parameter.grad), twin.grad, rtol=1e-4, atol=1e-5, msg=lambda t, n=name: n + t)
+
+
+def a_rank_holds_half(world, folder):
+    trained = Trained(world)
+    every = sum(parameter.numel() for parameter in trained.tower.parameters())
+    of_state = [
+        trained.optimizer.state[p][name] for p in trained.tower.parameters() for name in ("exp_avg", "exp_avg_sq")
+    ]
+    for tensors, times in (
+        (list(trained.tower.parameters()), 1),
+        ([p.grad for p in trained.tower.parameters()], 1),
+        (of_state, 2),
+    ):
+        storages = [own_part(tensor).untyped_storage() for tensor in tensors]  # gradients of a block share one
+        held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+        assert held == pytest.approx(times * every * 4 / RANKS, rel=0.02)
+
+
+def nothing_is_exchanged_while_gathered(world, folder):
+    trained = Trained(world)
+    alone = make_tower()
+    alone.load_state_dict({name: whole(tensor) for name, tensor in trained.tower.state_dict().items()})
+    for _ in range(2):
+        with gathered(trained.tower), torch.no_grad():
+            with CommDebugMode() as communicated:
+                for _ in range(1 + 2 * world.rank):  # ranks make different numbers of forwards
+                    found = trained.tower(images(3))
+            assert communicated.get_total_counts() == 0
+        torch.testing.assert_close(found, alone(images(3)))
+        # What was gathered is given up again, and a training step runs as before.
+        local = sum(own_part(parameter).numel() for parameter in trained.tower.parameters())
+        assert local < 0.52 * sum(parameter.numel() for parameter in alone.parameters())
+        with CommDebugMode() as communicated:
+            trained.tower(images(2)).sum().backward()
+        assert communicated.get_total_counts() > 0
+
+
+def a_checkpoint_is_whole_and_restores_anywhere(world, folder):
+    trained = Trained(world)
+    path = trained.save(folder / "checkpoints", world)
+    dist.barrier()
+    saved = read_checkpoint(path)
+    for name, tensor in trained.tower.state_dict().items():
+        assert torch.equal(saved.model[name], whole(tensor)), name
+
+    sharded = Trained(world, seed=5)
+    restore(saved, sharded.tower, sharded.objective, sharded.optimizer)
+    replicated = make_tower()
+    objective = Objective(LossConfig(), texts=8, width=24, dtype=torch.float32, device=CPU)
+    optimizer = build_optimizer(replicated, objective, CONFIG.optim)
+    restore(saved, replicated, objective, optimizer)
+    for (name, mine), theirs, source in zip(
+        sharded.tower.named_parameters(), replicated.parameters(), trained.tower.parameters(), strict=True
+    ):
+        assert torch.equal(own_part(mine), own_part(source)), name
+        assert torch.equal(whole(mine.detach()), theirs), name
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            value = sharded.optimizer.state[mine][moment]
+            assert torch.equal(own_part(value), own_part(trained.optimizer.state[source][moment])), (name, moment)
+            assert torch.equal(whole(value), optimizer.state[theirs][moment]), (name, moment)
+    # A folder written by another number of ranks has the same bytes.
+    if world.is_main:
+        again = save_checkpoint(
+            folder / "again",
+            tower=replicated,
+            objective=objective,
+            optimizer=optimizer,
+            progress=Progress(step=1),
+            text_fingerprint="abc",
+            config=CONFIG,
+        )
+        for name in ("model.safetensors", "trainer.safetensors"):
+            assert (again / name).read_bytes() == (path / name).read_bytes()
+
+
+def costs_are_those_of_a_whole_tower(world, folder):
+    for block in ("fused", "plain"):
+        tower = make_tower(block=block)
+        expected = tier_costs(tower, OFF)
+        shard_tower(tower, world)
+        with gathered(tower):
+            assert tier_costs(tower, OFF) == expected
+
+
+def low_precision_is_that_of_a_whole_tower(world, folder):
+    """With two forwards between a forward and its backward, as micro-batches have them."""
+    micro = VISION_CONFIGS["eva02_micro_patch8_32"]
+    autocast = autocast_for(CPU, "bf16")
+    for keep, config, block in (
+        ("all", micro, "fused"),
+        ("block", micro, "fused"),
+        ("lean", replace(micro, layer_scale=0.5), "fused"),
+        ("all", micro, "plain"),
+        ("block", micro, "plain"),
+    ):
+        towers = []
+        for sharded in (False, True):
+            torch.manual_seed(0)
+            tower = VisionTower(config, block=block)
+            torch.nn.init.normal_(tower.pool.latent)
+            if sharded:
+                shard_tower(tower, world)
+            outputs = [image_rows(tower, images(4, seed), autocast, keep) for seed in range(2)]
+            for number, output in enumerate(outputs):
+                if sharded:
+                    sum_after_backward(tower, number == 1)
+                output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(number)))
+            towers.append(tower)
+        for (name, twin), parameter in zip(towers[0].named_parameters(), towers[1].parameters(), strict=True):
+            error = (whole(parameter.grad) / RANKS - twin.grad).norm() / twin.grad.norm()
+            assert error < 1e-5, (keep, block, name, error)
+
+
+CASES = {
+    check.__name__: check
+    for check in (
+        every_parameter_has_a_gradient_that_is_the_sum,
+        a_rank_holds_half,
+        nothing_is_exchanged_while_gathered,
+        a_checkpoint_is_whole_and_restores_anywhere,
+        costs_are_those_of_a_whole_tower,
+        low_precision_is_that_of_a_whole_tower,
+    )
+}
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    world = World(rank, RANKS, CPU, dist.group.WORLD)
+    for name, check in CASES.items():
+        check(world, folder)
+        (folder / f"{name}-{rank}").touch()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """Run both ranks; a case that both have passed leaves a file of each, and the first that fails ends them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(RANKS)
+    ]
+    return folder, "".join(rank.communicate(timeout=300)[1] for rank in ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_sharded(ranked, case):
+    folder, said = ranked
+    assert all((folder / f"{case}-{rank}").exists() for rank in range(RANKS)), said
+
+
+def test_a_run_without_a_launcher_has_nobody_to_share_with():
+    with pytest.raises(ValueError, match="start with torchrun"):
+        shard_tower(make_tower(), World(0, 1, CPU, None))
+
+
+@pytest.mark.parametrize("name", ["apex", "transformer-engine"])
+def test_optimisers_of_whole_parameters_are_refused(name):
+    with pytest.raises(ValueError, match=f"--optim.optimizer {name} knows whole parameters only"):
+        replace(CONFIG, step=StepConfig(sharding="fsdp"), optim=OptimConfig(steps=3, optimizer=name))
+
+
+def test_fixed_bytes_are_divided():
+    tower = build_vision_tower("eva02_base_patch16_224")
+    parameters = sum(parameter.numel() for parameter in tower.parameters())
+    sizes = {"local_batch": 64, "global_batch": 128}
+    few, many = (fixed_bytes(tower, OFF, **sizes, shards=shards) for shards in (2, 16))
+    assert few - many == parameters * 12 // 2 - parameters * 12 // 16
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), Path(sys.argv[2]))
