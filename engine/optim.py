@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .sharding import own_part
-
 from ..data.loader import SKIP_KINDS
+from .sharding import own_part
 
 # 16-byte steps of float32: the fused optimiser loads four values at a time from aligned addresses.
 _ALIGNMENT = 4
