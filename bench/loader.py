@@ -2,6 +2,7 @@
 
     python -m textlock.bench.loader                                    # every loader that this machine can run
     python -m textlock.bench.loader --loaders cpu webdataset_pil --sizes 256 > bench/results/NAME.jsonl
+    python -m textlock.bench.loader --tower eva02_base_patch16_224     # while that tower trains on the batches
     python -m textlock.bench.loader --memory-samples 200000            # is the memory of a long run flat?
 
 Drawn pictures, a few of them cut short, are packed into shards in a temporary folder. Every loader makes batches of
@@ -36,6 +37,8 @@ from torch import Tensor
 from textlock.data.loader import DataConfig, Loader, open_loader
 from textlock.data.shards import index_shards
 from textlock.engine.provenance import commit, device_name, versions
+from textlock.engine.step import autocast_for
+from textlock.models.vision import VISION_CONFIGS, build_vision_tower
 
 # Width and height of the pictures, by the short side that names them.
 SIZES = {256: (320, 256), 512: (512, 384)}
@@ -62,6 +65,9 @@ class Options:
     """Threads of our loader, processes of the others."""
     seconds: float = 10.0
     """Time spent on each figure."""
+    tower: str | None = None
+    """Image tower that goes forward and backward over every batch: the rates are those of both side by side. Left out:
+    the loaders alone."""
     memory_samples: int = 0
     """Instead of rates: read so many samples of small pictures and print the memory of the process on the way."""
 
@@ -94,10 +100,11 @@ Batches = Iterator[tuple[Tensor, list[str]]]  # pictures and keys
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loader: how it is opened with a scale of crops, and how its pictures become levels [b, S, S, 3]."""
+    """A loader: how it is opened with a scale of crops, how its pictures become levels [b, S, S, 3], and a tower's."""
 
     open: Callable[[Shards, Options, tuple[float, float]], Batches]
     levels: Callable[[Tensor], Tensor] = lambda images: images.float()
+    for_tower: Callable[[Tensor], Tensor] = lambda images: images
 
 
 def draw(rng: np.random.Generator, width: int, height: int) -> bytes:
@@ -244,16 +251,20 @@ def levels_of_normalised(images: Tensor) -> Tensor:
     return ((images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255).permute(0, 2, 3, 1)
 
 
+def pixels_of_planes(images: Tensor) -> Tensor:
+    return images.permute(0, 2, 3, 1).contiguous()
+
+
 def levels_of_planes(images: Tensor) -> Tensor:
-    return images.permute(0, 2, 3, 1).float()
+    return pixels_of_planes(images).float()
 
 
 CANDIDATES: dict[str, Candidate] = {
     "cpu": Candidate(lambda *arguments: ours(*arguments, decoder="cpu")),
     "dali": Candidate(lambda *arguments: ours(*arguments, decoder="dali")),
     "webdataset_pil": Candidate(webdataset_pil, levels_of_normalised),
-    "webdataset_torchvision": Candidate(webdataset_torchvision, levels_of_planes),
-    "webdataset_nvjpeg": Candidate(webdataset_nvjpeg, levels_of_planes),
+    "webdataset_torchvision": Candidate(webdataset_torchvision, levels_of_planes, pixels_of_planes),
+    "webdataset_nvjpeg": Candidate(webdataset_nvjpeg, levels_of_planes, pixels_of_planes),
 }
 
 
@@ -274,18 +285,55 @@ def check(name: str, shards: Shards, options: Options) -> float:
 
 def measure(name: str, shards: Shards, options: Options) -> dict[str, Any]:
     """Return the rates of a loader, and its memory, over ``seconds`` after two batches that do not count."""
+    device = device_of_this_machine()
     batches = CANDIDATES[name].open(shards, options, (0.9, 1.0))
+    train = trainer_of(options.tower, device)
+
+    def take() -> int:
+        images, keys = next(batches)
+        train(CANDIDATES[name].for_tower(images))
+        return len(keys)
+
     for _ in range(2):
-        next(batches)
+        take()
     used, images = cpu_seconds(), 0
     start = time.perf_counter()
     while (elapsed := time.perf_counter() - start) < options.seconds:
-        images += len(next(batches)[1])
+        images += take()
     return {
         "images_per_second": images / elapsed,
         "images_per_cpu_second": images / (cpu_seconds() - used),
         "host_bytes": host_bytes(),
+        "device_bytes": device_bytes(device),
     }
+
+
+def trainer_of(name: str | None, device: torch.device) -> Callable[[Tensor], None]:
+    """Return what goes forward and backward over pictures, and keeps the host at most one batch ahead of a GPU."""
+    if name is None:
+        return lambda images: None
+    tower = build_vision_tower(name, image_size=CROP).to(device)
+    autocast = autocast_for(device, "auto")
+    last: list[torch.cuda.Event] = []
+
+    def train(images: Tensor) -> None:
+        with autocast:
+            embeddings = tower(images.to(device, non_blocking=True))
+        embeddings.float().square().mean().backward()
+        if device.type == "cuda":
+            for event in last:
+                event.synchronize()
+            last[:] = [torch.cuda.current_stream(device).record_event()]
+
+    return train
+
+
+def device_bytes(device: torch.device) -> int | None:
+    """Return what is in use on the GPU, by whomever: decoders have memory of their own."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 def outcome_of(name: str, shards: Shards, options: Options) -> dict[str, Any]:
@@ -364,6 +412,8 @@ def main(options: Options) -> None:
         raise ValueError("samples, batch, workers and seconds must be positive, bad a fraction below 1")
     if unknown := set(options.loaders) - CANDIDATES.keys():
         raise ValueError(f"no loader is named {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
+    if options.tower is not None and options.tower not in VISION_CONFIGS:
+        raise ValueError(f"no tower is named {options.tower}; choose from {', '.join(VISION_CONFIGS)}")
     if unknown_sizes := set(options.sizes) - SIZES.keys():
         raise ValueError(f"no pictures of size {unknown_sizes.pop()}; choose from {', '.join(map(str, SIZES))}")
     machine = {"device": device_name(device_of_this_machine()), "versions": versions(), "commit": commit()}
@@ -378,7 +428,8 @@ def main(options: Options) -> None:
                 print(f"{name}, MiB after each tenth of {options.memory_samples:,} samples: {shown}", file=sys.stderr)
         return
     table = Table(title=f"batches of {options.batch} crops, {options.workers} workers, {machine['device']}")
-    for column in ("pictures", "KB", "loader", "images/s", "images/CPU-s", "host MiB", "skipped", "levels off"):
+    rates, memory = ("images/s", "images/CPU-s"), ("host MiB", "GPU MiB")
+    for column in ("pictures", "KB", "loader", *rates, *memory, "skipped", "levels off"):
         table.add_column(column, justify="right")
     absent: dict[str, set[str]] = {}  # reason -> names
     for size in options.sizes:
@@ -391,7 +442,8 @@ def main(options: Options) -> None:
                 if "absent" in outcome:
                     absent.setdefault(outcome["absent"], set()).add(name)
                     continue
-                case = {"width": width, "height": height, "kilobytes": kilobytes, "workers": options.workers}
+                pictures = {"width": width, "height": height, "kilobytes": kilobytes}
+                case = {**pictures, "workers": options.workers, "tower": options.tower}
                 print(json.dumps({"case": case, "loader": name} | outcome | machine), flush=True)
                 table.add_row(f"{width} x {height}", f"{kilobytes:.0f}", name, *cells(outcome))
     Console(stderr=True, width=120).print(table)
@@ -402,12 +454,13 @@ def main(options: Options) -> None:
 def cells(outcome: dict[str, Any]) -> list[str]:
     """Return the cells of the table from `images/s` on."""
     if "wrong" in outcome:
-        return ["wrong", "", "", "", outcome["wrong"]]
-    skipped = outcome["skipped"]
+        return ["wrong", "", "", "", "", outcome["wrong"]]
+    skipped, on_device = outcome["skipped"], outcome["device_bytes"]
     return [
         f"{outcome['images_per_second']:,.0f}",
         f"{outcome['images_per_cpu_second']:,.0f}",
         f"{outcome['host_bytes'] / 2**20:,.0f}",
+        "" if on_device is None else f"{on_device / 2**20:,.0f}",
         "" if skipped is None else f"{100 * skipped:.2f} %",
         f"{outcome['difference']:.2f}",
     ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from textlock.bench import loader as bench
+from textlock.models.vision import build_vision_tower
 
 TINY = bench.Options(sizes=(256,), samples=200, batch=16, workers=1, seconds=0.2, loaders=("cpu",))
 
@@ -30,6 +31,32 @@ def test_the_loader_is_measured_in_a_process_of_its_own(capsys):
     assert line["images_per_second"] > 0 and line["images_per_cpu_second"] > 0 and line["host_bytes"] > 2**20
     assert 0 < line["skipped"] < 0.05 and line["difference"] < 0.1
     assert line["device"] and line["versions"]["torch"] == torch.__version__.partition("+")[0]
+
+
+class Probe(torch.nn.Module):
+    """Stands for a tower: remembers what it is given."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen, self.weight = seen, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        self.seen.append(images)
+        return self.weight * images.float().mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["cpu", "webdataset_pil", "webdataset_torchvision"])
+def test_a_tower_trains_on_what_comes(name, shards, monkeypatch):
+    """Pictures of every loader are in a form that a tower takes, and each batch goes through it."""
+    if name != "cpu":
+        pytest.importorskip("webdataset")
+    seen = []
+    probe = Probe(seen)
+    monkeypatch.setattr(bench, "build_vision_tower", lambda *arguments, **settings: probe)
+    outcome = bench.measure(name, shards, replace(TINY, tower="eva02_micro_patch8_32"))
+    assert len(seen) > 2 and probe.weight.grad != 0
+    assert outcome["images_per_second"] > 0 and outcome["device_bytes"] is None
+    build_vision_tower("eva02_micro_patch8_32", image_size=bench.CROP)._check(seen[0])
 
 
 @pytest.mark.parametrize("name", ["webdataset_pil", "webdataset_torchvision"])
@@ -64,6 +91,7 @@ def test_memory_is_marked_ten_times(shards):
     ("changes", "message"),
     [
         ({"loaders": ("cpuu",)}, "no loader is named cpuu; choose from cpu, dali"),
+        ({"tower": "eva02_huge"}, "no tower is named eva02_huge; choose from eva02_base"),
         ({"sizes": (300,)}, "no pictures of size 300; choose from 256, 512"),
         ({"seconds": 0.0}, "must be positive"),
     ],
