@@ -30,8 +30,8 @@ from .norm import layer_norm_backward, moments, through_norm
 from .rows import check_rows, row_block, runs_rows
 
 _FORWARD_ROWS, _BACKWARD_ROWS = 2, 1
-# The reference takes rows by so many: 512 KiB of float32 at H = 2048, so a CPU's caches keep them from pass to pass.
-_REFERENCE_ROWS = 64
+# The reference takes as many rows at a time: 512 KiB of float32, which a CPU's caches keep from pass to pass.
+_REFERENCE_ELEMENTS = 64 * 2048
 
 
 class Swiglu(NamedTuple):
@@ -69,8 +69,9 @@ def _swiglu_norm_backward_reference(
     d_gate_up, h = gate_up.new_empty(gate_up.shape), gate_up.new_empty(d_h.shape)
     sums = gate_up.new_zeros((4, d_h.shape[-1]), dtype=wide)  # of d_gate, d_up, d_weight, d_bias
     d_h, gate_up, d_gate_up_rows, h_rows = (t.flatten(0, -2) for t in (d_h, gate_up, d_gate_up, h))
-    for start in range(0, len(d_h), _REFERENCE_ROWS):
-        rows = slice(start, start + _REFERENCE_ROWS)
+    part = max(1, _REFERENCE_ELEMENTS // d_h.shape[-1])
+    for start in range(0, len(d_h), part):
+        rows = slice(start, start + part)
         gate, up = gate_up[rows].to(wide).chunk(2, dim=-1)
         d_gate, d_up = d_gate_up_rows[rows].chunk(2, dim=-1)
         d_product = d_h[rows].to(wide)
