@@ -137,3 +137,39 @@ def test_its_loss_table_is_that_of_the_result_file():
     table = README.split("<!-- loss figures -->")[1].split("<!-- /loss figures -->")[0]
     assert [line.split(" | ", 1)[1] for line in table.strip().splitlines()[2:]] == expected
     assert f"take {rows['chunked']['floor_ms']:.0f} ms there" in " ".join(README.split())
+
+
+def table_of(name):
+    """Return the cells of a table's rows behind the first column."""
+    table = README.split(f"<!-- {name} figures -->")[1].split(f"<!-- /{name} figures -->")[0]
+    return [line.strip(" |").split(" | ")[1:] for line in table.strip().splitlines()[2:]]
+
+
+def results_of(name):
+    return [json.loads(line) for line in (ROOT / "bench" / "results" / name).read_text().splitlines()]
+
+
+def test_the_tower_figures_are_those_of_the_result_file():
+    rows = {row["candidate"]: row for row in results_of("block_cpu.jsonl") if row["part"] == "tower"}
+    expected = [
+        [f"{rows[name]['ms']:.0f}", f"{rows[name]['peak_bytes'] / 2**20:.0f}"] for name in ("ours_all", "eager", "timm")
+    ]
+    assert table_of("tower") == expected
+
+
+def test_the_loader_figures_are_those_of_the_result_file():
+    rows = {(row["loader"], row["case"]["width"]): row for row in results_of("loader_cpu.jsonl")}
+    expected = [
+        [f"{rows[name, width]['images_per_second']:.0f}" for width in (320, 512)]
+        for name in ("cpu", "webdataset_pil", "webdataset_torchvision")
+    ]
+    assert table_of("loader") == expected
+
+
+def test_the_large_batch_figures_are_those_of_the_result_file():
+    (row,) = results_of("large_batch_cpu.jsonl")
+    peak, before = (row[key] / 2**30 for key in ("peak_resident_bytes", "resident_bytes_before"))
+    sentence = (
+        f"{peak:.2f} GiB resident at the peak, of which {before:.2f} were there before, in {row['seconds']:.0f} sec"
+    )
+    assert sentence in " ".join(README.split())
