@@ -23,20 +23,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODES = ("store", "recompute")
 SCALES = (1.0, 14.3, 50.0, 100.0, 300.0)
 
-pytestmark = pytest.mark.skipif(
-    not tiles.runs_tiles(torch.empty(0, device=DEVICE)),
-    reason="the kernels need a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1",
-)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what `torch.empty` returns with nan, so that a place no kernel writes is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = [
+    pytest.mark.skipif(
+        not tiles.runs_tiles(torch.empty(0, device=DEVICE)),
+        reason="the kernels need a GPU of compute capability 9.0 or later, or TRITON_INTERPRET=1",
+    ),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 
 def make_rows(b, B, d, first_row=0, signal=0.1, seed=0):

@@ -16,14 +16,7 @@ F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 TINY = 3e-7  # relative error of a few operations in float32
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what `torch.empty` returns with nan, so that a place no kernel writes is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def make(*shapes, seed=0):

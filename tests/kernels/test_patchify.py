@@ -54,16 +54,6 @@ def test_normalises_in_float32_and_rounds_once(dtype):
     torch.testing.assert_close(patches.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Fill what `torch.empty` returns with nan, so that a place no kernel writes is seen."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(

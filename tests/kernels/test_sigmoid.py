@@ -35,13 +35,7 @@ MODES = ["chunked", pytest.param("fused", marks=needs_tiles)]
 chunked, fused = partial(one_visit, fused=False), partial(one_visit, fused=True)
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill fresh tensors with nan, so that a number which no one wrote shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def make_rows(b, B, d, first_row=0, signal=0.1, seed=0):
