@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from textlock.bench.ceilings import COMPARED_ROWS
 from textlock.bench.comparison import Comparison, Plain, Prepared, Random, Result, Run, Setting, compiled, ran
 from textlock.bench.measure import Unavailable, relative_error
 from textlock.kernels.attention import attention, attention_backward, rotate
@@ -25,8 +26,7 @@ from textlock.models.vision import IMAGE_MEAN, IMAGE_STD, VisionConfig, rotary_t
 
 # Tensors that are float32 whatever the type of the products.
 TABLES = ("rope", "image_mean", "image_std")
-# Images of a kernel that are compared with float64 at a time, and rows of a matrix product that are compared.
-COMPARED_IMAGES, COMPARED_ROWS = 64, 64
+COMPARED_IMAGES = 64  # of a kernel, compared with float64 at a time
 
 
 def layers_of(config: VisionConfig) -> dict[str, tuple[int, int]]:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from textlock.bench.ceilings import TOLERANCE, Ceilings
+from textlock.bench.figures import TIME_LIMIT, is_ours, one_line
 from textlock.bench.measure import (
     Spread,
     TimeUp,
@@ -24,16 +26,13 @@ from textlock.bench.measure import (
 from textlock.engine.provenance import device_name
 from textlock.models.vision import VisionConfig
 
-Part = Literal["ceilings", "gemm", "kernels", "block", "tower"]
+Part = Literal["gemm", "kernels", "block", "tower"]
 
 # Dense bfloat16 operations a second by the makers' data sheets, which MFU is counted against.
 PEAK_RATES = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 
-TIME_LIMIT = "time limit"  # why a candidate has no figures
-
-# Largest relative error against float64 that still counts as right, by the type of the products.
-# Ours in a single operation round less often than a tower, and less than some peers, which add up in 16 bits.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# As TOLERANCE, for ours in a single operation: it rounds less often than a tower, and less than some peers, which add
+# up in 16 bits.
 TOLERANCE_OF_ONE_OPERATION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -100,14 +99,6 @@ class Random:
         return torch.randint(256, shape, device=self.device, dtype=torch.uint8, generator=self.generator)
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What this device can do at most, measured."""
-
-    bandwidth: float  # bytes a second, read and written
-    matrix_rate: dict[torch.dtype, float]  # operations a second
-
-
 Result = dict[str, Tensor]
 Run = Callable[[], Result]
 Plain = Callable[..., Result]  # an operation in plain torch, differentiable, of tensors by name
@@ -136,7 +127,7 @@ class Comparison:
 
     def floor(self, ceilings: Ceilings) -> float:
         """Return the seconds below which this device cannot get."""
-        return max(self.traffic / ceilings.bandwidth, self.operations / ceilings.matrix_rate[self.setting.dtype])
+        return ceilings.floor(self.setting.dtype, traffic=self.traffic, operations=self.operations)
 
 
 def ran(run: Run) -> Prepared:
@@ -152,11 +143,6 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def of_time(spread: Spread) -> dict[str, Any]:
-    """Return what is published of times."""
-    return {"ms": spread.median * 1e3, "quartiles_ms": [spread.low * 1e3, spread.high * 1e3], "runs": spread.runs}
-
-
 def figures(
     comparison: Comparison,
     run: Callable[[], object],
@@ -166,7 +152,7 @@ def figures(
 ) -> dict[str, Any]:
     """Return what is published of a candidate: in percent of the floor, as rates, with errors and memory."""
     setting, floor = comparison.setting, comparison.floor(ceilings)
-    found = of_time(spread) | {
+    found = spread.published() | {
         "floor_ms": floor * 1e3,
         "percent_of_floor": 100 * floor / spread.median,
         "gigabytes_per_second": comparison.traffic / spread.median / 1e9,
@@ -241,15 +227,5 @@ def measure(
         yield name, found[name]
 
 
-def is_ours(name: str) -> bool:
-    return name.startswith("ours")
-
-
 def speedup(ours: list[float], theirs: list[float]) -> float:
     return median(other / own for own, other in zip(ours, theirs, strict=True))
-
-
-def one_line(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

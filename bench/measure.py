@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,10 @@ class Spread:
         """Summarise at least two runs."""
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
         return cls(min(seconds), low, median, high, len(seconds))
+
+    def published(self) -> dict[str, Any]:
+        """Return what is published of times, in milliseconds."""
+        return {"ms": self.median * 1e3, "quartiles_ms": [self.low * 1e3, self.high * 1e3], "runs": self.runs}
 
 
 def device_of_this_machine() -> torch.device:

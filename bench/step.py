@@ -29,7 +29,6 @@ stderr; exit status 1 if ours is wrong or fails.
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,25 +42,21 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from textlock.bench import contrastive as losses
 from textlock.bench.block_tower import flat, jitter, tower_operations
-from textlock.bench.comparison import PEAK_RATES, TIME_LIMIT, is_ours, name_of, of_time, one_line
+from textlock.bench.comparison import PEAK_RATES, name_of
+from textlock.bench.figures import Outcome, Report, cell, has_figures, outcome_of, timing_cells
 from textlock.bench.measure import (
     LEAST_RUNS,
     Spread,
-    TimeUp,
-    Unavailable,
     Wrong,
     check_compiler,
     device_of_this_machine,
     peak_bytes,
     relative_error,
     release,
-    time_limit,
 )
 from textlock.data.loader import Batch, DataConfig, Loader, open_loader
 from textlock.engine.config import LossConfig
@@ -70,7 +65,7 @@ from textlock.engine.feed import FedBatch, Feed
 from textlock.engine.objective import Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
 from textlock.engine.plan import Plan, available_bytes, choose_plan, fixed_bytes, tier_costs
-from textlock.engine.provenance import commit, device_name, versions
+from textlock.engine.provenance import device_name
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
 from textlock.models.block import ComputeCopies, Implementation, compute_dtype
 from textlock.models.text import TextTower
@@ -515,7 +510,7 @@ def measure(name: str, setting: Setting, case: losses.Case, options: Options) ->
     rate = case.b / spread.median
     peak_rate = PEAK_RATES.get(device_name(device))
     operations = tower_operations(VISION_CONFIGS[setting.tower])
-    found = of_time(spread) | {
+    found = spread.published() | {
         "images_per_second": rate,
         "mfu_percent": None if peak_rate is None else 100 * rate * operations / peak_rate,
         "shares": {part: seconds / sum(middle.values()) for part, seconds in middle.items()},
@@ -540,23 +535,6 @@ def timed(step: Callable[[Clock | None], Clock], seconds: float) -> list[dict[Pa
         clocks[-2].wait()
     clocks[-1].wait()
     return [clock.seconds() for clock in clocks]
-
-
-def outcome_of(work: Callable[[], dict[str, Any]], device: torch.device, limit: float) -> dict[str, Any]:
-    """Return what ``work`` finds, or why it finds nothing."""
-    try:
-        with time_limit(limit):
-            return work()
-    except Unavailable as reason:
-        return {"absent": str(reason)}
-    except Wrong as wrong:
-        return {"wrong": wrong.errors}
-    except TimeUp:
-        return {"failed": TIME_LIMIT}
-    except Exception as error:  # of a compiler, a library, or for want of memory: the others still have figures
-        return {"failed": one_line(error)}
-    finally:
-        release(device)
 
 
 @contextlib.contextmanager
@@ -601,12 +579,8 @@ def main(options: Options) -> None:
     device = device_of_this_machine()
     setting = setting_of(options, device)
     names = [name for name in CANDIDATES if not options.only or name in options.only]
-    machine = {"device": device_name(device), "versions": versions(), "commit": commit()}
-    table = Table(title=f"{setting.tower}, {setting.texts:,} texts, {name_of(setting.dtype)}, {machine['device']}")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    absent: dict[str, set[str]] = {}  # reason -> names
-    faults: list[str] = []
+    title = f"{setting.tower}, {setting.texts:,} texts, {name_of(setting.dtype)}"
+    report = Report(device, COLUMNS, cells, title=title)
     with group_of_one(device):
         checks = {name: outcome_of(partial(check, name, setting), device, options.limit) for name in names}
         true_gradients.cache_clear()
@@ -623,45 +597,26 @@ def main(options: Options) -> None:
             }
             for name in names:
                 outcome = checks[name]
-                if outcome.keys().isdisjoint(("absent", "wrong", "failed")):
+                if has_figures(outcome):
                     run = partial(measure, name, setting, case, options)
                     outcome = outcome_of(run, device, options.limit) | {"errors": checks[name]}
-                if "absent" in outcome:
-                    absent.setdefault(outcome["absent"], set()).add(name)
-                    continue
-                if is_ours(name) and ("wrong" in outcome or outcome.get("failed", TIME_LIMIT) != TIME_LIMIT):
-                    faults.append(f"{local_batch} images, {name}: {outcome.get('failed', outcome.get('wrong'))}")
-                print(json.dumps({"part": "step", "case": shape, "candidate": name} | outcome | machine), flush=True)
-                table.add_row(f"{local_batch:,}", name, *cells(outcome))
-    Console(stderr=True, width=160).print(table)
-    for why, who in absent.items():
-        print(f"left out {', '.join(sorted(who))}: {why}", file=sys.stderr)
-    for line in faults:
-        print(f"fault: {line}", file=sys.stderr)
-    if faults:
-        raise SystemExit(1)
+                report.add("step", "step", shape, name, outcome, "step", f"{local_batch:,} images")
+    report.close()
 
 
 COLUMNS = (
-    *("images", "candidate", "ms", "± %", "images/s", "MFU %", "peak MiB"),
+    *("operation", "case", "candidate", "ms", "± %", "images/s", "MFU %", "peak MiB"),
     *("% tower", "loss", "gather", "reduction", "optimizer", "data wait", "error"),
 )
 
 
-def cells(outcome: dict[str, Any]) -> list[str]:
+def cells(outcome: Outcome) -> list[str]:
     """Return the cells of the table from `ms` on."""
-    if "failed" in outcome:
-        return [outcome["failed"]]
-    if "wrong" in outcome:
-        return ["wrong", *[""] * 10, f"{max(outcome['wrong'].values()):.0e}"]
-    low, high = outcome["quartiles_ms"]
-    mfu = outcome["mfu_percent"]
     return [
-        f"{outcome['ms']:.1f}",
-        f"{50 * (high - low) / outcome['ms']:.1f}",
-        f"{outcome['images_per_second']:.4g}",
-        "" if mfu is None else f"{mfu:.1f}",
-        f"{outcome['peak_bytes'] / 2**20:.0f}",
+        *timing_cells(outcome),
+        cell(outcome, "images_per_second", ".4g"),
+        cell(outcome, "mfu_percent", ".1f"),
+        cell(outcome, "peak_bytes", ".0f", 2**20),
         *(f"{100 * outcome['shares'][part]:.1f}" for part in PARTS),
         f"{max(outcome['errors'].values()):.0e}",
     ]

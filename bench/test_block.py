@@ -14,7 +14,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from textlock.bench import block as bench
-from textlock.bench.comparison import Ceilings, Comparison, Part, check, figures
+from textlock.bench.ceilings import Ceilings, ceilings_for
+from textlock.bench.comparison import Comparison, Part, check, figures
 from textlock.bench.measure import Spread, Unavailable, device_of_this_machine, release, to_its_end
 
 DEVICE = device_of_this_machine()
@@ -42,7 +43,7 @@ def comparison_of(part: Part, micro_batch: int, operation: str) -> Comparison:
 
 @cache
 def ceilings() -> Ceilings:
-    return bench.ceilings_of(dict(bench.measure_ceilings(DEVICE, DEFAULTS.seconds)))
+    return ceilings_for(None, DEVICE, DEFAULTS.seconds)
 
 
 @pytest.mark.parametrize(("part", "micro_batch", "operation", "name"), cases())
