@@ -2,23 +2,25 @@
 
     python -m textlock.bench.contrastive                             # the sizes that fit this device
     python -m textlock.bench.contrastive --batch 4096 --world 16     # one rank of 16: 4,096 images, 65,536 texts
-    python -m textlock.bench.contrastive --losses chunked open_clip > bench/results/NAME.jsonl
+    python -m textlock.bench.contrastive --losses ours_chunked open_clip > bench/results/NAME.jsonl
     pytest bench/test_contrastive.py --benchmark-only                # the same figures through pytest-benchmark
 
 Rows are float32, the text rows are frozen, logit scale and bias are learnt. With `--world` the other ranks' share of
 each collective is computed beforehand and added where the collective would run, so results are exact and no
 communication is timed. Every loss is first compared with float64; one that is wrong prints no figure. One JSON line a
-figure on stdout, a table on stderr. `floor` is two matrix products of the size of the logits in the loss's own dtype,
-timed in the same run: no exact method with a gradient does less. TFLOP/s count those two products alone.
+candidate on stdout, a table on stderr; exit status 1 if one of ours is wrong or fails. The floor is two matrix products
+of the size of the logits in the loss's own dtype, at the rate of large products (`textlock.bench.ceilings`): no exact
+method with a gradient does less. TFLOP/s count those two products alone.
 """
 
 import inspect
-import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
@@ -26,11 +28,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from textlock.bench.ceilings import Ceilings, ceilings_for
+from textlock.bench.figures import Outcome, Report, cell, outcome_of, timing_cells
 from textlock.bench.measure import (
+    Spread,
     Unavailable,
     Wrong,
     check_compiler,
@@ -39,7 +42,6 @@ from textlock.bench.measure import (
     relative_error,
     time_of,
 )
-from textlock.engine.provenance import commit, device_name, versions
 from textlock.kernels import contrastive
 from textlock.kernels.sigmoid import sigmoid_loss
 from textlock.kernels.tiles import runs_tiles
@@ -52,8 +54,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-1}
 SIZES = {"cpu": ((2048, 1), (4096, 2)), "cuda": ((4096, 16), (16384, 1), (65536, 1))}
 WIDTHS = {"cpu": (128, 768), "cuda": (768,)}
 
-# Logits of the floor that are alive at a time: they should fit the cache of a CPU, and fill a GPU.
-FLOOR_BYTES = {"cpu": 2**24, "cuda": 2**30}
+# Logits whose dense reference a GPU still holds beside their gradients.
+DENSE_BYTES = 2**33
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,10 @@ class Options:
     """Logit scale."""
     seconds: float = 2.0
     """Time spent on each figure, at least three runs."""
+    limit: float = 300.0
+    """Seconds after which nothing more is started."""
+    ceilings: Path | None = None
+    """What `textlock.bench.ceilings` printed on this device; left out: measured first."""
     seed: int = 0
     """Of the data."""
 
@@ -218,6 +224,8 @@ def other_ranks(case: Case, mode: contrastive.Mode) -> Tensor:
 
 def ours(case: Case, *, mode: contrastive.Mode) -> Candidate:
     dtype = dtype_of_tiles(case) if mode in ("store", "recompute") else torch.float32
+    if mode == "reference" and case.b * case.B * 4 > DENSE_BYTES:
+        raise Unavailable("its dense logits and their gradients do not fit")
     if case.world == 1:
 
         def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -327,31 +335,22 @@ def linear_cross_entropy(case: Case) -> Candidate:
 
 
 CANDIDATES: dict[str, Callable[[Case], Candidate]] = {
-    "reference": partial(ours, mode="reference"),
-    "chunked": partial(ours, mode="chunked"),
-    "recompute": partial(ours, mode="recompute"),
-    "store": partial(ours, mode="store"),
+    "ours_reference": partial(ours, mode="reference"),
+    "ours_chunked": partial(ours, mode="chunked"),
+    "ours_recompute": partial(ours, mode="recompute"),
+    "ours_store": partial(ours, mode="store"),
     "open_clip": partial(open_clip, compiled=False),
     "open_clip_compiled": partial(open_clip, compiled=True),
     "linear_cross_entropy": linear_cross_entropy,
-    "sigmoid_chunked": partial(our_sigmoid, mode="chunked"),
-    "sigmoid_fused": partial(our_sigmoid, mode="fused"),
+    "ours_sigmoid_chunked": partial(our_sigmoid, mode="chunked"),
+    "ours_sigmoid_fused": partial(our_sigmoid, mode="fused"),
     "open_clip_sigmoid": open_clip_sigmoid,
     "open_clip_sigmoid_256": partial(open_clip_sigmoid, chunk_size=256),
 }
 
 
-def floor_of(case: Case, dtype: torch.dtype, seconds: float) -> float:
-    """Seconds of the two matrix products I·Tᵀ and G·T, some rows of the logits at a time."""
-    image, text = case.images[: case.b].to(dtype), case.text.to(dtype)
-    step = max(1, min(case.b, FLOOR_BYTES[text.device.type] // (case.B * dtype.itemsize)))
-    logits, grad = image.new_empty(step, case.B), torch.empty_like(image)
-
-    def two_products() -> None:
-        for rows, out in zip(image.split(step), grad.split(step), strict=True):
-            torch.mm(torch.mm(rows, text.T, out=logits[: len(rows)]), text, out=out)
-
-    return time_of(two_products, seconds, text.device).fastest
+def operation_of(name: str) -> str:
+    return "sigmoid" if "sigmoid" in name else "contrastive"
 
 
 @dataclass(frozen=True)
@@ -380,18 +379,24 @@ def check(case: Case, name: str) -> Trial:
     return Trial(case, candidate, found)
 
 
-def figures(trial: Trial, seconds: float, floor: float) -> dict[str, Any]:
-    """Return what is published of a time: in percent of the floor, as useful operations, with memory and errors."""
-    case = trial.case
-    return {
-        "dtype": str(trial.candidate.dtype).removeprefix("torch."),
-        "ms": seconds * 1e3,
+def figures(trial: Trial, spread: Spread, ceilings: Ceilings) -> Outcome:
+    """Return what is published of times: in percent of the floor, as useful operations, with memory and errors."""
+    case, dtype = trial.case, trial.candidate.dtype
+    operations = 4 * case.b * case.B * case.d
+    floor = ceilings.floor(dtype, operations=operations)
+    return spread.published() | {
+        "dtype": str(dtype).removeprefix("torch."),
         "floor_ms": floor * 1e3,
-        "percent_of_floor": 100 * floor / seconds,
-        "useful_tflops": 4 * case.b * case.B * case.d / seconds / 1e12,
+        "percent_of_floor": 100 * floor / spread.median,
+        "tflops": operations / spread.median / 1e12,
         "peak_bytes": trial.peak_bytes(),
         "errors": trial.errors,
     }
+
+
+def measure(case: Case, name: str, ceilings: Ceilings, seconds: float) -> Outcome:
+    trial = check(case, name)
+    return figures(trial, time_of(trial.runner(), seconds, case.text.device), ceilings)
 
 
 @contextmanager
@@ -414,56 +419,40 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def main(options: Options) -> None:
-    if min(*options.batch, *options.width, options.world, options.scale, options.seconds) <= 0:
-        raise ValueError("batch, width, world, scale and seconds must be positive")
+    numbers = (options.world, options.scale, options.seconds, options.limit)
+    if min(*options.batch, *options.width, *numbers) <= 0:
+        raise ValueError("batch, width, world, scale, seconds and limit must be positive")
     if unknown := set(options.losses) - CANDIDATES.keys():
         raise ValueError(f"no loss is named {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
-    machine = {"device": device_name(device_of_this_machine()), "versions": versions(), "commit": commit()}
-    table = Table(title=f"loss and gradient, scale {options.scale:g}, {machine['device']}")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
-    absent: dict[str, set[str]] = {}  # reason -> names
+    device = device_of_this_machine()
+    ceilings = ceilings_for(options.ceilings, device, options.seconds)
+    end = time.monotonic() + options.limit
+    report = Report(device, COLUMNS, cells, title=f"loss and gradient, scale {options.scale:g}")
     with process_group():
         for case in cases(options):
-            floors: dict[torch.dtype, float] = {}
             shape = {"b": case.b, "B": case.B, "d": case.d, "scale": options.scale}
             for name in options.losses or CANDIDATES:
-                try:
-                    trial = check(case, name)
-                    dtype = trial.candidate.dtype
-                    if dtype not in floors:
-                        floors[dtype] = floor_of(case, dtype, options.seconds)
-                    seconds = time_of(trial.runner(), options.seconds, case.text.device).fastest
-                    outcome = figures(trial, seconds, floors[dtype])
-                except Unavailable as reason:
-                    absent.setdefault(str(reason), set()).add(name)
-                    continue
-                except Wrong as wrong:
-                    outcome = {"wrong": wrong.errors}
-                except torch.OutOfMemoryError:
-                    outcome = {"failed": "out of memory"}
-                print(json.dumps({"case": shape, "loss": name} | outcome | machine), flush=True)
-                table.add_row(*(str(shape[letter]) for letter in "bBd"), name, *cells(outcome))
-    Console(stderr=True, width=140).print(table)
-    for why, names in absent.items():
-        print(f"left out {', '.join(sorted(names))}: {why}", file=sys.stderr)
+                work = partial(measure, case, name, ceilings, options.seconds)
+                outcome = outcome_of(work, device, end - time.monotonic())
+                operation = operation_of(name)
+                report.add("loss", operation, shape, name, outcome, operation, *(f"{shape[size]:g}" for size in "bBd"))
+    report.close()
 
 
-COLUMNS = ("b", "B", "d", "loss", "dtype", "ms", "% floor", "TFLOP/s", "peak MiB", "errors: loss", "dI", "ds", "dβ")
+COLUMNS = (
+    *("operation", "b", "B", "d", "candidate", "ms", "± %", "dtype", "% floor", "TFLOP/s", "peak MiB"),
+    *("errors: loss", "dI", "ds", "dβ"),
+)
 
 
-def cells(outcome: dict[str, Any]) -> list[str]:
-    """Return the cells of the table from `dtype` on."""
-    if "failed" in outcome:
-        return ["", outcome["failed"]]
-    if "wrong" in outcome:
-        return ["", "wrong", "", "", "", *(f"{error:.0e}" for error in outcome["wrong"].values())]
+def cells(outcome: Outcome) -> list[str]:
+    """Return the cells of the table from `ms` on."""
     return [
+        *timing_cells(outcome),
         outcome["dtype"],
-        f"{outcome['ms']:.1f}",
-        f"{outcome['percent_of_floor']:.0f}",
-        f"{outcome['useful_tflops']:.3g}",
-        f"{outcome['peak_bytes'] / 2**20:.0f}",
+        cell(outcome, "percent_of_floor", ".0f"),
+        cell(outcome, "tflops", ".3g"),
+        cell(outcome, "peak_bytes", ".0f", 2**20),
         *(f"{error:.0e}" for error in outcome["errors"].values()),
     ]
 

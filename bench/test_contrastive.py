@@ -7,14 +7,14 @@ Candidates, cases and checks are those of `textlock.bench.contrastive`; floor, e
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from textlock.bench import contrastive as bench
-from textlock.bench.measure import Unavailable, device_of_this_machine, to_its_end
+from textlock.bench.ceilings import Ceilings, ceilings_for
+from textlock.bench.measure import Spread, Unavailable, device_of_this_machine, to_its_end
 
 DEVICE = device_of_this_machine()
 DEFAULTS = bench.Options()
@@ -25,9 +25,9 @@ def case_of(b: int, world: int, d: int) -> bench.Case:
     return bench.make_case(b, world, d, DEFAULTS.scale, DEFAULTS.seed, DEVICE)
 
 
-@lru_cache(3)
-def floor_of(case: bench.Case, dtype: torch.dtype) -> float:
-    return bench.floor_of(case, dtype, DEFAULTS.seconds)
+@cache
+def ceilings() -> Ceilings:
+    return ceilings_for(None, DEVICE, DEFAULTS.seconds)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,5 +47,6 @@ def test_loss_and_gradient(b: int, world: int, d: int, name: str, benchmark: Ben
         pytest.skip(str(reason))
     benchmark(to_its_end(trial.runner(), DEVICE))
     if benchmark.stats is not None:  # None where pytest runs tests, not benchmarks
-        floor = floor_of(case, trial.candidate.dtype)
-        benchmark.extra_info.update(bench.figures(trial, benchmark.stats.stats.min, floor))
+        stats = benchmark.stats.stats
+        spread = Spread(stats.min, stats.q1, stats.median, stats.q3, stats.rounds)
+        benchmark.extra_info.update(bench.figures(trial, spread, ceilings()))
