@@ -1,14 +1,16 @@
 """Images a second of the loader, beside those of other projects, on the same shards with the same crop.
 
     python -m textlock.bench.loader                                    # every loader that this machine can run
-    python -m textlock.bench.loader --loaders cpu webdataset_pil --sizes 256 > bench/results/NAME.jsonl
+    python -m textlock.bench.loader --loaders ours_cpu webdataset_pil --sizes 256 > bench/results/NAME.jsonl
     python -m textlock.bench.loader --tower eva02_base_patch16_224     # while that tower trains on the batches
     python -m textlock.bench.loader --memory-samples 200000            # is the memory of a long run flat?
 
 Drawn pictures, a few of them cut short, are packed into shards in a temporary folder. Every loader makes batches of
 random crops of 224 pixels, with as many threads or processes as `--workers`. Each is first compared with Pillow on
-whole pictures; one that is wrong prints no figure. One JSON line a figure on stdout, a table on stderr. Images a
-CPU-second count the time of all processes: on a machine that does other work too they are the steadier figure.
+whole pictures; one that is wrong prints no figure. The floor is decoding alone: whole pictures from memory, by
+libjpeg-turbo in as many threads, or on the GPU by DALI for what decodes there; no crop, no batch. One JSON line a
+loader on stdout, a table on stderr; exit status 1 if ours is wrong or fails. Images a CPU-second count the time of all
+processes: on a machine that does other work too they are the steadier figure.
 """
 
 import io
@@ -19,21 +21,23 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import tyro
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from textlock.bench.figures import Outcome, Report, cell, is_ours, outcome_of, timing_cells
+from textlock.bench.measure import Spread, TimeUp, Unavailable, Wrong, device_of_this_machine
+from textlock.data.images import decode_image
 from textlock.data.loader import DataConfig, Loader, open_loader
 from textlock.data.shards import index_shards
 from textlock.engine.provenance import commit, device_name, versions
@@ -44,6 +48,8 @@ from textlock.models.vision import VISION_CONFIGS, build_vision_tower
 SIZES = {256: (320, 256), 512: (512, 384)}
 CROP = 224
 RATIO = (0.75, 1.3333333)
+WINDOWS = 8  # of a measurement, whose spread is published
+DALI_BATCH = 128
 # Mean difference from Pillow's bicubic, in grey levels, that still counts as the same picture: DALI's is 0.2.
 TOLERANCE = 1.0
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -65,6 +71,8 @@ class Options:
     """Threads of our loader, processes of the others."""
     seconds: float = 10.0
     """Time spent on each figure."""
+    limit: float = 300.0
+    """Seconds after which nothing more is started."""
     tower: str | None = None
     """Image tower that goes forward and backward over every batch: the rates are those of both side by side. Left out:
     the loaders alone."""
@@ -73,14 +81,6 @@ class Options:
 
 
 Result = TypeVar("Result")
-
-
-class Unavailable(Exception):
-    """A loader that this machine cannot run, and why."""
-
-
-class Wrong(Exception):
-    """A loader whose pictures are not those of Pillow."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ class Shards:
 
 
 Batches = Iterator[tuple[Tensor, list[str]]]  # pictures and keys
+Decoder = Literal["cpu", "dali"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Candidate:
     """A loader: how it is opened with a scale of crops, how its pictures become levels [b, S, S, 3], and a tower's."""
 
     open: Callable[[Shards, Options, tuple[float, float]], Batches]
+    decodes_by: Decoder
     levels: Callable[[Tensor], Tensor] = lambda images: images.float()
     for_tower: Callable[[Tensor], Tensor] = lambda images: images
 
@@ -140,12 +142,12 @@ def write_shards(folder: Path, samples: int, width: int, height: int, bad: float
     return Shards(folder, pictures)
 
 
-def config_of(shards: Shards, options: Options, scale: tuple[float, float], decoder: str) -> DataConfig:
+def config_of(shards: Shards, options: Options, scale: tuple[float, float], decoder: Decoder) -> DataConfig:
     return DataConfig(
         shards=str(shards.folder),
         batch_size=options.batch,
         image_size=CROP,
-        decoder="dali" if decoder == "dali" else "cpu",
+        decoder=decoder,
         crop_scale=scale,
         crop_ratio=RATIO,
         workers=options.workers,
@@ -162,7 +164,7 @@ def open_ours(config: DataConfig) -> Loader:
         raise
 
 
-def ours(shards: Shards, options: Options, scale: tuple[float, float], *, decoder: str) -> Batches:
+def ours(shards: Shards, options: Options, scale: tuple[float, float], *, decoder: Decoder) -> Batches:
     with open_ours(config_of(shards, options, scale, decoder)) as loader:
         for batch in loader:
             yield batch.images, batch.keys
@@ -260,11 +262,11 @@ def levels_of_planes(images: Tensor) -> Tensor:
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "cpu": Candidate(lambda *arguments: ours(*arguments, decoder="cpu")),
-    "dali": Candidate(lambda *arguments: ours(*arguments, decoder="dali")),
-    "webdataset_pil": Candidate(webdataset_pil, levels_of_normalised),
-    "webdataset_torchvision": Candidate(webdataset_torchvision, levels_of_planes, pixels_of_planes),
-    "webdataset_nvjpeg": Candidate(webdataset_nvjpeg, levels_of_planes, pixels_of_planes),
+    "ours_cpu": Candidate(partial(ours, decoder="cpu"), "cpu"),
+    "ours_dali": Candidate(partial(ours, decoder="dali"), "dali"),
+    "webdataset_pil": Candidate(webdataset_pil, "cpu", levels_of_normalised),
+    "webdataset_torchvision": Candidate(webdataset_torchvision, "cpu", levels_of_planes, pixels_of_planes),
+    "webdataset_nvjpeg": Candidate(webdataset_nvjpeg, "dali", levels_of_planes, pixels_of_planes),
 }
 
 
@@ -279,11 +281,11 @@ def check(name: str, shards: Shards, options: Options) -> float:
     # Not the largest: a crop of the whole area may by chance be a pixel narrower than the picture.
     difference = torch.stack(differences).median().item()
     if not difference <= TOLERANCE:
-        raise Wrong(f"{difference:.2f} grey levels from Pillow")
+        raise Wrong(name, {"grey_levels": difference})
     return difference
 
 
-def measure(name: str, shards: Shards, options: Options) -> dict[str, Any]:
+def measure(name: str, shards: Shards, options: Options) -> Outcome:
     """Return the rates of a loader, and its memory, over ``seconds`` after two batches that do not count."""
     device = device_of_this_machine()
     batches = CANDIDATES[name].open(shards, options, (0.9, 1.0))
@@ -296,16 +298,67 @@ def measure(name: str, shards: Shards, options: Options) -> dict[str, Any]:
 
     for _ in range(2):
         take()
-    used, images = cpu_seconds(), 0
-    start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < options.seconds:
-        images += take()
-    return {
-        "images_per_second": images / elapsed,
-        "images_per_cpu_second": images / (cpu_seconds() - used),
+    wait_for(device)
+    used, taken = cpu_seconds(), 0
+    spans: list[float] = []  # seconds of a batch, over a window each: single batches come in bursts
+    for _ in range(WINDOWS):
+        start, images = time.perf_counter(), 0
+        while images == 0 or time.perf_counter() - start < options.seconds / WINDOWS:
+            images += take()
+        wait_for(device)
+        spans.append((time.perf_counter() - start) / images * options.batch)
+        taken += images
+    spread = Spread.of(spans)
+    return spread.published() | {
+        "images_per_second": options.batch / spread.median,
+        "images_per_cpu_second": taken / (cpu_seconds() - used),
         "host_bytes": host_bytes(),
         "device_bytes": device_bytes(device),
     }
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def decoding_alone(decoder: Decoder, shards: Shards, options: Options) -> float:
+    """Return the images a second that are decoded, whole, from memory, with nothing done to them."""
+    pictures, decoded = list(shards.pictures.values()), 0
+    decode = decode_on_gpu(options.workers) if on_gpu(decoder) else decode_in_threads(options.workers)
+    some = [pictures[number % len(pictures)] for number in range(DALI_BATCH)]
+    decode(some)
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < options.seconds / 2:
+        decode(some)
+        decoded += len(some)
+    return decoded / elapsed
+
+
+def on_gpu(decoder: Decoder) -> bool:
+    return decoder == "dali" and torch.cuda.is_available()
+
+
+def decode_in_threads(workers: int) -> Callable[[list[bytes]], object]:
+    pool = ThreadPoolExecutor(workers)
+    return lambda pictures: list(pool.map(decode_image, pictures))
+
+
+def decode_on_gpu(workers: int) -> Callable[[list[bytes]], object]:
+    from nvidia.dali import Pipeline, fn, types
+
+    pipeline = Pipeline(DALI_BATCH, workers, device_id=torch.cuda.current_device())
+    with pipeline:
+        payloads = fn.external_source(name="payloads", dtype=types.UINT8, ndim=1)
+        pipeline.set_outputs(fn.decoders.image(payloads, device="mixed", output_type=types.RGB))
+    pipeline.build()
+
+    def decode(pictures: list[bytes]) -> None:
+        pipeline.feed_input("payloads", [np.frombuffer(picture, np.uint8) for picture in pictures])
+        pipeline.run()
+        torch.cuda.synchronize()
+
+    return decode
 
 
 def trainer_of(name: str | None, device: torch.device) -> Callable[[Tensor], None]:
@@ -336,23 +389,29 @@ def device_bytes(device: torch.device) -> int | None:
     return total - free
 
 
-def outcome_of(name: str, shards: Shards, options: Options) -> dict[str, Any]:
-    """Return what is published of a loader, or why there is nothing."""
+def published(name: str, shards: Shards, options: Options, floor: float) -> Outcome:
+    """Return what is published of a loader whose decoder alone reaches ``floor`` images a second."""
     torch.set_num_threads(1)
-    try:
-        difference = check(name, shards, options)
-        rates = measure(name, shards, options)
-        return {**rates, "skipped": skipped_share(name, shards, options), "difference": difference}
-    except Unavailable as reason:
-        return {"absent": str(reason)}
-    except Wrong as wrong:
-        return {"wrong": str(wrong)}
+    difference = check(name, shards, options)
+    rates = measure(name, shards, options)
+    return {
+        **rates,
+        "floor_ms": 1e3 * options.batch / floor,
+        "percent_of_floor": 100 * rates["images_per_second"] / floor,
+        "skipped": skipped_share(name, shards, options),
+        "errors": {"grey_levels": difference},
+    }
 
 
 def in_a_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """Run in a process of its own: no loader inherits the threads or the memory of another."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except (TimeUp, KeyboardInterrupt):  # the pool would wait for its end
+            for process in active_children():
+                process.kill()
+            raise
 
 
 def family() -> list[Path]:
@@ -382,9 +441,9 @@ def resident_bytes() -> int:
 
 def skipped_share(name: str, shards: Shards, options: Options) -> float | None:
     """Return the part of one epoch that our loader replaced; the others do not say."""
-    if name not in ("cpu", "dali"):
+    if not is_ours(name):
         return None
-    with open_ours(config_of(shards, options, (0.9, 1.0), name)) as loader:
+    with open_ours(config_of(shards, options, (0.9, 1.0), CANDIDATES[name].decodes_by)) as loader:
         for _ in range(loader.samples_per_epoch // options.batch):
             next(loader)
         return loader.skipped_by_kind.total() / loader.samples_per_epoch
@@ -392,7 +451,7 @@ def skipped_share(name: str, shards: Shards, options: Options) -> float | None:
 
 def memory_of_a_long_run(name: str, shards: Shards, options: Options) -> list[dict[str, int]]:
     """Return the resident memory after each tenth of ``memory_samples``."""
-    config = replace(config_of(shards, options, (0.9, 1.0), name), image_size=32)
+    config = replace(config_of(shards, options, (0.9, 1.0), CANDIDATES[name].decodes_by), image_size=32)
     marks: list[dict[str, int]] = []
     with open_ours(config) as loader:
         for batch in loader:
@@ -403,66 +462,74 @@ def memory_of_a_long_run(name: str, shards: Shards, options: Options) -> list[di
     raise AssertionError("the loader is endless")
 
 
-def device_of_this_machine() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def main(options: Options) -> None:
-    if min(options.samples, options.batch, options.workers, options.seconds) <= 0 or not 0 <= options.bad < 1:
-        raise ValueError("samples, batch, workers and seconds must be positive, bad a fraction below 1")
+    numbers = (options.samples, options.batch, options.workers, options.seconds, options.limit)
+    if min(numbers) <= 0 or not 0 <= options.bad < 1:
+        raise ValueError("samples, batch, workers, seconds and limit must be positive, bad a fraction below 1")
     if unknown := set(options.loaders) - CANDIDATES.keys():
         raise ValueError(f"no loader is named {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
     if options.tower is not None and options.tower not in VISION_CONFIGS:
         raise ValueError(f"no tower is named {options.tower}; choose from {', '.join(VISION_CONFIGS)}")
     if unknown_sizes := set(options.sizes) - SIZES.keys():
         raise ValueError(f"no pictures of size {unknown_sizes.pop()}; choose from {', '.join(map(str, SIZES))}")
-    machine = {"device": device_name(device_of_this_machine()), "versions": versions(), "commit": commit()}
     names = options.loaders or tuple(CANDIDATES)
     if options.memory_samples:
-        with tempfile.TemporaryDirectory() as folder:
-            shards = write_shards(Path(folder), options.samples, 64, 48, options.bad)
-            for name in [name for name in names if name in ("cpu", "dali")]:
-                marks = in_a_process(memory_of_a_long_run, name, shards, options)
-                print(json.dumps({"loader": name, "memory": marks} | machine), flush=True)
-                shown = ", ".join(f"{mark['resident_bytes'] / 2**20:.1f}" for mark in marks)
-                print(f"{name}, MiB after each tenth of {options.memory_samples:,} samples: {shown}", file=sys.stderr)
+        print_memory([name for name in names if is_ours(name)], options)
         return
-    table = Table(title=f"batches of {options.batch} crops, {options.workers} workers, {machine['device']}")
-    rates, memory = ("images/s", "images/CPU-s"), ("host MiB", "GPU MiB")
-    for column in ("pictures", "KB", "loader", *rates, *memory, "skipped", "levels off"):
-        table.add_column(column, justify="right")
-    absent: dict[str, set[str]] = {}  # reason -> names
+    device, end = device_of_this_machine(), time.monotonic() + options.limit
+    title = f"batches of {options.batch} crops, {options.workers} workers"
+    report = Report(device, COLUMNS, cells, title=title)
     for size in options.sizes:
         width, height = SIZES[size]
         with tempfile.TemporaryDirectory() as folder:
             shards = write_shards(Path(folder), options.samples, width, height, options.bad)
             kilobytes = sum(map(len, shards.pictures.values())) / len(shards.pictures) / 1000
+            floors: dict[bool, float] = {}  # by where the decoder runs
+
+            def work(name: str, shards: Shards = shards, floors: dict[bool, float] = floors) -> Outcome:
+                decoder = CANDIDATES[name].decodes_by
+                if on_gpu(decoder) not in floors:
+                    floors[on_gpu(decoder)] = in_a_process(decoding_alone, decoder, shards, options)
+                return in_a_process(published, name, shards, options, floors[on_gpu(decoder)])
+
+            case: dict[str, Any] = {"width": width, "height": height, "kilobytes": kilobytes, "batch": options.batch}
+            case |= {"workers": options.workers, "tower": options.tower}
             for name in names:
-                outcome = in_a_process(outcome_of, name, shards, options)
-                if "absent" in outcome:
-                    absent.setdefault(outcome["absent"], set()).add(name)
-                    continue
-                pictures = {"width": width, "height": height, "kilobytes": kilobytes}
-                case = {**pictures, "workers": options.workers, "tower": options.tower}
-                print(json.dumps({"case": case, "loader": name} | outcome | machine), flush=True)
-                table.add_row(f"{width} x {height}", f"{kilobytes:.0f}", name, *cells(outcome))
-    Console(stderr=True, width=120).print(table)
-    for why, left_out in absent.items():
-        print(f"left out {', '.join(sorted(left_out))}: {why}", file=sys.stderr)
+                outcome = outcome_of(partial(work, name), device, end - time.monotonic())
+                before = ("loader", f"{width} x {height}", f"{kilobytes:.0f}")
+                report.add("loader", "loader", case, name, outcome, *before)
+    report.close()
 
 
-def cells(outcome: dict[str, Any]) -> list[str]:
-    """Return the cells of the table from `images/s` on."""
-    if "wrong" in outcome:
-        return ["wrong", "", "", "", "", outcome["wrong"]]
-    skipped, on_device = outcome["skipped"], outcome["device_bytes"]
+def print_memory(names: list[str], options: Options) -> None:
+    """Print the resident memory of long runs."""
+    machine = {"device": device_name(device_of_this_machine()), "versions": versions(), "commit": commit()}
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder), options.samples, 64, 48, options.bad)
+        for name in names:
+            marks = in_a_process(memory_of_a_long_run, name, shards, options)
+            print(json.dumps({"candidate": name, "memory": marks} | machine), flush=True)
+            shown = ", ".join(f"{mark['resident_bytes'] / 2**20:.1f}" for mark in marks)
+            print(f"{name}, MiB after each tenth of {options.memory_samples:,} samples: {shown}", file=sys.stderr)
+
+
+COLUMNS = (
+    *("operation", "pictures", "KB", "candidate", "ms", "± %", "images/s", "% floor", "images/CPU-s"),
+    *("host MiB", "GPU MiB", "% skipped", "levels off"),
+)
+
+
+def cells(outcome: Outcome) -> list[str]:
+    """Return the cells of the table from `ms` on."""
     return [
-        f"{outcome['images_per_second']:,.0f}",
-        f"{outcome['images_per_cpu_second']:,.0f}",
-        f"{outcome['host_bytes'] / 2**20:,.0f}",
-        "" if on_device is None else f"{on_device / 2**20:,.0f}",
-        "" if skipped is None else f"{100 * skipped:.2f} %",
-        f"{outcome['difference']:.2f}",
+        *timing_cells(outcome),
+        cell(outcome, "images_per_second", ",.0f"),
+        cell(outcome, "percent_of_floor", ".0f"),
+        cell(outcome, "images_per_cpu_second", ",.0f"),
+        cell(outcome, "host_bytes", ",.0f", 2**20),
+        cell(outcome, "device_bytes", ",.0f", 2**20),
+        cell(outcome, "skipped", ".2f", 0.01),
+        f"{outcome['errors']['grey_levels']:.2f}",
     ]
 
 

@@ -28,8 +28,13 @@ class Wrong(Exception):
     """A candidate that does not agree with the reference."""
 
     def __init__(self, name: str, found: dict[str, float]) -> None:
-        super().__init__(f"{name} is wrong, so it has no figures; its relative errors are {found}")
+        super().__init__(name, found)
         self.errors = found
+
+    def __str__(self) -> str:
+        """Return the sentence for people."""
+        name, found = self.args
+        return f"{name} is wrong, so it has no figures; its relative errors are {found}"
 
 
 class TimeUp(BaseException):

@@ -1,15 +1,18 @@
 """The benchmark of the loaders at a size of no interest: they are right, measured, and refused when they are wrong."""
 
 import json
+import multiprocessing
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from textlock.bench import loader as bench
+from textlock.bench.measure import Unavailable, Wrong
 from textlock.models.vision import build_vision_tower
 
-TINY = bench.Options(sizes=(256,), samples=200, batch=16, workers=1, seconds=0.2, loaders=("cpu",))
+TINY = bench.Options(sizes=(256,), samples=200, batch=16, workers=1, seconds=0.2, loaders=("ours_cpu",))
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +30,11 @@ def threads():
 def test_the_loader_is_measured_in_a_process_of_its_own(capsys):
     bench.main(TINY)
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
-    assert line["loader"] == "cpu" and line["case"]["width"] == 320 and line["case"]["workers"] == 1
+    assert line["candidate"] == "ours_cpu" and line["case"]["width"] == 320 and line["case"]["workers"] == 1
     assert line["images_per_second"] > 0 and line["images_per_cpu_second"] > 0 and line["host_bytes"] > 2**20
-    assert 0 < line["skipped"] < 0.05 and line["difference"] < 0.1
+    assert line["images_per_second"] == pytest.approx(16e3 / line["ms"]) and line["runs"] == bench.WINDOWS
+    assert line["percent_of_floor"] == pytest.approx(100 * line["floor_ms"] / line["ms"])
+    assert 0 < line["skipped"] < 0.05 and line["errors"]["grey_levels"] < 0.1
     assert line["device"] and line["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
@@ -45,10 +50,10 @@ class Probe(torch.nn.Module):
         return self.weight * images.float().mean(dim=(1, 2, 3))
 
 
-@pytest.mark.parametrize("name", ["cpu", "webdataset_pil", "webdataset_torchvision"])
+@pytest.mark.parametrize("name", ["ours_cpu", "webdataset_pil", "webdataset_torchvision"])
 def test_a_tower_trains_on_what_comes(name, shards, monkeypatch):
     """Pictures of every loader are in a form that a tower takes, and each batch goes through it."""
-    if name != "cpu":
+    if name != "ours_cpu":
         pytest.importorskip("webdataset")
     seen = []
     probe = Probe(seen)
@@ -69,20 +74,47 @@ def test_the_peers_are_right_and_leave_out_what_is_cut_short(name, shards):
 
 
 def test_a_loader_that_is_wrong_has_no_figures(shards, monkeypatch):
-    right = bench.CANDIDATES["cpu"]
+    right = bench.CANDIDATES["ours_cpu"]
     shifted = replace(right, levels=lambda images: right.levels(images).roll(4, dims=2))
-    monkeypatch.setitem(bench.CANDIDATES, "cpu", shifted)
-    outcome = bench.outcome_of("cpu", shards, TINY)
-    assert outcome.keys() == {"wrong"} and "grey levels" in outcome["wrong"]
+    monkeypatch.setitem(bench.CANDIDATES, "ours_cpu", shifted)
+    with pytest.raises(Wrong, match="grey_levels"):
+        bench.published("ours_cpu", shards, TINY, 1.0)
 
 
 def test_a_missing_peer_is_named(shards, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
-    assert "webdataset is not installed" in bench.outcome_of("webdataset_pil", shards, TINY)["absent"]
+    with pytest.raises(Unavailable, match="webdataset is not installed"):
+        bench.published("webdataset_pil", shards, TINY, 1.0)
+
+
+def raise_wrong(name):
+    raise Wrong(name, {"grey_levels": 3.0})
+
+
+def test_what_a_process_raises_arrives():
+    with pytest.raises(Wrong, match="ours_cpu is wrong") as caught:
+        bench.in_a_process(raise_wrong, "ours_cpu")
+    assert caught.value.errors == {"grey_levels": 3.0}
+
+
+def test_a_process_ends_with_its_time(capsys):
+    start = time.monotonic()
+    bench.main(replace(TINY, seconds=60.0, limit=8.0))
+    assert time.monotonic() - start < 40
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["failed"] == "time limit"
+    assert not multiprocessing.active_children()
+
+
+def test_decoding_alone_decodes_every_picture(shards, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(bench, "decode_image", lambda payload: decoded.append(payload))
+    rate = bench.decoding_alone("cpu", shards, replace(TINY, seconds=0.01))
+    assert rate > 0 and set(decoded) == {*list(shards.pictures.values())[: bench.DALI_BATCH]}
 
 
 def test_memory_is_marked_ten_times(shards):
-    marks = bench.memory_of_a_long_run("cpu", shards, replace(TINY, memory_samples=400))
+    marks = bench.memory_of_a_long_run("ours_cpu", shards, replace(TINY, memory_samples=400))
     assert [mark["samples"] for mark in marks] == [48, 80, 128, 160, 208, 240, 288, 320, 368, 400]
     assert all(mark["resident_bytes"] > 2**20 for mark in marks)
 
@@ -90,7 +122,7 @@ def test_memory_is_marked_ten_times(shards):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loaders": ("cpuu",)}, "no loader is named cpuu; choose from cpu, dali"),
+        ({"loaders": ("cpuu",)}, "no loader is named cpuu; choose from ours_cpu, ours_dali"),
         ({"tower": "eva02_huge"}, "no tower is named eva02_huge; choose from eva02_base"),
         ({"sizes": (300,)}, "no pictures of size 300; choose from 256, 512"),
         ({"seconds": 0.0}, "must be positive"),
