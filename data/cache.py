@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import fsspec
-import tenacity
 from filelock import FileLock, Timeout
 from fsspec.callbacks import Callback
 
@@ -38,7 +37,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 6
-_BACK_OFF = tenacity.wait_random_exponential(multiplier=1, max=30)
+_BACK_OFF = 1.0  # seconds; doubled with every attempt
 # A shard that could not be fetched is not tried again for each of its samples.
 _SECONDS_BEFORE_ANOTHER_TRY = 300.0
 _SECONDS_BETWEEN_LOOKS = 0.2
@@ -119,9 +118,11 @@ class RemoteFolder:
 
     def _try(self, name: str, action: Callable[[], T]) -> T:
         """Return what ``action`` returns; try again, with growing pauses, where that may help."""
+        import tenacity  # here, so that shards in a folder are read without it
+
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_ATTEMPTS) | tenacity.stop_when_event_set(self._closed),
-            wait=_BACK_OFF,
+            wait=tenacity.wait_random_exponential(multiplier=_BACK_OFF, max=30),
             sleep=tenacity.sleep_using_event(self._closed),
             # What the many filesystems raise for a broken connection has no common type.
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not _is_final(error)),

@@ -32,7 +32,7 @@ from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_ind
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(module, "_BACK_OFF", tenacity.wait_none())
+    monkeypatch.setattr(module, "_BACK_OFF", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -507,7 +507,7 @@ def test_closing_does_not_wait_for_a_server_to_come_back(server, tmp_path, monke
         waiting.set()
         return 3600
 
-    monkeypatch.setattr(module, "_BACK_OFF", an_hour)
+    monkeypatch.setattr(tenacity, "wait_random_exponential", lambda **_: an_hour)
     server.faults = {f"{number:05d}.tar": [FAULTS["busy"]] * 100 for number in range(9)}
     loader = open_loader(settings(server.url, tmp_path, fetchers=1), rank=0, world_size=1)
 
