@@ -1,10 +1,10 @@
-# Two commands do everything on a fresh machine: make demo, make test.
+# Two commands do everything on a fresh machine: make demo, make test. Two measure: make gpu-check, make bench.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check bench report clean
 
 # glibc would hand the activations' memory back to the system at every step and fetch it again: a fifth of the time.
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
@@ -27,6 +27,19 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p textlock.kernels -p textlock.models -p textlock.data -p textlock.engine -p textlock.evals \
 		-p textlock.bench -m textlock.train -m textlock.evaluate -m textlock.export
+
+# A machine with a GPU may have everything but a package registry: without .venv its own Python is used as it is.
+HERE := $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
+
+gpu-check:
+	@PYTHONPATH=.dev$(if $(PYTHONPATH),:$(PYTHONPATH)) $(HERE) -m textlock.bench.suite --on gpu $(ARGS)
+
+bench: $(VENV)/.installed-test
+	$(RUN) -m textlock.bench.suite --on cpu $(ARGS)
+
+# The figures and pictures of the README, from the files of figures.
+report: $(VENV)/.installed-test
+	$(RUN) -m textlock.bench.report
 
 # The stamp is newer than what decides the environment, or the environment is made again. The second Triton is the
 # oldest supported one: the tests compile every kernel with both.

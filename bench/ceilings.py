@@ -8,7 +8,6 @@ rate, whichever takes longer. Data is random: zeros run faster. Every copy and p
 give. One JSON line a ceiling on stdout, a table on stderr.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from textlock.bench.figures import Outcome, Report, cell, timing_cells
 from textlock.bench.measure import Wrong, device_of_this_machine, relative_error, time_of
+from textlock.bench.records import read_figures
 from textlock.engine.provenance import device_name
 
 # Side of the square matrices, their types, and bytes of the copy.
@@ -71,8 +71,7 @@ class Ceilings:
 
 def read_ceilings(path: Path, device: torch.device) -> Ceilings:
     """Read the lines that this module prints; raises ValueError where they are of another device."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [line for line in lines if line.get("part") == "ceilings"]
+    lines = [line for line in read_figures(path) if line["part"] == "ceilings"]
     if not lines:
         raise ValueError(f"{path} holds no ceilings; write it with python -m textlock.bench.ceilings")
     if others := {line["device"] for line in lines} - {device_name(device)}:

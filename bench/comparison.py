@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from textlock.bench.ceilings import TOLERANCE, Ceilings
-from textlock.bench.figures import TIME_LIMIT, is_ours, one_line
+from textlock.bench.figures import TIME_LIMIT, one_line
 from textlock.bench.measure import (
     Spread,
     TimeUp,
@@ -23,6 +23,7 @@ from textlock.bench.measure import (
     release,
     time_limit,
 )
+from textlock.bench.records import is_ours
 from textlock.engine.provenance import device_name
 from textlock.models.vision import VisionConfig
 

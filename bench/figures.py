@@ -20,15 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from textlock.bench.measure import TimeUp, Unavailable, Wrong, release, time_limit
+from textlock.bench.records import is_ours
 from textlock.engine.provenance import commit, device_name, versions
 
 TIME_LIMIT = "time limit"  # why a candidate has no figures
 
 Outcome = dict[str, Any]
-
-
-def is_ours(name: str) -> bool:
-    return name.startswith("ours")
 
 
 def has_figures(outcome: Outcome) -> bool:

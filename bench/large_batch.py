@@ -192,10 +192,14 @@ def main(options: Options) -> None:
         f"peak resident memory {peak / 2**30:.2f} GiB, {before / 2**30:.2f} GiB of it before the step",
         file=sys.stderr,
     )
-    figures: dict[str, Any] = {
+    line: dict[str, Any] = {
+        "part": "large_batch",
+        "operation": "one_step",
         "case": {name: getattr(options, name) for name in ("batch", "tower", "micro_batch", "keep", "memory_gib")},
+        "candidate": "ours",
+        "ms": 1e3 * outcome.seconds,
+        "runs": 1,
         "tiers": Counter(plan.tiers),
-        "seconds": outcome.seconds,
         "images_per_second": rate,
         "images_forward": outcome.result.images_forward,
         "peak_resident_bytes": peak,
@@ -204,10 +208,10 @@ def main(options: Options) -> None:
         "loss": outcome.result.loss.item(),
     }
     if options.check:
-        figures["check"] = check(tower, plan, options)
-        print(f"relative errors against float64: {figures['check']['errors']}", file=sys.stderr)
+        line["check"] = check(tower, plan, options)
+        print(f"relative errors against float64: {line['check']['errors']}", file=sys.stderr)
     machine = {"device": device_name(CPU), "versions": versions(), "commit": commit()}
-    print(json.dumps(figures | machine), flush=True)
+    print(json.dumps(line | machine), flush=True)
 
 
 def peak_resident_bytes() -> int:

@@ -35,8 +35,9 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from textlock.bench.figures import Outcome, Report, cell, is_ours, outcome_of, timing_cells
+from textlock.bench.figures import Outcome, Report, cell, outcome_of, timing_cells
 from textlock.bench.measure import Spread, TimeUp, Unavailable, Wrong, device_of_this_machine
+from textlock.bench.records import is_ours
 from textlock.data.images import decode_image
 from textlock.data.loader import DataConfig, Loader, open_loader
 from textlock.data.shards import index_shards

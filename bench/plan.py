@@ -8,14 +8,14 @@ beside the two usual ways to save memory, under the same costs. `gradcache` keep
 twice (https://arxiv.org/abs/2101.06983). `checkpoints` sends the local batch forward at once, keeps the input of every
 block and runs each block again, as the released training code does. Extra time is the share of forward and backward
 with nothing made again. Peaks are of allocated bytes: weights, gradients, optimiser, two batches of images, rows, the
-loss, and activations at their most. One JSON line a plan on stdout, a table on stderr.
+loss, and activations at their most. One JSON line a tier and a plan on stdout, a table on stderr.
 """
 
 import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -150,6 +150,14 @@ def main(options: Options) -> None:
     table = Table(title=f"{options.tower}, {options.texts:,} texts, micro-batches of {options.micro_batch}, bfloat16")
     for column in COLUMNS:
         table.add_column(column, justify="right")
+    for tier, cost in costs.fused.items():
+        line = {
+            "part": "plan",
+            "operation": "tier",
+            "case": {"tower": options.tower, "tier": tier},
+            "candidate": "ours",
+        }
+        print(json.dumps(line | asdict(cost) | made_with), flush=True)
     for gpu in options.gpus:
         for local_batch in options.local_batches:
             outcome = plan_on(costs, gpu, options, local_batch)
@@ -160,7 +168,8 @@ def main(options: Options) -> None:
                 "texts": options.texts,
                 "micro_batch": min(options.micro_batch, local_batch),
             }
-            print(json.dumps({"case": case} | outcome | made_with), flush=True)
+            line = {"part": "plan", "operation": "plan", "case": case, "candidate": "ours"}
+            print(json.dumps(line | outcome | made_with), flush=True)
             table.add_row(gpu, f"{local_batch:,}", *cells(outcome))
     Console(stderr=True, width=160).print(table)
 

@@ -1,6 +1,6 @@
 """Predicts the training step on 8 to 4,096 GPUs from measured parts, and checks the prediction on real processes.
 
-    python -m textlock.bench.scaling --steps bench/results/STEPS.jsonl --plot scaling.png   # lines of bench.step
+    python -m textlock.bench.scaling --steps bench/results/STEPS.json --plot scaling.png   # figures of bench.step
     python -m textlock.bench.scaling --parts parts.json                  # an object of the fields of Parts below
     python -m textlock.bench.scaling --check --plot check.png            # 1, 2 and 4 gloo processes on this CPU
 
@@ -50,6 +50,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from textlock.bench.records import read_figures
 from textlock.data.publish import publish_text, published_file
 from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World, join_world
@@ -205,8 +206,7 @@ def read_parts(path: Path) -> Parts:
 
 def parts_of_steps(path: Path, loader: float | None) -> Parts:
     """Take the parts from lines that `bench.step` printed for ``ours``; links are assumed, deviation is at least."""
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
-    lines = [line for line in lines if line.get("candidate") == "ours" and "seconds" in line]
+    lines = [line for line in read_figures(path) if line.get("candidate") == "ours" and "seconds" in line]
     if not lines:
         raise ValueError(f"{path} has no figures of ours: give it lines that python -m textlock.bench.step printed")
     if len(settings := {(line["case"]["tower"], line["device"]) for line in lines}) > 1:

@@ -50,10 +50,11 @@ def device_name(device: torch.device) -> str:
     """Return the GPU's name, or the processor's with the number of threads torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """Return the processor's name as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -57,6 +57,10 @@ def test_lines_and_table_say_the_same(capsys):
     bench.main(MICRO)
     printed = capsys.readouterr()
     lines = [json.loads(line) for line in printed.out.splitlines()]
+    tiers = {line["case"]["tier"]: line for line in lines if line["operation"] == "tier"}
+    assert list(tiers) == ["all", "no-mlp", "lean", "block", "none"]
+    assert tiers["none"]["kept_bytes"] == tiers["all"]["extra_time"] == 0 < tiers["lean"]["extra_time"]
+    lines = [line for line in lines if line["operation"] == "plan"]
     assert [line["case"]["local_batch"] for line in lines] == [1024, 4096]
     assert lines[0]["case"]["micro_batch"] == 512 and lines[0]["versions"]["torch"]
     for line in lines:
@@ -69,7 +73,7 @@ def test_where_nothing_fits_the_reason_is_told(monkeypatch, capsys):
     monkeypatch.setitem(bench.USABLE_GIB, "h100", bench.CONTEXT_GIB + 0.01)
     bench.main(replace(MICRO, local_batches=(512,), texts=512))
     printed = capsys.readouterr()
-    assert "set --step.micro-batch" in json.loads(printed.out)["absent"] or "not even one" in printed.out
+    assert "set --step.micro-batch" in json.loads(printed.out.splitlines()[-1])["absent"] or "not even one" in printed.out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,325 @@
+"""Writes the figures of the README from the files of figures, so that none is typed by hand, and draws them.
+
+    python -m textlock.bench.report             # README.md and bench/results/*.svg
+    python -m textlock.bench.report --check     # exit status 1 if README.md does not say what the files say
+
+Between `<!-- NAME figures -->` and `<!-- /NAME figures -->` stands what the function of that name below makes of the
+newest file of a GPU, of the newest of a CPU (`make gpu-check` and `make bench` write them), and of demo.json, which is
+the results.json of a `make demo`. The pictures show times as multiples of the floor, ours beside every peer.
+"""
+
+import difflib
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from textlock.bench.records import (
+    Contest,
+    Line,
+    ceilings_table,
+    comparison_table,
+    contests,
+    is_ours,
+    markdown,
+    number,
+    profile_table,
+    read_figures,
+    spread_of,
+    time_of,
+)
+from textlock.data.publish import publish_text, published_file
+
+ROOT = Path(__file__).resolve().parents[1]
+TOWER = "eva02_base_patch16_224"
+
+# Candidates as the README calls them.
+NAMES = {
+    "ours_chunked": "**textlock, `chunked`**",
+    "open_clip": "open_clip `ClipLoss`",
+    "open_clip_compiled": "the same, compiled",
+    "linear_cross_entropy": "`F.linear_cross_entropy` twice",
+    "ours_sigmoid_chunked": "**textlock, sigmoid**",
+    "open_clip_sigmoid": "open_clip `SigLipLoss`",
+    "open_clip_sigmoid_256": "the same, 256 at a time",
+    "ours_all": "**textlock, `all`**",
+    "eager": "the same in plain torch",
+    "timm": "timm",
+    "ours_cpu": "**textlock, `cpu`**",
+    "ours_dali": "**textlock, `dali`**",
+    "webdataset_pil": "webdataset and PIL, as in open_clip",
+    "webdataset_torchvision": "webdataset and torchvision, uint8",
+}
+MADE_AGAIN = {
+    "all": "LayerNorms, SwiGLU product",
+    "no-mlp": "and the first MLP projection",
+    "lean": "and the qkv projection",
+    "block": "the block, but for its last projection",
+    "none": "the whole forward pass (GradCache)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    check: bool = False
+    """Write nothing; say whether README.md is what it should be."""
+    results: Path = ROOT / "bench" / "results"
+    """Folder of the files of figures."""
+    readme: Path = ROOT / "README.md"
+    """The page whose figures are written."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of figures."""
+
+    path: Path
+    head: Mapping[str, Any]
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        return read_figures(self.path)
+
+    def contest(self, part: str, operation: str, **case: Any) -> Contest:
+        """Return what was measured of an operation on data like this; raises ValueError if nothing was."""
+        for contest in contests(self.lines):
+            if contest.part == part and contest.operation == operation and case.items() <= contest.case.items():
+                return contest
+        raise ValueError(f"{self.path} has nothing of {operation} in {part} with {case}: measure it again")
+
+    @property
+    def origin(self) -> str:
+        """Where the figures come from, for people."""
+        return f"`bench/results/{self.path.name}`"
+
+
+def newest(folder: Path, *, gpu: bool) -> Source | None:
+    """Return the newest file of a GPU, or of a CPU."""
+    found = []
+    for path in folder.glob("*.json"):
+        head = json.loads(path.read_text())
+        if "figures" in head and (head["driver"] is not None) == gpu:
+            dates = [part["date"] for part in head["parts"].values() if "date" in part]
+            found.append((max(dates, default=""), path.name, Source(path, head)))
+    return max(found, key=lambda entry: entry[:2], default=(None, None, None))[2]
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def of_candidates(contest: Contest, figure: str, columns: tuple[str, ...], cells: Callable[[Line], list[str]]) -> str:
+    """Return a table with a row for each candidate that has figures and a name."""
+    rows = [[NAMES[name], *cells(line)] for name, line in contest.measured.items() if name in NAMES]
+    return markdown((figure, *columns), rows)
+
+
+def times_and_memory(contest: Contest, figure: str) -> str:
+    def cells(line: Line) -> list[str]:
+        floor = f"{line['percent_of_floor']:.0f}"
+        return [time_of(line), spread_of(line), floor, f"{line['peak_bytes'] / 2**20:.0f}"]
+
+    return of_candidates(contest, figure, ("ms", "± %", "% of floor", "peak MiB"), cells)
+
+
+def demo(results: Path) -> str:
+    """Return what a `make demo` reached."""
+    found = json.loads((results / "demo.json").read_text())
+
+    def percent(name: str) -> str:
+        return f"{100 * found[name]:.1f} %"
+
+    return paragraph(
+        f"""
+        From nothing, on two CPU cores, `make demo` reaches **{percent("zero_shot_top1")} zero-shot top-1 over 36
+        classes** of drawn pictures never seen (chance: 2.8 %), {percent("zero_shot_unseen_top1")} on the 9 pairs of
+        colour and shape that no training caption holds (among all 45; chance: 2.2 %), and {percent("mean_recall@1")}
+        mean recall@1 among 500 held-out pairs with distinct captions, in {found["wall_seconds"] / 60:.1f} minutes of
+        training and evaluation. The run wrote these figures, with versions and commit, to `bench/results/demo.json`.
+        """
+    )
+
+
+def loss(source: Source) -> str:
+    contest = source.contest("loss", "contrastive", B=8192)
+    sigmoid = source.contest("loss", "sigmoid", B=8192)
+    case, (floor,) = contest.case, {line["floor_ms"] for line in contest.measured.values()}
+    above = f"""
+        The loss on two CPU cores, one rank of two, {case["b"]:,} images against {case["B"]:,} texts of width
+        {case["d"]}, in float32, each first checked against float64; the two matrix products that any exact method needs
+        take {number(floor)} ms at the rate of large ones:
+        """
+    table = times_and_memory(Contest("loss", "", case, contest.lines + sigmoid.lines), "loss and gradient")
+    below = f"Written by `make bench` to {source.origin}, with versions and commit, like what follows of two CPU cores."
+    return "\n\n".join((paragraph(above), table, paragraph(below)))
+
+
+def tower(source: Source) -> str:
+    contest = source.contest("tower", "tower", tower=TOWER)
+    count = contest.case["micro_batch"]
+    above = f"Forward and backward of {count} images of EVA02-B/16 on two CPU cores in float32:"
+    return f"{above}\n\n{times_and_memory(contest, 'tower')}"
+
+
+def loader(source: Source) -> str:
+    def cells(line: Line) -> list[str]:
+        rates = (line["images_per_second"], line["images_per_cpu_second"])
+        return [f"{rates[0]:,.0f}", spread_of(line), f"{line['percent_of_floor']:.0f}", f"{rates[1]:,.0f}"]
+
+    def table(width: int, height: int) -> str:
+        contest = source.contest("loader", "loader", width=width, tower=None)
+        columns = ("images/s", "± %", "% of floor", "images/CPU-s")
+        return of_candidates(contest, f"{width} x {height}", columns, cells)
+
+    above = """
+        The loader beside webdataset in DataLoader processes, two CPU cores, the same crops of 224 pixels, 1 % of the
+        JPEGs cut short; the floor is decoding alone:
+        """
+    return "\n\n".join((paragraph(above), table(320, 256), table(512, 384)))
+
+
+def large_batch(source: Source) -> str:
+    line = source.contest("large_batch", "one_step").measured["ours"]
+    peak, before = (line[key] / 2**30 for key in ("peak_resident_bytes", "resident_bytes_before"))
+    return paragraph(
+        f"""
+        `python -m textlock.bench.large_batch` runs one exact step of {line["case"]["batch"]:,} images through a small
+        tower on two CPU cores: {peak:.2f} GiB resident at the peak, of which {before:.2f} were there before, in
+        {line["ms"] / 1e3:.0f} seconds.
+        """
+    )
+
+
+def tiers(source: Source) -> str:
+    """Return what the tiers keep and cost, and a plan of them."""
+    rows = []
+    for tier, again in MADE_AGAIN.items():
+        (cost,) = source.contest("plan", "tier", tower=TOWER, tier=tier).lines
+        kept = f"{cost['kept_bytes'] / 1e6:.1f} MB" if cost["kept_bytes"] else "nothing"
+        extra = f"{100 * cost['extra_time']:.0f} %" if cost["extra_time"] else ""
+        rows.append([f"`{tier}`", kept, again, extra])
+    (plan,) = source.contest("plan", "plan", tower=TOWER, gpu="h100", local_batch=4096).lines
+    below = f"""
+        At 4,096 images a GPU of 80 GB the plan mixes {" and ".join(f"`{tier}`" for tier in plan["tiers"])}:
+        {100 * plan["extra_time"]:.0f} % (`python -m textlock.bench.plan` prints it from 1,024 to 65,536 images).
+        """
+    return f"{markdown(('tier', 'kept', 'made again', 'more time'), rows)}\n\n{paragraph(below)}"
+
+
+def gpu(source: Source | None) -> str:
+    """Return everything that was measured on a GPU, or that nothing was."""
+    if source is None:
+        return "Nothing has been measured on a GPU yet, so no GPU figure is claimed; `make gpu-check` measures them."
+    head = source.head
+    commits = {part["commit"][:12] for part in head["parts"].values() if part.get("commit")}
+    tests = [part["tests"] for part in head["parts"].values() if "tests" in part]
+    passed, failed = sum(test["passed"] for test in tests), sum(len(test["failed"]) for test in tests)
+    above = f"""
+        On one {head["device"]} (driver {head["driver"]}, torch {head["versions"]["torch"]}, Triton
+        {head["versions"]["triton"]}, commit {", ".join(sorted(commits))}), {passed:,} GPU tests passed and {failed}
+        failed. Written by `make gpu-check` to {source.origin}.
+        """
+    picture = f"![times as multiples of the floor](bench/results/{source.path.stem}.svg)"
+    tables = (table(source.lines) for table in (ceilings_table, comparison_table, profile_table))
+    return "\n\n".join((paragraph(above), picture, *filter(None, tables)))
+
+
+def blocks(results: Path) -> dict[str, str]:
+    """Return the text of every block of the README by name; raises ValueError where figures are missing."""
+    cpu = newest(results, gpu=False)
+    if cpu is None:
+        raise ValueError(f"{results} has no file of figures of a CPU: make bench writes one")
+    return {
+        "demo": demo(results),
+        "loss": loss(cpu),
+        "tower": tower(cpu),
+        "loader": loader(cpu),
+        "large batch": large_batch(cpu),
+        "tier": tiers(cpu),
+        "gpu": gpu(newest(results, gpu=True)),
+    }
+
+
+def written(page: str, texts: Mapping[str, str]) -> str:
+    """Return the page with the text of every block; raises ValueError where page and texts differ in their blocks."""
+    found = re.findall(r"<!-- ([\w ]+) figures -->", page)
+    if sorted(found) != sorted(texts):
+        raise ValueError(f"the page has blocks of figures {sorted(found)} and there are texts of {sorted(texts)}")
+    for name, text in texts.items():
+        first, last = f"<!-- {name} figures -->\n", f"<!-- /{name} figures -->"
+        before, _, rest = page.partition(first)
+        _, end, after = rest.partition(last)
+        if not end:
+            raise ValueError(f"the block of {name} figures has no end: write {last} below it")
+        page = f"{before}{first}{text}\n{last}{after}"
+    return page
+
+
+def draw(source: Source, path: Path) -> None:
+    """Draw the times of a file's contests as multiples of their floors, ours beside every peer."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = [c for c in contests(source.lines) if c.part not in ("ceilings", "profile", "large_batch")]
+    shown = [c for c in shown if c.ours is not None and "floor_ms" in c.ours]
+    bars = sum(len(contest.measured) for contest in shown)
+    matplotlib.rcParams["svg.hashsalt"] = "textlock"  # the same file from the same figures
+    figure = Figure(figsize=(9, 0.6 + 0.21 * (bars + 1.6 * len(shown))), layout="constrained")
+    axes = figure.add_subplot()
+    ticks, labels, at = [], [], 0.0
+    for contest in shown:
+        title = f"{contest.operation.replace('_', ' ')}, {contest.data}"
+        axes.text(0, at, title, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="center")
+        at += 1
+        for line in sorted(contest.measured.values(), key=lambda r: r["ms"]):
+            floor = contest.ours["floor_ms"] if contest.ours else line["floor_ms"]
+            ours = is_ours(line["candidate"])
+            axes.barh(at, line["ms"] / floor, height=0.8, color="#1f5fa8" if ours else "#c3c9d1")
+            axes.text(line["ms"] / floor * 1.02, at, number(line["ms"]) + " ms", fontsize=7, va="center")
+            ticks.append(at)
+            labels.append(line["candidate"])
+            at += 1
+        at += 0.6
+    axes.axvline(1, color="#c0392b", linewidth=1)
+    axes.text(1, at - 0.3, " floor", color="#c0392b", fontsize=7, va="center")
+    axes.set_yticks(ticks, labels, fontsize=7)
+    axes.set_ylim(at, -0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, None)
+    axes.margins(x=0.12)
+    axes.set_xlabel("time, as a multiple of the floor measured in the same run", fontsize=8)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(source.head["device"], fontsize=9, loc="left")
+    with published_file(path) as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+
+
+def main(options: Options) -> None:
+    page = options.readme.read_text()
+    wanted = written(page, blocks(options.results))
+    if options.check:
+        if wanted != page:
+            lines = difflib.unified_diff(page.splitlines(True), wanted.splitlines(True), "is", "should be")
+            sys.stderr.writelines(lines)
+            raise ValueError(f"{options.readme} does not say what the files of figures say; run this without --check")
+        return
+    publish_text(options.readme, wanted)
+    for source in (newest(options.results, gpu=True), newest(options.results, gpu=False)):
+        if source is not None:
+            draw(source, source.path.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

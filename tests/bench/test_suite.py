@@ -1,0 +1,290 @@
+"""The suite: shares of time, what is cut off, crashes, lacks or fails, and every benchmark of it at a tiny size."""
+
+import importlib
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+from textlock.bench import suite
+from textlock.bench.suite import Command, Part
+
+ROOT = Path(__file__).parents[2]
+
+# Stands for a benchmark: prints figures, then does what its first argument says.
+FAKE = """
+import json, subprocess, sys, time
+what, *names = sys.argv[1:]
+times = {"ms": 1.0, "quartiles_ms": [1.0, 1.0], "tflops": 1.0}
+for name in names:
+    part = "ceilings" if what == "ceilings" else "loss"
+    line = {"part": part, "operation": name, "case": {"b": 1, "B": 1, "d": 1}, "candidate": "ours"} | times
+    print(json.dumps(line | {"device": "d", "versions": {}, "commit": "c"}))
+    print("{not of ours}")
+if what == "hang":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    print("child", child.pid)
+    sys.stdout.flush()
+    time.sleep(60)
+if what == "crash":
+    sys.exit(7)
+if what == "wrong":
+    print(json.dumps(line | {"operation": "o", "wrong": {"loss": 1.0}}))
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Return what makes a command of the stand-in."""
+    (tmp_path / "fake_benchmark.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+
+    def command(*arguments, **settings):
+        return Command("fake_benchmark", arguments, takes=(), **settings)
+
+    return command
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Return what runs a table of parts on the CPU, and gives exit status, file and output."""
+
+    def run(parts, *flags):
+        monkeypatch.setitem(suite.PARTS, "cpu", parts)
+        status = suite.main(["--on", "cpu", "--output", str(tmp_path / "out"), *flags])
+        (path,) = (tmp_path / "out").glob("*.json")
+        assert not list((tmp_path / "out").glob(".*"))
+        return status, json.loads(path.read_text()), capfd.readouterr()
+
+    return run
+
+
+def test_lines_are_gathered_and_other_output_is_passed_on(fake, run):
+    status, found, printed = run({"loss": Part(1, (fake("print", "a", "b"),))})
+    assert status == 0
+    assert [line["operation"] for line in found["figures"]] == ["a", "b"]
+    assert "device" not in found["figures"][0] and found["device"] and found["versions"]["torch"]
+    assert found["parts"]["loss"]["status"] == "complete" and found["parts"]["loss"]["commit"]
+    assert printed.err.count("{not of ours}") == 2 and "| a " in printed.out
+
+
+def test_what_hangs_is_killed_with_its_children_and_keeps_what_it_had(fake, run, monkeypatch):
+    monkeypatch.setattr(suite, "LAST_SECONDS", 0.0)
+    monkeypatch.setattr(suite, "LEAST_SECONDS", 0.1)
+    start = time.monotonic()
+    parts = {"loss": Part(1, (fake("hang", "a"),)), "tower": Part(1, (fake("print", "b"),))}
+    status, found, printed = run(parts, "--minutes", "0.15")
+    assert time.monotonic() - start < 30 and status == 0
+    assert [line["operation"] for line in found["figures"]] == ["a", "b"]
+    assert found["parts"]["loss"]["status"] == "cut off by the time limit"
+    assert found["parts"]["tower"]["status"] == "complete"
+    child = int(printed.err.split("child ")[1].split()[0])
+    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
+
+
+def test_a_crash_is_a_fault_and_the_rest_goes_on(fake, run):
+    parts = {"loss": Part(1, (fake("crash", "a"), fake("print", "b"))), "tower": Part(1, (fake("print", "c"),))}
+    status, found, printed = run(parts)
+    assert status == 1 and "fault: loss: fake_benchmark crash a ended with exit status 7" in printed.out
+    assert found["parts"]["loss"]["status"] == "exit status 7; complete"
+    assert [line["operation"] for line in found["figures"]] == ["a", "b", "c"]
+
+
+def test_ours_wrong_is_a_fault(fake, run):
+    status, _, printed = run({"loss": Part(1, (fake("wrong", "a"),))})
+    assert status == 1 and "fault: loss: o, ours is wrong: {'loss': 1.0}" in printed.out
+
+
+def test_what_is_missing_is_named_and_its_part_left_out(fake, run, monkeypatch):
+    monkeypatch.setitem(suite.WANTED, "cpu", {"no_such_package.inside": "the peers", "json": "everything"})
+    monkeypatch.setitem(suite.PROGRAMS, "cpu", {"no-such-program": "the clocks"})
+    parts = {"loss": Part(1, (fake("print", "a", needs=("no_such_package.inside",)),)), "tower": Part(1, ())}
+    status, found, printed = run(parts)
+    assert status == 0 and found["figures"] == []
+    assert found["missing"] == {"no_such_package.inside": "the peers", "no-such-program": "the clocks"}
+    assert found["parts"]["loss"]["status"] == "left out: no_such_package.inside is missing"
+    assert "missing: no-such-program (the clocks)" in printed.out
+
+
+def test_without_ceilings_nothing_that_takes_them_is_run(fake, run):
+    taking = Command("fake_benchmark", ("print", "a"), takes=("ceilings",))
+    parts = {"ceilings": Part(1, (fake("crash"),)), "loss": Part(1, (taking,))}
+    status, found, _ = run(parts, "--only", "loss")
+    assert status == 1 and found["parts"]["loss"]["status"] == "left out: there are no ceilings"
+    parts["ceilings"] = Part(1, (fake("ceilings", "copy"),))
+    _, found, _ = run(parts, "--only", "loss")
+    assert {line["part"] for line in found["figures"]} == {"ceilings", "loss"}
+
+
+def test_one_part_is_run_without_the_others(fake, run):
+    parts = {"ceilings": Part(1, (fake("print", "a"),)), "loss": Part(1, (fake("print", "b"),))}
+    _, found, _ = run(parts, "--only", "loss")
+    assert [line["operation"] for line in found["figures"]] == ["b"]
+
+
+def test_time_that_is_left_over_is_shared_out_again(monkeypatch):
+    options = suite.parse(["--on", "cpu", "--minutes", "2"])
+    options.only = []
+    clock = [1000.0]
+    monkeypatch.setattr(suite.time, "monotonic", lambda: clock[0])
+    found = suite.Suite("cpu", options, None, {})
+    assert found.time_for(10, 90) == pytest.approx((120 - suite.LAST_SECONDS) / 10)
+    clock[0] += 10
+    assert found.time_for(90, 0) == pytest.approx(110 - suite.LAST_SECONDS)
+    clock[0] += 1000
+    assert found.time_for(1, 1) == 0
+
+
+@pytest.fixture
+def world_of_tests(tmp_path, monkeypatch):
+    """Make a folder of tests for the suite to run, and a suite of two parts whose tests they are."""
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nmarkers = ["gpu: x", "memcheck: x"]\n')
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_loss.py").write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def test_wrong(): assert 1 == 2, 'one is\\nnot two'\n"
+        "def test_right(): print('not seen')\n"
+    )
+    (tmp_path / "tests" / "test_tower.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\n"
+        "@pytest.mark.parametrize('name', ['a b', 'c'])\n"
+        "def test_right(name): pass\n"
+        "@pytest.mark.gpu\n"
+        "@pytest.mark.skip(reason='needs two GPUs')\n"
+        "def test_left_out(): pass\n"
+        "def test_of_the_cpu(): assert False\n"
+    )
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    options = suite.parse(["--on", "cpu"])
+    results = suite.Results(tmp_path / "out.json", {"device": "d", "driver": "1", "versions": {}})
+    found = suite.Suite("cpu", options, results, {"xdist": ""})
+    found.parts = {"loss": Part(1, (), ("tests/test_loss.py",)), "tower": Part(1, (), ("tests/test_tower.py",))}
+    return found
+
+
+def test_a_part_whose_tests_fail_has_no_figures(world_of_tests, fake, tmp_path):
+    world = world_of_tests
+    world.parts = {name: replace(part, commands=(fake("print", name),)) for name, part in world.parts.items()}
+    world.run_tests(120)
+    for name in world.parts:
+        world.run_part(name, 60, tmp_path / "none")
+    loss, tower = world.results.parts["loss"], world.results.parts["tower"]
+    assert loss["tests"]["failed"] == ["tests/test_loss.py::test_wrong"] and loss["tests"]["passed"] == 1
+    assert loss["status"] == "left out: its tests failed"
+    assert tower["tests"] == tower["tests"] | {"passed": 2, "failed": [], "skipped": {"needs two GPUs": 1}}
+    assert tower["status"] == "complete"
+    assert [line["operation"] for line in world.results.figures] == ["tower"]
+    assert world.faults == ["tests/test_loss.py::test_wrong failed: AssertionError: one is"]
+
+
+def test_a_module_of_tests_that_does_not_import_is_a_failure(world_of_tests, tmp_path):
+    (tmp_path / "tests" / "test_loss.py").write_text("import no_such_module\n")
+    world_of_tests.run_tests(120)
+    assert world_of_tests.results.parts["loss"]["tests"]["failed"] == ["tests/test_loss.py"]
+    assert any("no_such_module" in fault for fault in world_of_tests.faults)
+
+
+def test_tests_that_take_too_long_are_cut_off(world_of_tests, tmp_path):
+    (tmp_path / "tests" / "test_loss.py").write_text("import time\ntime.sleep(60)\n")
+    world_of_tests.run_tests(3)
+    assert world_of_tests.results.parts["loss"]["tests"]["status"] == "cut off by the time limit"
+
+
+@pytest.mark.parametrize(("status", "faults"), [(0, 0), (66, 1)])
+def test_the_sanitizer_runs_the_small_tests(status, faults, world_of_tests, tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" $PYTORCH_NO_CUDA_MEMORY_CACHING > {tmp_path}/said\nexit {status}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    world_of_tests.run_sanitizer(60)
+    said = (tmp_path / "said").read_text()
+    assert (
+        said.startswith("--tool memcheck --error-exitcode 66") and "gpu and memcheck" in said and said.endswith(" 1\n")
+    )
+    assert len(world_of_tests.faults) == faults and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
+
+
+def test_a_missing_sanitizer_is_named(world_of_tests, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    world_of_tests.run_sanitizer(60)
+    assert "left out" in world_of_tests.results.parts["sanitizer"]["status"] and not world_of_tests.faults
+
+
+def test_clocks_are_lowest_median_and_highest(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\nfor mhz in 1980 345 1755; do echo $mhz, 2619, 300.5, 41; done\necho [N/A], 1\nexec sleep 60\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    clocks = suite.Clocks()
+    end = time.monotonic() + 20
+    while clocks.looks() < 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert clocks.since(0)["sm_mhz"] == [345, 1755, 1980] and clocks.since(1)["sm_mhz"] == [345, 1050, 1755]
+    assert clocks.since(3) == {}
+    clocks.close()
+    monkeypatch.setenv("PATH", "")
+    suite.Clocks().close()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capsys):
+    assert suite.main(["--on", "gpu", "--output", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: torch sees no NVIDIA GPU on this machine") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--on", "cpu", "--only", "gather"], "there is no gather on a cpu; choose from"),
+        (["--on", "gpu", "--only", "los"], "invalid choice"),
+        (["--on", "gpu", "--minutes", "0"], "--minutes must be positive"),
+    ],
+)
+def test_bad_options(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        suite.parse(flags)
+    assert message in capsys.readouterr().err
+
+
+COMMANDS = [command for parts in suite.PARTS.values() for part in parts.values() for command in part.commands]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join((command.module, *command.arguments))[14:60])
+def test_every_command_is_one_that_its_benchmark_takes(command):
+    module = importlib.import_module(command.module)
+    flags = [*command.arguments]
+    flags += ["--ceilings", "c.jsonl"] * ("ceilings" in command.takes) + ["--limit", "9"] * ("limit" in command.takes)
+    options = tyro.cli(module.Options, args=flags)
+    chosen = [getattr(options, name, ()) for name in ("losses", "candidates", "loaders")]
+    if command.module.endswith(".step"):
+        chosen.append(options.only)
+    known = set(getattr(module, "CANDIDATES", ()))
+    if command.module.endswith(".block"):
+        setting = module.setting_of(options.tower, 1, torch.device("cpu"), 0)
+        parts = ("gemm", "kernels", "block", "tower")
+        known = {
+            name for part in parts for comparison in module.comparisons(part, setting) for name in comparison.candidates
+        }
+    assert {name for names in chosen for name in names} <= known
+
+
+def test_every_part_names_tests_that_there_are():
+    paths = [path for part in suite.PARTS["gpu"].values() for path in part.tests]
+    assert len(set(paths)) == len(paths) and all((ROOT / path).exists() for path in paths)
+
+
+def test_the_gpu_suite_fits_its_time():
+    total = sum(part.seconds for part in suite.PARTS["gpu"].values()) + suite.SECONDS_OF_TESTS
+    assert total + suite.LAST_SECONDS <= 60 * suite.MINUTES["gpu"]
