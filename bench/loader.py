@@ -49,6 +49,7 @@ from textlock.models.vision import VISION_CONFIGS, build_vision_tower
 SIZES = {256: (320, 256), 512: (512, 384)}
 CROP = 224
 RATIO = (0.75, 1.3333333)
+COMPARED = 64  # pictures of a batch that are compared with Pillow, at most
 WINDOWS = 8  # of a measurement, whose spread is published
 DALI_BATCH = 128
 # Mean difference from Pillow's bicubic, in grey levels, that still counts as the same picture: DALI's is 0.2.
@@ -273,7 +274,8 @@ CANDIDATES: dict[str, Candidate] = {
 
 def check(name: str, shards: Shards, options: Options) -> float:
     """Return the usual difference from Pillow on whole pictures; raises Unavailable, or Wrong when it is too large."""
-    batches = CANDIDATES[name].open(shards, replace(options, workers=1), (1.0, 1.0))
+    few = replace(options, workers=1, batch=min(options.batch, COMPARED))
+    batches = CANDIDATES[name].open(shards, few, (1.0, 1.0))
     differences = []
     for images, keys in islice(batches, 2):
         for picture, key in zip(CANDIDATES[name].levels(images.cpu()), keys, strict=True):
@@ -406,7 +408,11 @@ def published(name: str, shards: Shards, options: Options, floor: float) -> Outc
 
 def in_a_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """Run in a process of its own: no loader inherits the threads or the memory of another."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(
+        ["textlock.data.loader", "textlock.models.vision"]
+    )  # seconds of imports, once for all
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except (TimeUp, KeyboardInterrupt):  # the pool would wait for its end
