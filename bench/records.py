@@ -58,18 +58,24 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path, machine: dict[str, Any], replaced: Sequence[str]) -> "Results":
-        """Go on with today's file of this machine without the parts that are measured anew, or begin one."""
+        """Go on with today's file of this machine without the parts that are measured anew, or begin one.
+
+        Raises ValueError where something else has the name of that file.
+        """
         today = datetime.date.today().isoformat()
         name, number = f"{slug(machine['device'])}-{today}", 1
         while True:
             path = folder / f"{name}{'' if number == 1 else f'-{number}'}.json"
             if not path.exists():
                 return cls(path, machine)
-            found = json.loads(path.read_text())
-            if all(found[key] == machine[key] for key in ("device", "driver", "versions")):
-                parts = {part: what for part, what in found["parts"].items() if part not in replaced}
-                figures = [line for line in found["figures"] if suite_part(line) not in replaced]
-                return cls(path, machine, parts, figures)
+            try:
+                found = json.loads(path.read_text())
+                if all(found[key] == machine[key] for key in ("device", "driver", "versions")):
+                    parts = {part: what for part, what in found["parts"].items() if part not in replaced}
+                    figures = [line for line in found["figures"] if suite_part(line) not in replaced]
+                    return cls(path, machine, parts, figures)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is no file of figures, move it away: {error!r}") from error
             number += 1
 
     def add(self, line: Line) -> None:

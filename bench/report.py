@@ -267,7 +267,7 @@ def draw(source: Source, path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    shown = [c for c in contests(source.lines) if c.part not in ("ceilings", "profile", "large_batch")]
+    shown = [c for c in contests(source.lines) if c.part in ("loss", "kernels", "block", "tower", "step", "loader")]
     shown = [c for c in shown if c.ours is not None and "floor_ms" in c.ours]
     bars = sum(len(contest.measured) for contest in shown)
     matplotlib.rcParams["svg.hashsalt"] = "textlock"  # the same file from the same figures
@@ -276,7 +276,10 @@ def draw(source: Source, path: Path) -> None:
     ticks, labels, at = [], [], 0.0
     for contest in shown:
         title = f"{contest.operation.replace('_', ' ')}, {contest.data}"
-        axes.text(0, at, title, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="center")
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(
+            0, at, title, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="center", bbox=behind
+        )
         at += 1
         for line in sorted(contest.measured.values(), key=lambda r: r["ms"]):
             floor = contest.ours["floor_ms"] if contest.ours else line["floor_ms"]

@@ -557,12 +557,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "versions": versions(),
         "missing": lacking,
     }
-    results = Results.open(options.output, machine, tuple(parts_of(options.on, options.only)))
+    try:
+        results = Results.open(options.output, machine, tuple(parts_of(options.on, options.only)))
+        results.write()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     say(f"{machine['device']}, {options.minutes:g} minutes at most, into {results.path}")
     suite = Suite(options.on, options, results, lacking)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is killed and what is known is told
     try:
         with ceilings_file(options.output) as ceilings:
-            results.write()
             suite.run(ceilings)
     except KeyboardInterrupt:
         suite.faults.append("interrupted")

@@ -1,5 +1,6 @@
 """What a figure was measured with: versions, commit, device."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -32,7 +33,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the commit of the checkout this runs from, "-dirty" after it if files differ; None outside a checkout."""
+    """Return the commit of the checkout this runs from, "-dirty" after it if files differ.
+
+    A copy without history is what TEXTLOCK_COMMIT says it is, or None.
+    """
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
@@ -42,7 +46,7 @@ def commit() -> str | None:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("TEXTLOCK_COMMIT")
     return answer.stdout.strip()
 
 

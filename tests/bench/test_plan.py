@@ -73,7 +73,9 @@ def test_where_nothing_fits_the_reason_is_told(monkeypatch, capsys):
     monkeypatch.setitem(bench.USABLE_GIB, "h100", bench.CONTEXT_GIB + 0.01)
     bench.main(replace(MICRO, local_batches=(512,), texts=512))
     printed = capsys.readouterr()
-    assert "set --step.micro-batch" in json.loads(printed.out.splitlines()[-1])["absent"] or "not even one" in printed.out
+    assert (
+        "set --step.micro-batch" in json.loads(printed.out.splitlines()[-1])["absent"] or "not even one" in printed.out
+    )
 
 
 @pytest.mark.parametrize(

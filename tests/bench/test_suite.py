@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +100,36 @@ def test_a_crash_is_a_fault_and_the_rest_goes_on(fake, run):
 def test_ours_wrong_is_a_fault(fake, run):
     status, _, printed = run({"loss": Part(1, (fake("wrong", "a"),))})
     assert status == 1 and "fault: loss: o, ours is wrong: {'loss': 1.0}" in printed.out
+
+
+def test_a_signal_to_end_kills_what_runs_and_keeps_what_it_had(fake, tmp_path):
+    script = (
+        "import sys; from textlock.bench import suite; from textlock.bench.suite import Command, Part;"
+        "suite.PARTS['cpu'] = {'loss': Part(1, (Command('fake_benchmark', ('hang', 'a'), takes=()),))};"
+        f"sys.exit(suite.main(['--on', 'cpu', '--output', {str(tmp_path / 'out')!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True, start_new_session=True)
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith("child "):
+            break
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "fault: interrupted" in out
+    (path,) = (tmp_path / "out").glob("*.json")
+    assert [line["operation"] for line in json.loads(path.read_text())["figures"]] == ["a"]
+    child = Path(f"/proc/{said.split('child ')[1].strip()}/stat")
+    assert not child.exists() or "Z" in child.read_text().split()[2]
+
+
+def test_what_is_no_file_of_figures_is_not_overwritten(fake, run, tmp_path, monkeypatch, capfd):
+    run({"loss": Part(1, (fake("print", "a"),))})
+    (path,) = (tmp_path / "out").glob("*.json")
+    path.write_text("a note")
+    assert suite.main(["--on", "cpu", "--output", str(tmp_path / "out")]) == 2
+    assert f"error: {path} is no file of figures, move it away" in capfd.readouterr().err
+    assert path.read_text() == "a note"
 
 
 def test_what_is_missing_is_named_and_its_part_left_out(fake, run, monkeypatch):
