@@ -3,6 +3,8 @@
     python -m textlock.bench.step                                                # the sizes that fit this device
     python -m textlock.bench.step --local-batches 4096 --only ours gradcache_fused
     python -m textlock.bench.step --shards data/train --local-batches 1024       # with the loader's decoding
+    python -m textlock.bench.step --only ours --pictures 256 512                 # the same from JPEGs that it draws
+    python -m textlock.bench.step --only ours --profile trace.json.gz            # and where a step's time goes
 
 A step is what train.py does: a batch on its way to the device, the tower forward and backward, the loss over all texts,
 the reduction, clipping and AdamW. Text rows are stored ones. The optimiser and the logit scale are part of it.
@@ -20,22 +22,28 @@ under torch.compile:
 | open_clip   | its training loop with accum_freq: forward twice, its loss once for every micro-batch                  |
 | checkpoints | as the released code: the local batch at once, every block run again, dense logits in both directions  |
 
-Before anything is timed, every candidate's weight gradients of a small batch are compared with a dense step in float64;
-one that is wrong has no figures. On one rank all must agree. As one of two ranks, `open_clip` and `checkpoints` leave
-to the other rank, which is not there, the part of the gradient that a reduce-scatter would bring, and are compared with
-that share. `open_clip` adds the gradient of its logit scale once for every micro-batch, which is not compared. Medians
-of steps; parts are the times between events on the device's stream. One JSON line a figure on stdout, a table on
-stderr; exit status 1 if ours is wrong or fails.
+Ours is measured first. Before a candidate is timed, its weight gradients of a small batch are compared with a dense
+step in float64; one that is wrong has no figures. On one rank all must agree. As one of two ranks, `open_clip` and
+`checkpoints` leave to the other rank, which is not there, the part of the gradient that a reduce-scatter would bring,
+and are compared with that share. `open_clip` adds the gradient of its logit scale once for every micro-batch, which is
+not compared. Medians of steps; parts are the times between events on the device's stream. One JSON line a figure on
+stdout, a table on stderr; exit status 1 if ours is wrong or fails.
+
+The floor of a step is the operations of the tower, forward and backward with nothing made again, and the two matrix
+products of the loss, over the rate of large products (`textlock.bench.ceilings`). The data, what is done to it between
+the products and the optimiser come on top, so no step gets there.
 """
 
 import contextlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
-from statistics import median
+from pathlib import Path
+from statistics import mean, median
 from typing import Any, Literal, cast
 
 import torch
@@ -44,10 +52,13 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
+from textlock.bench import comparison, profile
 from textlock.bench import contrastive as losses
 from textlock.bench.block_tower import flat, jitter, tower_operations
+from textlock.bench.ceilings import Ceilings, ceilings_for
 from textlock.bench.comparison import PEAK_RATES, name_of
 from textlock.bench.figures import Outcome, Report, cell, has_figures, outcome_of, timing_cells
+from textlock.bench.loader import write_shards
 from textlock.bench.measure import (
     LEAST_RUNS,
     Spread,
@@ -56,7 +67,6 @@ from textlock.bench.measure import (
     device_of_this_machine,
     peak_bytes,
     relative_error,
-    release,
 )
 from textlock.data.loader import Batch, DataConfig, Loader, open_loader
 from textlock.engine.config import LossConfig
@@ -78,6 +88,10 @@ PARTS: tuple[Part, ...] = ("tower", "loss", "gather", "reduction", "optimizer", 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 COMPARED_IMAGES = 8  # of one rank, in two micro-batches
 COMPARED_RANKS = (1, 2)
+# Images that differ. A local batch is made of copies: 65,536 of its own would take minutes to draw and 10 GB of pinned
+# memory, and neither the time nor the memory of a step depends on them. Their text rows all differ.
+DISTINCT_IMAGES = 1024
+SECONDS_OF_CEILINGS = 1.0  # on each, where they are not read from a file
 
 LOCAL_BATCHES = {"cpu": (16, 32), "cuda": (1024, 2048, 4096, 65536)}
 TEXTS = {"cpu": 128, "cuda": 65536}
@@ -103,12 +117,19 @@ class Options:
     """Arithmetic of the tower: bf16 on a GPU, fp32 on a CPU."""
     shards: str | None = None
     """Training shards to decode images from; left out: images that are decoded already."""
+    pictures: tuple[int, ...] = ()
+    """Short sides of JPEGs to draw and pack; ours is measured again with each, decoding, at the first local batch."""
     workers: int = 8
     """Decoding threads."""
+    profile: Path | None = None
+    """File for a Chrome trace (.json.gz) of a step of ours at the first local batch, whose kernels are listed; left
+    out: none."""
     seconds: float = 10.0
     """Time spent on each figure, at least three steps."""
     limit: float = 300.0
-    """Seconds after which a candidate is given up."""
+    """Seconds after which nothing more is started, and what is running is given up."""
+    ceilings: Path | None = None
+    """What `textlock.bench.ceilings` printed on this device; left out: measured first."""
     seed: int = 0
     """Of weights and data."""
 
@@ -192,7 +213,7 @@ def weights(name: str, seed: int) -> dict[str, Tensor]:
     return tower.state_dict()
 
 
-@lru_cache(1)
+@lru_cache(2)  # those that are measured, and those that are compared
 def draw_images(setting: Setting, count: int) -> Tensor:
     """Draw uint8 images [count, S, S, 3] on the CPU: noise on colours that differ, so that their rows do too."""
     side = VISION_CONFIGS[setting.tower].image_size
@@ -431,15 +452,21 @@ def batch_of(images: Tensor, text: Tensor) -> Batch:
 
 
 @contextlib.contextmanager
-def batches(setting: Setting, case: losses.Case, options: Options) -> Iterator[Iterator[FedBatch]]:
+def batches(setting: Setting, case: losses.Case, shards: str | None, workers: int) -> Iterator[Iterator[FedBatch]]:
     """Bring batches to the device as in training, from shards or from memory."""
     device, text = setting.device, case.text[: case.b].cpu()
     text = text.pin_memory() if device.type == "cuda" else text
 
+    def repeated(images: Tensor) -> Tensor:
+        batch = torch.empty(case.b, *images.shape[1:], dtype=torch.uint8, device=device)
+        for part in batch.split(len(images)):
+            part.copy_(images[: len(part)], non_blocking=True)
+        return batch
+
     def decoded_before() -> Iterator[Batch]:
-        images = draw_images(setting, case.b)
+        images = draw_images(setting, min(case.b, DISTINCT_IMAGES))
         while True:
-            yield batch_of(images.to(device, non_blocking=True), text.to(device, non_blocking=True))
+            yield batch_of(repeated(images), text.to(device, non_blocking=True))
 
     def decoded_now(loader: Loader) -> Iterator[Batch]:
         for batch in loader:
@@ -447,13 +474,19 @@ def batches(setting: Setting, case: losses.Case, options: Options) -> Iterator[I
 
     with contextlib.ExitStack() as open_ones:
         source = decoded_before()
-        if options.shards is not None:
+        if shards is not None:
             side = VISION_CONFIGS[setting.tower].image_size
-            config = DataConfig(shards=options.shards, batch_size=case.b, image_size=side, workers=options.workers)
+            config = DataConfig(shards=shards, batch_size=case.b, image_size=side, workers=workers)
             loader = open_loader(config, rank=0, world_size=1, device=device)
             open_ones.callback(loader.close)
             source = decoded_now(loader)
         yield Feed(cast(Loader, source), cast(TextTower, None), device)
+
+
+def write_pictures(folder: str, short_side: int, count: int) -> dict[str, Any]:
+    """Write shards of JPEGs as large as photos, one batch of ``count`` an epoch; return what is told of them."""
+    shards = write_shards(Path(folder), count, short_side * 5 // 4, short_side, bad=0.0)
+    return {"kilobytes_a_picture": round(mean(map(len, shards.pictures.values())) / 1e3, 1)}
 
 
 def compared(setting: Setting, ranks: int) -> tuple[losses.Case, FedBatch]:
@@ -467,7 +500,8 @@ def compared(setting: Setting, ranks: int) -> tuple[losses.Case, FedBatch]:
 def true_gradients(setting: Setting, ranks: int, *, whole: bool) -> Tensor:
     """Return the weight gradients of the compared batch: one dense step of torch's own blocks in float64.
 
-    Of the loss of the global batch, or (not ``whole``) of what a rank differentiates that exchanges the rest.
+    Of the loss of the global batch, or (not ``whole``) of what a rank differentiates that exchanges the rest. They are
+    kept on the host, so that a candidate has the device to itself.
     """
     case, batch = compared(setting, ranks)
     tower, exact = setting.build("plain").double(), case.double()
@@ -478,7 +512,7 @@ def true_gradients(setting: Setting, ranks: int, *, whole: bool) -> Tensor:
     by_image = F.cross_entropy(exact.scale * everyone[own] @ texts.T, labels[own])
     by_text = F.cross_entropy(exact.scale * texts[own] @ everyone.T, labels[own])
     ((by_image + by_text) / 2).backward()
-    return flat({name: cast(Tensor, weight.grad) for name, weight in tower.named_parameters()})
+    return flat({name: cast(Tensor, weight.grad) for name, weight in tower.named_parameters()}).cpu()
 
 
 def check(name: str, setting: Setting) -> dict[str, float]:
@@ -488,18 +522,21 @@ def check(name: str, setting: Setting) -> dict[str, float]:
         case, batch = compared(setting, ranks)
         small = replace(setting, micro_batch=COMPARED_IMAGES // 2)
         found = CANDIDATES[name].prepare(small, case).weight_gradients(batch)
-        truth = true_gradients(setting, ranks, whole=CANDIDATES[name].loop in ("ours", "gradcache"))
+        whole = ranks == 1 or CANDIDATES[name].loop in ("ours", "gradcache")
+        truth = true_gradients(setting, ranks, whole=whole).to(setting.device)
         errors[f"weight_grads_of_{ranks}"] = relative_error(flat(found), truth)
     if not all(error <= TOLERANCE[setting.dtype] for error in errors.values()):  # nan is wrong too
         raise Wrong(name, errors)
     return errors
 
 
-def measure(name: str, setting: Setting, case: losses.Case, options: Options) -> dict[str, Any]:
+def measure(
+    name: str, setting: Setting, local_batch: int, shards: str | None, options: Options, ceilings: Ceilings
+) -> dict[str, Any]:
     """Time whole steps of one candidate; nothing else is alive beside it."""
-    device = setting.device
+    device, case = setting.device, setting.case(local_batch, setting.texts)
     prepared = CANDIDATES[name].prepare(setting, case)
-    with batches(setting, case, options) as feed:
+    with batches(setting, case, shards, options.workers) as feed:
         prepared.step(feed).wait()
         peak = peak_bytes(lambda: prepared.step(feed).wait(), device)
         reserved = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
@@ -510,7 +547,10 @@ def measure(name: str, setting: Setting, case: losses.Case, options: Options) ->
     rate = case.b / spread.median
     peak_rate = PEAK_RATES.get(device_name(device))
     operations = tower_operations(VISION_CONFIGS[setting.tower])
-    found = spread.published() | {
+    floor = floor_of(setting, case, ceilings)
+    beside_floor = {} if floor is None else {"floor_ms": floor * 1e3, "percent_of_floor": 100 * floor / spread.median}
+    found = spread.published() | beside_floor
+    found |= {
         "images_per_second": rate,
         "mfu_percent": None if peak_rate is None else 100 * rate * operations / peak_rate,
         "shares": {part: seconds / sum(middle.values()) for part, seconds in middle.items()},
@@ -524,6 +564,31 @@ def measure(name: str, setting: Setting, case: losses.Case, options: Options) ->
         found["predicted_extra_time"] = prepared.plan.extra_time
         found["predicted_activation_bytes"] = prepared.plan.activation_bytes
     return found
+
+
+def floor_of(setting: Setting, case: losses.Case, ceilings: Ceilings) -> float | None:
+    """Return the seconds below which no step gets, or None where products of this type have no ceiling."""
+    if setting.dtype not in ceilings.matrix_rate:
+        return None
+    operations = case.b * tower_operations(VISION_CONFIGS[setting.tower]) + 4 * case.b * case.B * case.d
+    return ceilings.floor(setting.dtype, operations=operations)
+
+
+def profiled(
+    setting: Setting, local_batch: int, path: Path, options: Options, ceilings: Ceilings
+) -> dict[str, dict[str, Any]]:
+    """Return the figures of the largest kernels of one step of ours, and write its trace."""
+    case = setting.case(local_batch, setting.texts)
+    prepared = CANDIDATES["ours"].prepare(setting, case)
+    micro_batch = prepared.rank.micro_batch
+    shapes = comparison.Setting(
+        setting.tower, VISION_CONFIGS[setting.tower], micro_batch, setting.device, setting.dtype, setting.seed
+    )
+    with batches(setting, case, options.shards, options.workers) as feed:
+        prepared.step(feed).wait()
+        recorded = profile.record(lambda: prepared.step(feed), setting.device)
+    profile.write_trace(recorded, path)
+    return profile.largest(profile.activities(recorded, shapes, ceilings))
 
 
 def timed(step: Callable[[Clock | None], Clock], seconds: float) -> list[dict[Part, float]]:
@@ -563,8 +628,9 @@ def setting_of(options: Options, device: torch.device) -> Setting:
     )
     if setting.tower not in VISION_CONFIGS:
         raise ValueError(f"vision tower {setting.tower!r} is unknown: choose from {', '.join(VISION_CONFIGS)}")
-    if min(setting.texts, setting.micro_batch, *options.local_batches, options.seconds, options.limit) <= 0:
-        raise ValueError("local batches, texts, micro-batch, seconds and limit must be positive")
+    sizes = (setting.texts, setting.micro_batch, *options.local_batches, *options.pictures)
+    if min(*sizes, options.seconds, options.limit) <= 0:
+        raise ValueError("local batches, texts, micro-batch, pictures, seconds and limit must be positive")
     for local_batch in options.local_batches or LOCAL_BATCHES[kind]:
         if setting.texts % local_batch:
             raise ValueError(f"{setting.texts} texts are no multiple of the local batch {local_batch}")
@@ -572,40 +638,74 @@ def setting_of(options: Options, device: torch.device) -> Setting:
             raise ValueError(f"the micro-batch {setting.micro_batch} does not divide the local batch {local_batch}")
     if unknown := set(options.only) - CANDIDATES.keys():
         raise ValueError(f"no candidate is named {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
+    if (options.pictures or options.profile) and options.only and "ours" not in options.only:
+        raise ValueError("--pictures and --profile are of ours, which --only leaves out")
     return setting
 
 
 def main(options: Options) -> None:
     device = device_of_this_machine()
     setting = setting_of(options, device)
+    end = time.monotonic() + options.limit
     names = [name for name in CANDIDATES if not options.only or name in options.only]
+    local_batches = options.local_batches or LOCAL_BATCHES[device.type]
+    ceilings = ceilings_for(options.ceilings, device, min(options.seconds, SECONDS_OF_CEILINGS))
     title = f"{setting.tower}, {setting.texts:,} texts, {name_of(setting.dtype)}"
     report = Report(device, COLUMNS, cells, title=title)
-    with group_of_one(device):
-        checks = {name: outcome_of(partial(check, name, setting), device, options.limit) for name in names}
-        true_gradients.cache_clear()
-        release(device)
-        for local_batch in options.local_batches or LOCAL_BATCHES[device.type]:
-            case = setting.case(local_batch, setting.texts)
-            shape = {
-                "tower": setting.tower,
-                "local_batch": local_batch,
-                "texts": setting.texts,
-                "ranks": case.world,
-                "micro_batch": min(setting.micro_batch, local_batch),
-                "dtype": name_of(setting.dtype),
-            }
-            for name in names:
-                outcome = checks[name]
-                if has_figures(outcome):
-                    run = partial(measure, name, setting, case, options)
-                    outcome = outcome_of(run, device, options.limit) | {"errors": checks[name]}
-                report.add("step", "step", shape, name, outcome, "step", f"{local_batch:,} images")
-    report.close()
+
+    def in_time(work: Callable[[], Outcome]) -> Outcome:
+        return outcome_of(work, device, end - time.monotonic())
+
+    def add(name: str, errors: Outcome, local_batch: int, shards: str | None, pictures: dict[str, Any]) -> None:
+        outcome = errors
+        if has_figures(errors):
+            work = partial(measure, name, setting, local_batch, shards, options, ceilings)
+            outcome = in_time(work) | {"errors": errors}
+        side = pictures["pictures"]
+        case = f"{local_batch:,} images" if side is None else f"{local_batch:,} JPEGs of {side}"
+        report.add("step", "step", shape_of(setting, local_batch) | pictures, name, outcome, "step", case)
+
+    def add_pictures(errors: Outcome, side: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = in_time(partial(write_pictures, folder, side, local_batches[0]))
+            if has_figures(drawn):
+                add("ours", errors, local_batches[0], folder, {"pictures": side} | drawn)
+            else:
+                add("ours", drawn, local_batches[0], folder, {"pictures": side})
+
+    with contextlib.ExitStack() as open_ones:
+        open_ones.callback(report.close)
+        open_ones.enter_context(group_of_one(device))
+        for name in names:
+            # Not all of them beforehand: that would take the time in which ours is measured.
+            errors = in_time(partial(check, name, setting))
+            for local_batch in local_batches:
+                add(name, errors, local_batch, options.shards, {"pictures": None})
+            if name == "ours" and has_figures(errors):
+                for side in options.pictures:
+                    add_pictures(errors, side)
+                if options.profile is not None:
+                    work = partial(profiled, setting, local_batches[0], options.profile, options, ceilings)
+                    of_kernels = profile.report(device)
+                    open_ones.callback(of_kernels.close)
+                    profile.add_lines(
+                        of_kernels, shape_of(setting, local_batches[0]) | {"pictures": None}, in_time(work)
+                    )
+
+
+def shape_of(setting: Setting, local_batch: int) -> dict[str, Any]:
+    return {
+        "tower": setting.tower,
+        "local_batch": local_batch,
+        "texts": setting.texts,
+        "ranks": setting.texts // local_batch,
+        "micro_batch": min(setting.micro_batch, local_batch),
+        "dtype": name_of(setting.dtype),
+    }
 
 
 COLUMNS = (
-    *("operation", "case", "candidate", "ms", "± %", "images/s", "MFU %", "peak MiB"),
+    *("operation", "case", "candidate", "ms", "± %", "% floor", "images/s", "MFU %", "peak MiB"),
     *("% tower", "loss", "gather", "reduction", "optimizer", "data wait", "error"),
 )
 
@@ -614,6 +714,7 @@ def cells(outcome: Outcome) -> list[str]:
     """Return the cells of the table from `ms` on."""
     return [
         *timing_cells(outcome),
+        cell(outcome, "percent_of_floor", ".1f"),
         cell(outcome, "images_per_second", ".4g"),
         cell(outcome, "mfu_percent", ".1f"),
         cell(outcome, "peak_bytes", ".0f", 2**20),
