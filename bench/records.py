@@ -205,8 +205,9 @@ def profile_table(lines: Iterable[Line]) -> str:
     """Return where the time of a step goes, in Markdown."""
     rows = []
     for contest in contests(lines):
-        if contest.part == "profile":
-            (line,) = contest.lines
+        for line in contest.lines:
+            if contest.part != "profile" or "ms" not in line:
+                continue
             floor = line.get("floor_ms")
             percent = None if floor is None else 100 * floor / line["ms"]
             cells = [number(line.get("launches")), time_of(line), f"{100 * line['share']:.1f}"]

@@ -75,7 +75,7 @@ PROGRAMS = {"gpu": {"nvidia-smi": "driver and clocks", "g++": "compiled peers"},
 
 @dataclass(frozen=True)
 class Command:
-    """A benchmark to run. It is told where the ceilings are and how long it has, if it takes that."""
+    """A benchmark to run. It is told where the ceilings are, how long it has, where a trace goes: what it takes."""
 
     module: str
     arguments: tuple[str, ...] = ()
@@ -156,7 +156,12 @@ PARTS = {
         "step": Part(
             120,
             (
-                command("step --local-batches 4096 --only ours --pictures 256 512 --seconds 5", needs=DECODES),
+                command(
+                    "step --local-batches 4096 --only ours --pictures 256 512 --workers 14 --seconds 8",
+                    needs=DECODES,
+                    takes=("ceilings", "limit", "profile"),
+                    share=1.5,
+                ),
                 command(
                     "step --local-batches 1024 4096 --seconds 3"
                     " --only ours gradcache_fused checkpoints_eager open_clip_eager",
@@ -440,6 +445,8 @@ class Suite:
             arguments += ["--ceilings", str(ceilings)]
         if "limit" in command.takes:
             arguments += ["--limit", f"{max(1.0, limit - GRACE):.0f}"]
+        if "profile" in command.takes:
+            arguments += ["--profile", str(self.results.path.with_suffix(".trace.json.gz"))]
 
         def take(line: Line) -> None:
             if line["part"] == "ceilings":

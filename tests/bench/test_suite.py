@@ -297,7 +297,8 @@ COMMANDS = [command for parts in suite.PARTS.values() for part in parts.values()
 def test_every_command_is_one_that_its_benchmark_takes(command):
     module = importlib.import_module(command.module)
     flags = [*command.arguments]
-    flags += ["--ceilings", "c.jsonl"] * ("ceilings" in command.takes) + ["--limit", "9"] * ("limit" in command.takes)
+    for name, value in (("ceilings", "c.jsonl"), ("limit", "9"), ("profile", "trace.json.gz")):
+        flags += [f"--{name}", value] * (name in command.takes)
     options = tyro.cli(module.Options, args=flags)
     chosen = [getattr(options, name, ()) for name in ("losses", "candidates", "loaders")]
     if command.module.endswith(".step"):
@@ -320,3 +321,48 @@ def test_every_part_names_tests_that_there_are():
 def test_the_gpu_suite_fits_its_time():
     total = sum(part.seconds for part in suite.PARTS["gpu"].values()) + suite.SECONDS_OF_TESTS
     assert total + suite.LAST_SECONDS <= 60 * suite.MINUTES["gpu"]
+
+
+# What makes each benchmark of the GPU small enough for a CPU; everything else of its command stays as it is.
+TINY = {
+    "ceilings": "--seconds 0.001",
+    "contrastive": "--batch 24 --width 16 --seconds 0.001",
+    "block": "--tower eva02_micro_patch8_32 --micro-batch 2 --seconds 0.001",
+    "step": "--tower eva02_micro_patch8_32 --local-batches 4 --texts 8 --micro-batch 2 --workers 1 --seconds 0.001",
+    "loader": "--samples 200 --batch 16 --workers 1 --seconds 0.1 --sizes 256",
+}
+
+
+def tiny(command):
+    flags = {}
+    for text in f"{' '.join(command.arguments)} {TINY[command.module.rpartition('.')[2]]}".split("--")[1:]:
+        name, *values = text.split()
+        flags[name] = values
+    return replace(command, arguments=tuple(word for name, values in flags.items() for word in (f"--{name}", *values)))
+
+
+@pytest.mark.slow
+def test_every_benchmark_of_a_gpu_runs_from_end_to_end(run, monkeypatch, tmp_path):
+    """At tiny sizes on a CPU, where kernels are their references: only the device is new when it first meets one."""
+    monkeypatch.setenv("CXX", "no-such-compiler")  # compiling peers for a CPU takes minutes
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    parts = {name: replace(part, commands=tuple(map(tiny, part.commands))) for name, part in suite.PARTS["gpu"].items()}
+    parts.pop("gather")
+    status, found, printed = run(parts)
+    assert status == 0, printed
+    assert {name: part["status"] for name, part in found["parts"].items()} == dict.fromkeys(parts, "complete")
+    measured = {}
+    for line in found["figures"]:
+        if "ms" in line:
+            measured.setdefault(line["part"], set()).add((line["operation"], line["candidate"]))
+            assert line["part"] in ("ceilings", "profile", "loader") or max(line["errors"].values()) < 1e-3
+    assert measured.keys() == {"ceilings", "gemm", "loss", "kernels", "block", "tower", "step", "loader", "profile"}
+    assert measured["tower"] >= {("tower", name) for name in ("ours_all", "ours_no-mlp", "ours_lean", "eager", "timm")}
+    assert measured["step"] == {
+        ("step", name) for name in ("ours", "gradcache_fused", "checkpoints_eager", "open_clip_eager")
+    }
+    assert len(measured["profile"]) > 5
+    pictures = {line["case"]["pictures"] for line in found["figures"] if line["part"] == "step"}
+    assert pictures == {None, 256, 512}
+    assert [path.name.endswith(".trace.json.gz") for path in (tmp_path / "out").iterdir()].count(True) == 1
+    assert "times faster" in printed.out and "% of the step" in printed.out
