@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-test
 HERE := $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
 gpu-check:
-	@PYTHONPATH=$(CURDIR)/.dev$(if $(PYTHONPATH),:$(PYTHONPATH)) $(HERE) -m textlock.bench.suite --on gpu $(ARGS)
+	@PYTHONPATH="$(CURDIR)/.dev$(if $(PYTHONPATH),:$(PYTHONPATH))" $(HERE) -m textlock.bench.suite --on gpu $(ARGS)
 
 bench: $(VENV)/.installed-test
 	$(RUN) -m textlock.bench.suite --on cpu $(ARGS)
