@@ -84,9 +84,7 @@ class Recorded:
     """One step as the profiler saw it."""
 
     trace: dict[str, Any]  # as Chrome reads it
-    launches: Sequence[
-        tuple[str, int]
-    ]  # kernels of this project in order, and the bytes of the tensors they were given
+    launches: Sequence[tuple[str, int]]  # kernels of this project in order, and the bytes of their tensors
 
 
 @dataclass(frozen=True)

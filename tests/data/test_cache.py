@@ -19,7 +19,6 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-import tenacity
 from PIL import Image
 
 from textlock.data import cache as module
@@ -28,6 +27,8 @@ from textlock.data.cache import FetchError, RemoteFile, RemoteFolder, ShardCache
 from textlock.data.evaluation import iterate_shards
 from textlock.data.loader import DataConfig, open_loader
 from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_index, verify_shards
+
+tenacity = pytest.importorskip("tenacity")
 
 
 @pytest.fixture(autouse=True)
