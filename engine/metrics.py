@@ -52,7 +52,8 @@ class StepOutcome:
     """What a finished step has to say."""
 
     step: int  # from 1
-    batch: Batch
+    position: int  # global samples consumed, those of this step included
+    epoch: int
     learning_rate: float
     loss: float
     logit_scale: float
@@ -78,7 +79,8 @@ class QueuedStep:
             grad_norm: 0-dim.
             reported: [1 + kinds], of `FlatGradients.reported`.
         """
-        self._step, self._batch, self._learning_rate = step, batch, learning_rate
+        # Not the batch itself: gigabytes of images would stay on the device until the step after this one is done.
+        self._step, self._position, self._epoch, self._learning_rate = step, batch.position, batch.epoch, learning_rate
         own = (result.loss, result.logit_scale, grad_norm, result.duplicates)
         numbers = torch.cat((torch.stack([number.float() for number in own]), reported))
         self._arrived = None
@@ -103,7 +105,8 @@ class QueuedStep:
             )
         return StepOutcome(
             self._step,
-            self._batch,
+            self._position,
+            self._epoch,
             self._learning_rate,
             loss,
             logit_scale,
@@ -163,7 +166,7 @@ class Metrics:
     def step_done(self, outcome: StepOutcome, *, images: int) -> None:
         """Count one finished step of ``images`` in the global batch."""
         now = time.perf_counter()
-        self._progress.samples_seen = outcome.batch.position
+        self._progress.samples_seen = outcome.position
         for kind, count in outcome.skipped.items():
             self._progress.skipped_by_kind[kind] = self._progress.skipped_by_kind.get(kind, 0) + count
         self._progress.train_seconds += now - self._step_start
@@ -182,8 +185,8 @@ class Metrics:
         per_device = None if rate is None else rate / self._world.world_size
         record = {
             "step": outcome.step,
-            "samples_seen": outcome.batch.position,
-            "epoch": outcome.batch.epoch,
+            "samples_seen": outcome.position,
+            "epoch": outcome.epoch,
             "loss": outcome.loss,
             "logit_scale": outcome.logit_scale,
             "learning_rate": outcome.learning_rate,

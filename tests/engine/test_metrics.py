@@ -2,6 +2,7 @@
 
 import json
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -114,14 +115,24 @@ def test_tensorboard_gets_the_same_figures(tmp_path, tower):
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_one_sentence(norm):
-    queued = QueuedStep(7, SimpleNamespace(), 3.0, *numbers(norm=norm))
+    queued = QueuedStep(7, SimpleNamespace(position=8, epoch=0), 3.0, *numbers(norm=norm))
     with pytest.raises(ValueError, match=r"step 7: loss 1.0 with gradient norm (nan|inf) is not finite"):
         queued.wait()
 
 
+def test_a_queued_step_lets_go_of_its_images():
+    images = torch.zeros(1, 2, 2, 3)
+    freed = weakref.ref(images)
+    queued = QueuedStep(7, SimpleNamespace(position=8, epoch=1, images=images), 3.0, *numbers())
+    del images
+    assert freed() is None
+    outcome = queued.wait()
+    assert (outcome.position, outcome.epoch) == (8, 1)
+
+
 @pytest.mark.parametrize(("stops", "stop"), [(0.0, False), (1.0, True), (3.0, True)])
 def test_one_rank_that_was_asked_stops_all(stops, stop):
-    outcome = QueuedStep(7, SimpleNamespace(), 3.0, *numbers(stops=stops, empty=5)).wait()
+    outcome = QueuedStep(7, SimpleNamespace(position=8, epoch=0), 3.0, *numbers(stops=stops, empty=5)).wait()
     assert (outcome.stop, outcome.skipped, outcome.duplicate_captions) == (stop, {"empty": 5}, 5)
 
 

@@ -261,7 +261,7 @@ def test_the_host_waits_for_nothing(name):
         for step in range(2):
             result, _ = training.gradients_at(step)
             norm = training.gradients.clip(1.0)
-            queued = QueuedStep(step, None, 0.1, result, norm, training.gradients.reported())
+            queued = QueuedStep(step, mock.Mock(position=8, epoch=0), 0.1, result, norm, training.gradients.reported())
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         norm.item()
     assert queued.wait().grad_norm == norm.item()
