@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from textlock.data.loader import DataConfig
 from textlock.engine.checkpoint import Progress, read_checkpoint, restore, save_checkpoint
@@ -100,23 +101,35 @@ def a_rank_holds_half(world, folder):
         assert held == pytest.approx(times * every * 4 / RANKS, rel=0.02)
 
 
+class Exchanges(TorchDispatchMode):
+    """Counts collectives. (torch 2.11's CommDebugMode fails when a module runs twice.)"""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # so that what it does inside is seen
+        self.count += function.namespace == "c10d"
+        return function(*args, **(kwargs or {}))
+
+
 def nothing_is_exchanged_while_gathered(world, folder):
     trained = Trained(world)
     alone = make_tower()
     alone.load_state_dict({name: whole(tensor) for name, tensor in trained.tower.state_dict().items()})
     for _ in range(2):
         with gathered(trained.tower), torch.no_grad():
-            with CommDebugMode() as communicated:
+            with Exchanges() as exchanges:
                 for _ in range(1 + 2 * world.rank):  # ranks make different numbers of forwards
                     found = trained.tower(images(3))
-            assert communicated.get_total_counts() == 0
+            assert exchanges.count == 0
         torch.testing.assert_close(found, alone(images(3)))
         # What was gathered is given up again, and a training step runs as before.
         local = sum(own_part(parameter).numel() for parameter in trained.tower.parameters())
         assert local < 0.52 * sum(parameter.numel() for parameter in alone.parameters())
-        with CommDebugMode() as communicated:
+        with Exchanges() as exchanges:
             trained.tower(images(2)).sum().backward()
-        assert communicated.get_total_counts() > 0
+        assert exchanges.count > 0
 
 
 def a_checkpoint_is_whole_and_restores_anywhere(world, folder):
