@@ -159,8 +159,11 @@ def train(config: Config, world: World) -> None:
     )
 
     def encode_images(images: Tensor) -> Tensor:  # [b, S, S, 3] -> [b, d]
+        tower.eval()  # with all patches, where training drops some
         with torch.no_grad():
-            return image_rows(tower, images.to(world.device, non_blocking=True), autocast)
+            rows = image_rows(tower, images.to(world.device, non_blocking=True), autocast)
+        tower.train()
+        return rows
 
     # All that can be wrong with the input was looked at; only now is anything written.
     require_trackers(config.log.trackers)
