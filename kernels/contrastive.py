@@ -54,7 +54,15 @@ from .contrastive_tiles import (
     write_weights,
 )
 from .gather import GatherProgress, group_of
-from .pairs import check_layout, check_rows, compute_dtype, dense_ids, rows_per_chunk, why_not_tiles
+from .pairs import (
+    check_layout,
+    check_rows,
+    compute_dtype,
+    dense_ids,
+    register_ready_gradients,
+    rows_per_chunk,
+    why_not_tiles,
+)
 from .tiles import WEIGHT_UNIT, operand, product
 
 Mode = Literal["auto", "reference", "chunked", "store", "recompute"]
@@ -445,25 +453,7 @@ def _(
     )
 
 
-def _save_gradients(ctx, inputs, output) -> None:
-    image, text, logit_scale, *_ = inputs
-    _, *rest = output
-    ctx.mark_non_differentiable(*rest)
-    ctx.save_for_backward(*rest[1:])
-    ctx.dtypes = image.dtype, text.dtype, logit_scale.dtype
-
-
-def _scale_gradients(ctx, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True: these gradients are constants to autograd, not functions
-        raise RuntimeError("this loss is differentiable once; use mode='reference' for more")
-    gradients = (
-        (loss_grad * gradient).to(dtype) if wanted else None
-        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    )
-    return (*gradients, *(None for _ in ctx.needs_input_grad[3:]))
-
-
-_contrastive.register_autograd(_scale_gradients, setup_context=_save_gradients)
+register_ready_gradients(_contrastive, places=(0, 1, 2))  # image, text, logit_scale
 
 
 def _choose_mode(pairs: _Pairs) -> str:

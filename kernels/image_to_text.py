@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contrastive_tiles import finish_gradient, matching_cosines, multiply_stored, sum_exponentials
-from .pairs import check_rows, compute_dtype, dense_ids, rows_per_chunk, why_not_tiles
+from .pairs import check_rows, compute_dtype, dense_ids, register_ready_gradients, rows_per_chunk, why_not_tiles
 from .tiles import operand
 
 Mode = Literal["auto", "reference", "chunked", "fused"]
@@ -205,25 +205,7 @@ def _(
     )
 
 
-def _save_gradients(ctx, inputs, output) -> None:
-    image, _, logit_scale, *_ = inputs
-    ctx.dtypes = image.dtype, logit_scale.dtype
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-
-
-def _scale_gradients(ctx, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True: these gradients are constants to autograd, not functions
-        raise RuntimeError("this loss is differentiable once in its chunked and fused modes; use mode='reference'")
-    wants_image, _, wants_scale, *rest = ctx.needs_input_grad
-    image, scale = (
-        (loss_grad * gradient).to(dtype) if wanted else None
-        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, (wants_image, wants_scale), strict=True)
-    )
-    return image, None, scale, *(None for _ in rest)
-
-
-_one_visit.register_autograd(_scale_gradients, setup_context=_save_gradients)
+register_ready_gradients(_one_visit, places=(0, 2))  # image, logit_scale
 
 
 def image_to_text_loss(

@@ -1,10 +1,12 @@
 """What the pairwise losses take: image rows, text rows, which of them belong together, and how ranks share a batch."""
 
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from .tiles import runs_tiles
 
@@ -125,3 +127,28 @@ def rows_per_chunk(chunk_mib: int | None, row_bytes: int, device: torch.device) 
     """Return how many rows of a matrix fit a chunk: at least one."""
     chunk_mib = CHUNK_MIB.get(device.type, 32) if chunk_mib is None else chunk_mib
     return max(1, chunk_mib * 2**20 // row_bytes)
+
+
+def register_ready_gradients(loss: CustomOpDef, places: tuple[int, ...]) -> None:
+    """Let autograd take the gradients that an operator makes together with its loss.
+
+    Args:
+        loss: returns the loss first and the gradients last, whatever lies between; without further derivatives.
+        places: of the arguments that the gradients belong to, in their order.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.dtypes = [inputs[place].dtype for place in places]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[-len(places) :])
+
+    def scale(ctx: Any, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: these gradients are constants to autograd, not functions
+            raise RuntimeError("this loss is differentiable once; use mode='reference' for more")
+        gradients: list[Tensor | None] = [None for _ in ctx.needs_input_grad]
+        for place, gradient, dtype in zip(places, ctx.saved_tensors, ctx.dtypes, strict=True):
+            if ctx.needs_input_grad[place]:
+                gradients[place] = (loss_grad * gradient).to(dtype)
+        return tuple(gradients)
+
+    loss.register_autograd(scale, setup_context=save)

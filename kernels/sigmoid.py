@@ -34,7 +34,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .gather import group_of
-from .pairs import check_layout, check_rows, compute_dtype, dense_ids, rows_per_chunk, why_not_tiles
+from .pairs import (
+    check_layout,
+    check_rows,
+    compute_dtype,
+    dense_ids,
+    register_ready_gradients,
+    rows_per_chunk,
+    why_not_tiles,
+)
 from .tiles import (
     INTERPRETED,
     INTERPRETED_SHAPE,
@@ -350,23 +358,7 @@ def _(
     )
 
 
-def _save_gradients(ctx, inputs, output) -> None:
-    ctx.dtypes = [x.dtype for x in inputs[:4]]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-
-
-def _scale_gradients(ctx, loss_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True: these gradients are constants to autograd, not functions
-        raise RuntimeError("this loss is differentiable once in its chunked and fused modes; use mode='reference'")
-    gradients = [
-        (loss_grad * gradient).to(dtype) if wanted else None
-        for gradient, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
-    ]
-    return (*gradients, *(None for _ in ctx.needs_input_grad[4:]))
-
-
-_one_visit.register_autograd(_scale_gradients, setup_context=_save_gradients)
+register_ready_gradients(_one_visit, places=(0, 1, 2, 3))  # image, text, logit_scale, logit_bias
 
 
 def sigmoid_loss(
