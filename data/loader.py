@@ -250,6 +250,8 @@ class Loader:
         self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
         self._feeder = ThreadPoolExecutor(1, thread_name_prefix="feed")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        copies = self._stream is not None and dali is None
+        self._slots_per_task = _slots_of_a_pinned_piece(config.image_size) if copies else _SLOTS_PER_TASK
         self._room_for_next = threading.Semaphore(1)
         self._pending: deque[Callable[[], _Prepared]] = deque()
         _open_loaders.add(self)
@@ -319,12 +321,11 @@ class Loader:
     def _start(self, plan: _Plan) -> Callable[[], _Prepared]:
         """Hand the work of a batch to the threads; the result waits for the batch."""
         count, size = len(plan.places), self._config.image_size
-        parts = [slice(start, start + _SLOTS_PER_TASK) for start in range(0, count, _SLOTS_PER_TASK)]
+        parts = [slice(start, start + self._slots_per_task) for start in range(0, count, self._slots_per_task)]
         if self._dali is not None:
             tasks = [self._workers.submit(self._load, plan.part(part), None) for part in parts]
             return self._feeder.submit(self._feed, plan, tasks, []).result
         if self._stream is not None:
-            # Small pieces: pinned memory is handed out in powers of two, and a whole batch could take twice its size.
             pinned = [
                 torch.empty(len(plan.places[part]), size, size, 3, dtype=torch.uint8, pin_memory=True) for part in parts
             ]
@@ -353,7 +354,7 @@ class Loader:
                 rows = [row for row, slot in enumerate(slots) if slot.pixels is None]
                 for first in range(0, len(rows), self._dali.batch):
                     self._decode_with_dali(self._dali, plan, slots, images, rows[first : first + self._dali.batch])
-            for piece, part in zip(pinned, images.split(_SLOTS_PER_TASK), strict=False):
+            for piece, part in zip(pinned, images.split(self._slots_per_task), strict=False):
                 part.copy_(piece, non_blocking=True)
             return self._assemble(plan, images, slots)
 
@@ -487,6 +488,12 @@ def require_few_skipped(skipped_by_kind: Mapping[str, int], samples: int, config
             f"{skipped} of {samples} samples are bad ({kinds}), more than max_skipped_fraction {limit}: "
             f"run python -m textlock.data.shards verify {config.shards}, or raise max_skipped_fraction"
         )
+
+
+def _slots_of_a_pinned_piece(image_size: int) -> int:
+    """Return how many images come next to a power of two of bytes: torch rounds pinned memory up to one."""
+    image = 3 * image_size**2
+    return (1 << (_SLOTS_PER_TASK * image - 1).bit_length()) // image
 
 
 def _slots_of(tasks: Sequence[Future[list[_Slot]]]) -> list[_Slot]:

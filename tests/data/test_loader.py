@@ -16,7 +16,13 @@ from PIL import Image
 from textlock.data.captions import caption_id
 from textlock.data.evaluation import iterate_class_folder, iterate_shards, list_classes
 from textlock.data.images import crop_and_resize, crop_draws, crop_window, decode_image, eval_image
-from textlock.data.loader import SKIP_KINDS, DataConfig, open_loader, require_few_skipped
+from textlock.data.loader import (
+    SKIP_KINDS,
+    DataConfig,
+    _slots_of_a_pinned_piece,
+    open_loader,
+    require_few_skipped,
+)
 from textlock.data.shards import INDEX_NAME, index_shards
 
 from .zoo import DAMAGED, EMPTY_CAPTIONS, GARBAGE_FOR_DALI, GOOD, ODD_CAPTIONS, REFUSED
@@ -561,3 +567,11 @@ def test_empty_class_folders(tmp_path):
     (tmp_path / "cat").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no \.jpg, \.png or \.webp images in .*cat"):
         list(iterate_class_folder(tmp_path, 16, batch_size=2))
+
+
+@pytest.mark.parametrize("size", [32, 64, 224, 256, 336])
+def test_pinned_pieces_fill_what_torch_gives_them(size):
+    slots = _slots_of_a_pinned_piece(size)
+    needed = slots * 3 * size**2
+    given = 1 << (needed - 1).bit_length()
+    assert 16 <= slots < 32 and needed > given * 15 / 16
