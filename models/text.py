@@ -29,6 +29,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoTokenizer, NomicBertConfig, NomicBertModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -42,6 +43,10 @@ _CHARACTERS_PER_TOKEN: Final = 64
 
 # Padded tokens of one forward pass. A GPU wants large matrices; a CPU wants activations that stay in its cache.
 _TOKENS_PER_BATCH: Final = {"cuda": 32_768, "cpu": 2_048}
+
+# Not cuDNN's, which torch takes first on Hopper: it builds a plan for every new batch and length, for up to half a
+# second each, and hardly two batches of captions have the same shape.
+_ATTENTION: Final = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # Weights of a checkpoint that mean pooling does not use: a sentence head, or what pre-training left behind.
 _UNUSED_HEADS: Final = re.compile(r"(\w+\.)?(pooler|cls|lm_head|vocab_transform|vocab_layer_norm|vocab_projector)\.")
@@ -193,7 +198,7 @@ class TextTower:
 
         # On a CPU this also switches off an autocast of the caller.
         on_gpu = self.device.type == "cuda"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu), sdpa_kernel(_ATTENTION):
             hidden = self._model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state  # [n, T, d]
 
         weight = mask.unsqueeze(-1).float()  # [n, T, 1]

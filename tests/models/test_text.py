@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, NomicBertModel
 
@@ -197,6 +198,22 @@ def test_an_autocast_of_the_caller_changes_nothing(tower_folder):
     rows = tower.encode(CAPTIONS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(tower.encode(CAPTIONS), rows)
+
+
+def test_attention_is_never_cudnns(tower_folder, monkeypatch):
+    """It builds a plan for every new shape of a batch."""
+    allowed = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    build_text_tower(tower_folder).encode(CAPTIONS)
+    assert allowed and not any(allowed)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before, "the image tower has its own choice"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the GPU's rows with the CPU's")
