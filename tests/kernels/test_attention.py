@@ -83,17 +83,18 @@ def assert_as_good_as_torch(result, qkv, d_out, rope):
 
 
 SHAPES = [
-    pytest.param(5, 1, id="5 tokens"),
+    pytest.param(5, 1, id="5 tokens", marks=pytest.mark.memcheck),
     pytest.param(17, 12, id="17 tokens, 12 heads"),
     pytest.param(50, 3, id="50 tokens, 3 heads"),
     pytest.param(64, 1, id="64 tokens, a whole block"),
-    pytest.param(65, 2, id="65 tokens, 2 heads"),
+    pytest.param(65, 2, id="65 tokens, 2 heads", marks=pytest.mark.memcheck),
     pytest.param(113, 1, id="113 tokens, all sizes of parts"),
     pytest.param(197, 3, id="197 tokens, 3 heads"),
     pytest.param(256, 1, id="256 tokens"),
 ]
 
 
+@pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("turned", [True, False], ids=["rope", "no rope"])
@@ -104,6 +105,7 @@ def test_kernels_are_as_exact_as_torch(tokens, heads, turned, dtype):
     assert_as_good_as_torch(kernels_of(qkv, d_out, rope), qkv, d_out, rope)
 
 
+@pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize(("tokens", "heads"), [(5, 3), (70, 1), (197, 2)])
 def test_each_image_may_have_its_own_table(tokens, heads):
@@ -112,6 +114,7 @@ def test_each_image_may_have_its_own_table(tokens, heads):
     assert_as_good_as_torch(kernels_of(qkv, d_out, rope), qkv, d_out, rope)
 
 
+@pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("tokens", [5, 70, 197])
 def test_logits_in_the_hundreds_do_not_overflow(tokens):
@@ -121,6 +124,7 @@ def test_logits_in_the_hundreds_do_not_overflow(tokens):
     assert_as_good_as_torch(kernels_of(qkv, d_out, rope), qkv, d_out, rope)
 
 
+@pytest.mark.gpu
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # in rows that are not stored
 @pytest.mark.parametrize("tokens", [5, 70])
@@ -132,6 +136,7 @@ def test_logits_far_below_zero_do_not_overflow(tokens):
     assert_as_good_as_torch(kernels_of(qkv, d_out, None), qkv, d_out, None)
 
 
+@pytest.mark.gpu
 @needs_kernels
 @pytest.mark.parametrize("tokens", [5, 50, 70, 197])
 def test_nothing_beyond_the_last_token_is_read_or_written(tokens):
@@ -152,7 +157,7 @@ def test_nothing_beyond_the_last_token_is_read_or_written(tokens):
     d_bias = guarded(3 * width, dtype=torch.float32)
     of_rows = guarded(heads, 2, -(-tokens // 16) * 16, dtype=torch.float32)
     packed[0], gradient[0], table[0] = qkv[0], d_out[0], rope
-    sizes = {"T": tokens, "H": heads, "HEAD": HEAD_DIM, "ROPE_STRIDE": table.stride(0), "BLOCK": 64}
+    sizes = {"T": tokens, "H": heads, "HEAD": HEAD_DIM, "ROPE_STRIDE": table.stride(0), "BLOCK": 64} | module.OPTIONS
     sizes["PARTS"] = module._column_parts(tokens, module.FORWARD_PART)
     module.attention_kernel[(heads,)](packed, table, out, lse, HEAD_DIM**-0.5, **sizes)
     sizes["PARTS"] = module._column_parts(tokens, module.BACKWARD_PART)
@@ -165,6 +170,7 @@ def test_nothing_beyond_the_last_token_is_read_or_written(tokens):
     assert of_rows[1].isnan().all()
 
 
+@pytest.mark.gpu
 @needs_kernels
 def test_two_runs_give_the_same_bits():
     inputs = (*make_inputs(197, 2, torch.float16), make_rope(197))
@@ -190,6 +196,7 @@ def by_name(backend, qkv, d_out, rope):
     return {"out": out, "lse": lse, "d_qkv": d_qkv, "d_bias": d_bias}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
 @pytest.mark.parametrize("turned", [True, False], ids=["rope", "no rope"])
 @pytest.mark.parametrize(("tokens", "heads"), [(5, 3), (50, 1), (197, 2), (257, 1)])
@@ -203,6 +210,7 @@ def test_float64_is_exact(tokens, heads, turned, backend):
             torch.testing.assert_close(result[name], exact, rtol=1e-11, atol=1e-12, msg=name)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 def test_float64_is_exact_with_a_table_for_each_image(backend):
     qkv, d_out = make_inputs(50, 3, torch.float64, batch=3)
@@ -240,6 +248,7 @@ def test_a_function_written_by_hand_has_the_gradient_of_its_differences(images, 
     assert torch.autograd.gradcheck(lambda *leaves: WrittenByHand.apply(*leaves, rope, backend), (qkv, bias))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [50, 257])
 def test_sdpa_is_as_exact_as_torch(tokens, dtype):
@@ -274,6 +283,7 @@ def test_rotation_by_its_formula_and_back():
     torch.testing.assert_close(rotate(turned, rope, inverse=True), x, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("between", [(), (2,), (2, 3)], ids=str)
 def test_rotation_by_a_table_for_each_image(between, inverse):
@@ -300,6 +310,7 @@ def test_operators_of_a_gpu_take_what_they_are_given(kernel):
         assert d_bias.shape == (2304,) and d_bias.dtype == torch.float32
 
 
+@pytest.mark.gpu
 def test_a_kernel_that_keeps_nothing_is_run_again():
     """As for float32 on a GPU."""
     qkv, d_out = make_inputs(50, 2, torch.float32)

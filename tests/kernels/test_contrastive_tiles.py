@@ -84,6 +84,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("b", "B", "d", "first_row", "duplicates"), SHAPES)
@@ -97,6 +98,7 @@ def test_float16_rows_match_float64_truth(b, B, d, first_row, duplicates, scale,
     torch.testing.assert_close(result["stats"], truth["stats"], rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", [14.3, 300.0])
 @pytest.mark.parametrize(("b", "B", "d", "first_row", "duplicates"), SHAPES)
@@ -107,6 +109,7 @@ def test_trained_text_takes_its_gradient(b, B, d, first_row, duplicates, scale, 
     assert_close(run(mode, image, text, scale, text_grad=True, **options), truth)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", [14.3, 100.0])
 def test_float32_rows_lose_what_float16_operands_lose(scale, mode):
@@ -115,6 +118,8 @@ def test_float32_rows_lose_what_float16_operands_lose(scale, mode):
     assert_close(run(mode, image, text, scale), truth_of(image, text, scale), loss=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.memcheck
 @pytest.mark.parametrize("text_grad", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("mode", MODES)
 def test_tiles_of_the_size_that_a_gpu_runs(mode, text_grad, monkeypatch):
@@ -126,6 +131,7 @@ def test_tiles_of_the_size_that_a_gpu_runs(mode, text_grad, monkeypatch):
     assert_close(run(mode, image, text, 50.0, **options), truth_of(image, text, 50.0, **options))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_half_width_rows(dtype, mode):
@@ -139,6 +145,7 @@ def test_half_width_rows(dtype, mode):
     assert_close(result, truth, image_grad=max(1e-3, torch.finfo(dtype).eps))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_nearly_sure_model_keeps_its_gradient(mode):
     axes = torch.linalg.qr(torch.randn(96, 96, generator=torch.Generator().manual_seed(1))).Q.to(DEVICE)
@@ -150,6 +157,7 @@ def test_nearly_sure_model_keeps_its_gradient(mode):
     assert_close(run(mode, image, text, 100.0), truth, loss=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rows_give_log_of_the_batch_and_no_gradient(scale, mode):
@@ -161,6 +169,7 @@ def test_equal_rows_give_log_of_the_batch_and_no_gradient(scale, mode):
     assert result["stats"][0] == result["stats"][1] == 0, "a tie is a miss"
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_no_negative_at_all(mode):
     image, text = as_float16(*make_rows(36, 40, 64, 2))
@@ -172,6 +181,7 @@ def test_no_negative_at_all(mode):
     assert one_pair["loss"] == 0 and one_pair["image_grad"].count_nonzero() == 0
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("text_grad", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("mode", MODES)
 def test_two_runs_give_the_same_bits(mode, text_grad):
@@ -190,6 +200,7 @@ def spread_apart(n=64, d=96):
     return as_float16(image, text)
 
 
+@pytest.mark.gpu
 def test_column_far_below_its_tile_is_summed_again():
     image, text = spread_apart()
     for scale in (50.0, 300.0):
@@ -204,6 +215,7 @@ def test_column_far_below_its_tile_is_summed_again():
     assert_close(run("recompute", image, text, 300.0), truth_of(image, text, 300.0))
 
 
+@pytest.mark.gpu
 def test_store_is_nan_rather_than_wrong_beyond_its_range():
     image, text = spread_apart()
     cosines = image.double() @ text.double().T
@@ -227,6 +239,7 @@ def test_store_is_nan_rather_than_wrong_beyond_its_range():
     assert_close(run("recompute", image, text, float(beyond)), truth)
 
 
+@pytest.mark.gpu
 def test_scale_beyond_the_documented_range_is_loud():
     image, text = make_rows(33, 33, 64)
     image[3] = text[9]
@@ -234,6 +247,7 @@ def test_scale_beyond_the_documented_range_is_loud():
         assert not run(mode, image, text, 720.0)["loss"].isfinite()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("wanted", ["image", "text", "scale", "nothing"])
 @pytest.mark.parametrize("mode", MODES)
 def test_gradient_of_one_input_alone(mode, wanted):
@@ -250,6 +264,7 @@ def test_gradient_of_one_input_alone(mode, wanted):
     assert_close({f"{wanted}_grad": inputs[wanted].grad / 3}, truth)
 
 
+@pytest.mark.gpu
 def test_recompute_in_chunks_equals_recompute_at_once():
     image, text = make_rows(70, 90, 64, 5)
     options = {"first_row": 5, "ids": torch.arange(90, device=DEVICE) % 50, "text_grad": True}
@@ -257,7 +272,7 @@ def test_recompute_in_chunks_equals_recompute_at_once():
     with mock.patch.object(contrastive, "rows_per_chunk", lambda *_: 32):
         parts = run("recompute", image, text, 30.0, **options)
     for name in whole:
-        assert relative_error(parts[name], whole[name]) <= 1e-6, name
+        assert relative_error(parts[name], whole[name]) <= 1e-5, name
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="reads the CPU allocator")
@@ -283,6 +298,7 @@ def test_peak_memory(mode, share):
     assert mode == "recompute" or peak >= 2 * b * b, "the measure must see what is stored"
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_compiles_whole_and_equals_eager(mode):
     image, text = make_rows(33, 40, 64, 4)
@@ -298,6 +314,7 @@ def test_compiles_whole_and_equals_eager(mode):
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("wants", [[True, False, True], [True, True, True], [False, False, False]])
 def test_operator_is_registered_consistently(wants):
     image, text = make_rows(5, 8, 64)
@@ -308,35 +325,48 @@ def test_operator_is_registered_consistently(wants):
     torch.library.opcheck(contrastive._contrastive, (*inputs, None, 2, None, 0, "store", 1, wants, True, None, []))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("bank", [0, 13, 45])
 def test_text_rows_may_arrive_while_the_first_pass_runs(bank):
     """Blocks of other ranks come late and in any order; what has not come is nan. A bank behind them is there."""
     per_rank, per_block, world, rank = 40, 16, 3, 1
     image, text = (rows.half() for rows in make_rows(per_rank, per_rank * world + bank, 64, rank * per_rank))
-    scale, first_row = torch.tensor(20.0), rank * per_rank
+    scale, first_row = torch.tensor(20.0, device=DEVICE), rank * per_rank
     expected = contrastive_loss(image, text, scale, first_row=first_row, mode="recompute")
 
     blocks = -(-per_rank // per_block)
     flags = torch.zeros(world * blocks, dtype=torch.int32, device=DEVICE)
     arriving = text.clone()
+    # On a GPU the sender must not queue behind the kernel that waits for it.
+    sending = torch.cuda.Stream(priority=-1) if DEVICE.type == "cuda" else None
+
+    def deliver(step, pause):
+        with torch.cuda.stream(sending):
+            for block in (3, 4, 2, 6, 5, 1, 0, 8, 7):  # every tile would be early, were it not to wait
+                owner, part = divmod(block, blocks)
+                first = owner * per_rank + part * per_block
+                rows = slice(first, min(first + per_block, (owner + 1) * per_rank))
+                threading.Event().wait(pause)
+                arriving[rows] = text[rows]
+                flags[block] = step
+
+    def loss_at(step):
+        progress = GatherProgress(flags, step, per_rank, per_block)
+        return contrastive_loss(image, arriving, scale, first_row=first_row, mode="recompute", progress=progress)
+
+    # Once with all rows there: kernels are compiled, and loaded by CUDA, which may wait for one that spins.
+    deliver(7, pause=0)
+    assert torch.equal(loss_at(7), expected)
     arriving[: per_rank * world] = torch.nan
-
-    def deliver(step):
-        for block in (3, 4, 2, 6, 5, 1, 0, 8, 7):  # every tile would be early, were it not to wait
-            owner, part = divmod(block, blocks)
-            rows = slice(owner * per_rank + part * per_block, owner * per_rank + min((part + 1) * per_block, per_rank))
-            threading.Event().wait(0.1)
-            arriving[rows] = text[rows]
-            flags[block] = step
-
-    sender = threading.Thread(target=deliver, args=(7,))
+    if sending is not None:
+        sending.wait_stream(torch.cuda.current_stream())
+    sender = threading.Thread(target=deliver, args=(8, 0.1))
     sender.start()
-    progress = GatherProgress(flags, 7, per_rank, per_block)
-    loss = contrastive_loss(image, arriving, scale, first_row=first_row, mode="recompute", progress=progress)
+    loss = loss_at(8)
     sender.join()
     assert torch.equal(loss, expected)
     with pytest.raises(ValueError, match="cannot wait for text rows"):
-        contrastive_loss(image, arriving, scale, first_row=first_row, progress=progress)
+        contrastive_loss(image, arriving, scale, progress=GatherProgress(flags, 8, per_rank, per_block))
 
 
 @triton.jit
@@ -348,6 +378,7 @@ def code_kernel(x, y, n: tl.constexpr):
 contrastive_tiles_encode, contrastive_tiles_decode = contrastive_tiles.encode, contrastive_tiles.decode
 
 
+@pytest.mark.gpu
 def test_stored_numbers_keep_eight_bits_of_mantissa():
     exponent = torch.linspace(-120, 46, 1024, device=DEVICE)
     values = torch.cat([exponent.exp2(), torch.zeros(1024, device=DEVICE)])
@@ -359,6 +390,7 @@ def test_stored_numbers_keep_eight_bits_of_mantissa():
     assert (decoded[:1024] / values[:1024] - 1).mean().abs() < 2**-13, "rounded, not cut"
 
 
+@pytest.mark.gpu
 def test_ids_are_numbered_without_changing_what_is_equal():
     ids = torch.tensor([5, -3, 5, 2**62, -3, 0, 2**62 + 1], device=DEVICE)
     dense = pairs.dense_ids(ids)

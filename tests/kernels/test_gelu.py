@@ -35,11 +35,12 @@ CASES = [
     pytest.param((5, 64), F32, id="5x64 float32"),
     pytest.param((2, 50, 768), F16, id="2x50x768 float16"),
     pytest.param((7, 3072), F32, id="7x3072 float32"),
-    pytest.param((33, 513), F16, id="33x513 unaligned, a last block of one column"),
+    pytest.param((33, 513), F16, id="33x513 unaligned, a last block of one column", marks=pytest.mark.memcheck),
     pytest.param((20, 352), BF16, id="20x352 bfloat16"),
 ]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_kernel_is_the_exact_gelu(shape, dtype):
     (fc1,) = make(shape, dtype=dtype)
@@ -48,6 +49,7 @@ def test_kernel_is_the_exact_gelu(shape, dtype):
     assert_as_good_as_torch(h, F.gelu(fc1.double()), F.gelu(fc1), "h")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_kernel_finds_the_gradient(shape, dtype):
     d_h, fc1 = make(shape, shape, dtype=dtype)
@@ -61,12 +63,14 @@ def test_kernel_finds_the_gradient(shape, dtype):
     assert relative_error(result.d_fc1_sum, truth.d_fc1_sum) <= 1e-6
 
 
+@pytest.mark.gpu
 def test_two_runs_give_the_same_bits():
     d_h, fc1 = make((70, 96), (70, 96), dtype=F16)
     for first, second in zip(*(module._launch_gelu_backward(d_h, fc1) for _ in range(2)), strict=True):
         assert torch.equal(first, second)
 
 
+@pytest.mark.gpu
 def test_no_rows_have_no_sum():
     empty = torch.empty((0, 64), device=DEVICE)
     assert module._launch_gelu(empty).shape == (0, 64)
@@ -107,6 +111,8 @@ def test_refuses_strides_that_kernels_cannot_walk():
         module._launch_gelu(fc1.T)
 
 
+@pytest.mark.gpu
+@pytest.mark.xdist_group("much memory")
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs 20 GiB of a GPU: offsets beyond 2^31 elements")
 def test_offsets_beyond_32_bits():
     fc1 = torch.randn(2**31 // 3072 + 5, 3072, dtype=F16, device=DEVICE)

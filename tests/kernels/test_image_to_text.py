@@ -28,6 +28,8 @@ needs_tiles = pytest.mark.skipif(
     reason="the kernels need compute capability 9.0, or TRITON_INTERPRET=1 on a CPU",
 )
 MODES = ["chunked", pytest.param("fused", marks=needs_tiles)]
+# A GPU adds the products of a cosine one after the other, a CPU in the lanes of a vector.
+CHUNKED_ROUNDING = 10 if DEVICE.type == "cuda" else 1
 
 chunked, fused = partial(one_visit, fused=False), partial(one_visit, fused=True)
 
@@ -103,6 +105,7 @@ def test_reference_equals_the_definition(with_ids, batch):
         torch.testing.assert_close(result[name], expected[name])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(
@@ -119,7 +122,7 @@ def test_chunked_float32_matches_float64_truth(b, B, d, first_row, rows_per_chun
     options = {"first_row": first_row, "ids": some_duplicates(B) if duplicates and B > 2 else None}
     truth = run(reference, image, text, scale, **options)
     result = run(chunked, image, text, scale, torch.float32, rows_per_chunk=rows_per_chunk, **options)
-    assert_close(result, truth, 3e-6, 2e-5, 2e-5)
+    assert_close(result, truth, *(CHUNKED_ROUNDING * bound for bound in (3e-6, 2e-5, 2e-5)))
 
 
 TILE_SHAPES = [
@@ -132,6 +135,7 @@ TILE_SHAPES = [
 ]
 
 
+@pytest.mark.gpu
 @needs_tiles
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize(("b", "B", "d", "first_row", "rows_per_chunk", "duplicates"), TILE_SHAPES)
@@ -145,6 +149,7 @@ def test_fused_matches_float64_truth_of_rounded_rows(b, B, d, first_row, rows_pe
     assert_close(result, truth, 1e-5, 2**-9 if b == 1 else 1e-3, 5e-3)
 
 
+@pytest.mark.gpu
 @needs_tiles
 def test_fused_loses_what_float16_operands_lose():
     """Each logit of a negative moves by 2e-3, so the loss of 64 images by less than 1e-4 of itself."""
@@ -153,6 +158,8 @@ def test_fused_loses_what_float16_operands_lose():
     assert_close(run(fused, image, text, 100.0, torch.float32, rows_per_chunk=64), truth, 1e-4, 1e-3, 1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.memcheck
 @needs_tiles
 def test_tiles_of_the_size_that_a_gpu_runs(monkeypatch):
     """Their sides differ, unlike the interpreter's: [128, 128] in pass 1, [128, 256] in steps of 64 in pass 2."""
@@ -165,6 +172,7 @@ def test_tiles_of_the_size_that_a_gpu_runs(monkeypatch):
     assert_close(run(fused, image, text, 50.0, torch.float32, rows_per_chunk=128, **options), truth, 1e-5, 1e-3, 1e-3)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_a_sure_model_keeps_its_gradient(mode):
     """At P_ii = 1 - 1e-6 a float32 softmax minus one would have lost six of its seven digits."""
@@ -175,6 +183,7 @@ def test_a_sure_model_keeps_its_gradient(mode):
     assert_close(result, truth, 1e-4, 1e-3, 1e-3)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_rows_give_log_of_the_texts_and_no_gradient(mode, scale):
@@ -186,6 +195,7 @@ def test_equal_rows_give_log_of_the_texts_and_no_gradient(mode, scale):
     assert result["scale_grad"].abs() <= 2**-9
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["reference", *MODES])
 def test_no_negative_at_all(mode):
     image, text = (rows.float() for rows in make_rows(36, 40, 64, 2))
@@ -196,6 +206,7 @@ def test_no_negative_at_all(mode):
         assert all(result[name].count_nonzero() == 0 for name in NAMES)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["reference", *MODES])
 def test_rows_of_no_image_and_a_masked_one_among_them(mode):
     """Text rows that no part of the batch owns are negatives, but for the one with the id of the image's own text."""
@@ -218,6 +229,7 @@ def test_it_is_one_half_of_the_symmetric_loss():
     torch.testing.assert_close(halves / 2, contrastive_loss(image, text, scale))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_micro_batches_and_ranks_add_up_to_the_batch(mode):
     """Uneven parts in any order, each gone backward before the next is looked at."""
@@ -234,6 +246,7 @@ def test_micro_batches_and_ranks_add_up_to_the_batch(mode):
         assert relative_error(result["image_grad"], whole["image_grad"][part]) <= bound
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_half_width_rows_lose_only_their_own_rounding(mode, dtype):
@@ -243,6 +256,7 @@ def test_half_width_rows_lose_only_their_own_rounding(mode, dtype):
     assert_close(result, truth, 1e-5, max(1e-3, torch.finfo(dtype).eps), 1e-3)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_text_of_another_dtype_and_rows_that_are_not_contiguous(mode):
     image, text = (rows.half().float().to(DEVICE) for rows in make_rows(20, 30, 64, 4))
@@ -260,6 +274,7 @@ def test_text_of_another_dtype_and_rows_that_are_not_contiguous(mode):
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.gpu
 @needs_tiles
 def test_scale_within_the_range_is_exact_and_beyond_it_loud():
     image, text = (rows.float() for rows in make_rows(16, 16, 64))
@@ -284,6 +299,7 @@ def test_gradcheck(loss_fn, b, B, first_row):
     assert torch.autograd.gradcheck(lambda i, s: loss_fn(i, text, s, **options), (image.requires_grad_(), scale))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_two_runs_give_the_same_bits(mode):
     image, text = make_rows(61, 130, 96, 7)
@@ -301,6 +317,7 @@ def test_auto_is_chunked_on_a_cpu_and_fused_differs():
         assert not torch.equal(loss(), loss(mode="fused"))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["reference", *MODES])
 def test_autocast_changes_nothing(mode):
     image, text = (rows.float().to(DEVICE) for rows in make_rows(20, 30, 64))
@@ -310,6 +327,7 @@ def test_autocast_changes_nothing(mode):
         assert torch.equal(loss(), plain)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wanted", ["image", "scale"])
 def test_gradient_of_one_input_alone(mode, wanted):
@@ -318,9 +336,10 @@ def test_gradient_of_one_input_alone(mode, wanted):
     image, text, scale = (x.float().to(DEVICE) for x in (image, text, torch.tensor(11.0)))
     leaf = (image if wanted == "image" else scale).requires_grad_()
     (3 * image_to_text_loss(image, text, scale, mode=mode)).backward()
-    assert relative_error(leaf.grad.double().cpu(), 3 * truth) <= (5e-3 if mode == "fused" else 2e-6)
+    assert relative_error(leaf.grad.double().cpu(), 3 * truth) <= (5e-3 if mode == "fused" else 2e-6 * CHUNKED_ROUNDING)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_second_derivative_is_refused(mode):
     image, text = (rows.float().to(DEVICE) for rows in make_rows(4, 4, 64))
@@ -375,6 +394,7 @@ def test_evaluation_without_grad_takes_one_pass():
         assert profiled(lambda: image_to_text_loss(image, text, torch.tensor(5.0)))[2] == 1
 
 
+@pytest.mark.gpu
 @needs_tiles
 def test_fused_evaluation_without_grad_is_the_same_loss():
     image, text = make_rows(40, 70, 72, 11)
@@ -384,6 +404,7 @@ def test_fused_evaluation_without_grad_is_the_same_loss():
     assert torch.equal(loss(image.requires_grad_(), text, scale), plain)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_compiles_whole_and_equals_eager(mode):
     image, text = (rows.float().to(DEVICE) for rows in make_rows(10, 17, 64, 4))
@@ -399,6 +420,7 @@ def test_compiles_whole_and_equals_eager(mode):
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_operator_is_registered_consistently(mode, with_grad):

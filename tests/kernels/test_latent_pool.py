@@ -78,7 +78,7 @@ REFERENCES = (module._latent_pool_reference, module._latent_pool_backward_refere
 # Images (six programs in the interpreter share them), tokens, channels, heads; type of the tokens, of the products.
 ON_GPU_ALONE = pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter's tl.dot is wrong in bfloat16")
 CASES = [
-    pytest.param((14, 5, 64, 1), F16, F16, id="5 tokens float16"),
+    pytest.param((14, 5, 64, 1), F16, F16, id="5 tokens float16", marks=pytest.mark.memcheck),
     pytest.param((1, 1, 64, 2), F32, F32, id="one token float32"),
     pytest.param((2, 50, 192, 3), F32, F32, id="50 tokens float32"),
     pytest.param((8, 64, 128, 2), F32, F16, id="64 tokens, wide stream"),
@@ -96,6 +96,7 @@ REFERENCE_CASES = [
 ]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("common", [0.0, 3.0], ids=["", "tokens alike"])
 @pytest.mark.parametrize(("shape", "stream", "products"), CASES)
 def test_kernels_are_as_exact_as_torch(shape, stream, products, common):
@@ -104,6 +105,7 @@ def test_kernels_are_as_exact_as_torch(shape, stream, products, common):
     check(LAUNCHERS, inputs_of(shape, stream, products, common))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("common", [0.0, 3.0], ids=["", "tokens alike"])
 @pytest.mark.parametrize(("shape", "stream", "products"), REFERENCE_CASES)
 def test_references_are_as_exact_as_torch(shape, stream, products, common):
@@ -121,6 +123,7 @@ def check(functions, inputs):
     assert_as_good_as_torch((result.pooled, result.lse, d_tokens, d_absorbed), inputs)
 
 
+@pytest.mark.gpu
 def test_any_strides_of_the_gradient_will_do():
     tokens, absorbed, d_pooled, d_first = inputs_of((3, 70, 128, 3), F16, F16)
     result, expected = run(*LAUNCHERS, (tokens, absorbed, d_pooled, d_first))
@@ -131,6 +134,7 @@ def test_any_strides_of_the_gradient_will_do():
             assert torch.equal(value, wanted), name
 
 
+@pytest.mark.gpu
 def test_scores_of_any_size_are_safe():
     """A running maximum that did not start anew for every image would leave nothing of the second one."""
     tokens, absorbed, d_pooled, d_first = inputs_of((8, 130, 64, 2), F16, F16)
@@ -145,6 +149,7 @@ def test_scores_of_any_size_are_safe():
         assert relative_error(d_tokens[image], expected[0]) < 2e-3, image
 
 
+@pytest.mark.gpu
 def test_two_runs_give_the_same_bits():
     inputs = inputs_of((9, 70, 128, 3), F32, F16)
     first, second = (run(*LAUNCHERS, inputs) for _ in range(2))

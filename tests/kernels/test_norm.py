@@ -47,7 +47,7 @@ CASES = [
     pytest.param((7,), 768, F32, BF16, BF16, id="7x768 bfloat16 branch with bias"),
     pytest.param((50,), 352, BF16, BF16, None, id="50x352 bfloat16"),
     pytest.param((50,), 768, F32, None, None, id="50x768 no branch"),
-    pytest.param((3,), 37, F32, F16, F16, id="3x37 unaligned rows with bias"),
+    pytest.param((3,), 37, F32, F16, F16, id="3x37 unaligned rows with bias", marks=pytest.mark.memcheck),
 ]
 
 
@@ -62,6 +62,7 @@ def inputs_of(rows, width, stream, branch_type, bias_type):
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "width", "stream", "branch_type", "bias_type"), CASES)
 def test_kernel_adds_and_normalises(rows, width, stream, branch_type, bias_type):
     x, branch, branch_bias, weight, bias = inputs_of(rows, width, stream, branch_type, bias_type)
@@ -86,6 +87,7 @@ def test_kernel_adds_and_normalises(rows, width, stream, branch_type, bias_type)
     torch.testing.assert_close(result.rstd.double(), (kept.var(-1, correction=0) + EPS).rsqrt(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "width", "stream", "branch_type", "bias_type"), CASES)
 @pytest.mark.parametrize("last", [False, True], ids=["", "nothing behind"])
 def test_kernel_finds_all_gradients(rows, width, stream, branch_type, bias_type, last):
@@ -127,6 +129,7 @@ def gradients_by_torch(d_normed, d_residual, residual, weight):
     return d_x if d_residual is None else d_x + d_residual
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stream", [F16, F32], ids=str)
 @pytest.mark.parametrize("launch", [True, False], ids=["kernel", "reference"])
 def test_normed_is_made_again_from_what_is_kept(launch, stream):
@@ -137,6 +140,7 @@ def test_normed_is_made_again_from_what_is_kept(launch, stream):
     assert all(map(torch.equal, again, result))
 
 
+@pytest.mark.gpu
 def test_rows_far_from_zero_keep_their_variance():
     """The mean of the squares less the square of the mean would be nothing but rounding here."""
     (x,) = make((9, 768))
@@ -148,6 +152,7 @@ def test_rows_far_from_zero_keep_their_variance():
     torch.testing.assert_close(result.rstd.double(), x.double().std(-1, correction=0).reciprocal(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.gpu
 def test_two_runs_give_the_same_bits():
     x, branch, branch_bias, weight, bias = inputs_of((130,), 64, F32, F16, F32)
     runs = []
@@ -161,6 +166,7 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(first, second)
 
 
+@pytest.mark.gpu
 def test_no_rows_have_no_sums():
     x, branch, branch_bias, weight, bias = inputs_of((0,), 64, F32, F16, F32)
     forward = norm._launch_add_norm(x, branch, branch_bias, weight, bias, EPS, F16)
@@ -216,6 +222,7 @@ def test_reference_sums_are_those_of_the_gradients(dtype):
     torch.testing.assert_close(result.d_branch_bias.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("stream", [BF16, F32], ids=str)
 @pytest.mark.parametrize("launch", [norm._launch_add_norm, norm._add_norm_reference], ids=["kernel", "reference"])
 def test_bias_and_branch_are_added_before_any_rounding(launch, stream):
@@ -243,6 +250,8 @@ def test_refuses_a_bias_without_its_branch():
         add_norm(x, None, branch_bias, weight, bias, EPS)
 
 
+@pytest.mark.gpu
+@pytest.mark.xdist_group("much memory")
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs 16 GiB of a GPU: offsets beyond 2^31 elements")
 def test_offsets_beyond_32_bits():
     rows, width = 2**31 // 768 + 5, 768

@@ -54,6 +54,7 @@ def test_normalises_in_float32_and_rounds_once(dtype):
     torch.testing.assert_close(patches.double(), exact, rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_normalises_in_float32_and_rounds_once(dtype):
     [
         pytest.param((1, 8, 8, 8), id="one-patch"),
         pytest.param((3, 32, 48, 16), id="rectangle"),
-        pytest.param((2, 40, 72, 8), id="patch-8, a last block in part"),
+        pytest.param((2, 40, 72, 8), id="patch-8, a last block in part", marks=pytest.mark.memcheck),
         pytest.param((1, 64, 32, 32), id="patch-32"),
         pytest.param((1, 48, 24, 24), id="patch-24"),
         pytest.param((0, 16, 16, 8), id="empty-batch"),
@@ -79,6 +80,7 @@ def test_kernel_writes_what_the_cpu_does(shape, dtype):
     torch.testing.assert_close(patches.double(), exact, rtol=rounding * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU: on a CPU no image goes to the kernel")
 @pytest.mark.parametrize(("patch", "offset"), [(16, 0), (16, 3), (4, 0)], ids=["kernel", "odd-address", "patch-4"])
 def test_gpu_images_give_what_cpu_images_do(patch, offset):

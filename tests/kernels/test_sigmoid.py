@@ -31,6 +31,8 @@ needs_tiles = pytest.mark.skipif(
     reason="the kernel needs compute capability 9.0, or TRITON_INTERPRET=1 on a CPU",
 )
 MODES = ["chunked", pytest.param("fused", marks=needs_tiles)]
+# A GPU adds the products of a cosine one after the other, a CPU in the lanes of a vector.
+CHUNKED_ROUNDING = 10 if DEVICE.type == "cuda" else 1
 
 chunked, fused = partial(one_visit, fused=False), partial(one_visit, fused=True)
 
@@ -128,6 +130,7 @@ def compare(
 with_duplicates = pytest.mark.parametrize("duplicates", [False, True], ids=["distinct", "duplicates"])
 
 
+@pytest.mark.gpu
 @with_duplicates
 @pytest.mark.parametrize(("scale", "bias"), SCALES_AND_BIASES)
 @pytest.mark.parametrize(
@@ -141,7 +144,8 @@ with_duplicates = pytest.mark.parametrize("duplicates", [False, True], ids=["dis
 )
 def test_chunked_float32_matches_float64_truth(b, B, d, first_row, rows_per_chunk, scale, bias, duplicates):
     case = (b, B, d, first_row, rows_per_chunk, scale, bias, duplicates)
-    compare(chunked, *case, loss=5e-6, rows=5e-6, scalars=5e-6)
+    bound = 5e-6 * CHUNKED_ROUNDING
+    compare(chunked, *case, loss=bound, rows=bound, scalars=bound)
 
 
 TILE_SHAPES = [
@@ -149,11 +153,13 @@ TILE_SHAPES = [
     pytest.param(1, 40, 64, 39, 1, id="one image, last text"),
     pytest.param(40, 70, 72, 11, 32, id="40x70 ragged in all three, a ragged chunk"),
     pytest.param(64, 64, 64, 0, 64, id="64x64 whole tiles"),
-    pytest.param(61, 130, 96, 69, 40, id="61x130 at the end, chunks of 40"),
+    pytest.param(61, 130, 96, 69, 40, id="61x130 at the end, chunks of 40", marks=pytest.mark.memcheck),
     pytest.param(33, 97, 384, 2, 64, id="33x97 wide, chunk larger than the rows"),
+    pytest.param(140, 330, 136, 150, 128, id="140x330, several tiles of a GPU too, a ragged chunk"),
 ]
 
 
+@pytest.mark.gpu
 @needs_tiles
 @with_duplicates
 @pytest.mark.parametrize(("scale", "bias"), [(10.0, 0.0), (100.0, -10.0)])
@@ -164,6 +170,7 @@ def test_fused_matches_float64_truth_of_rounded_rows(b, B, d, first_row, rows_pe
     compare(fused, *case, loss=1e-5, rows=5e-4, scalars=1e-4, rounded=True)
 
 
+@pytest.mark.gpu
 @needs_tiles
 @pytest.mark.parametrize(("scale", "bias"), SCALES_AND_BIASES)
 def test_fused_matches_float64_truth_of_unrounded_rows(scale, bias):
@@ -171,6 +178,7 @@ def test_fused_matches_float64_truth_of_unrounded_rows(scale, bias):
     compare(fused, 40, 70, 72, 11, 32, scale, bias, True, loss=1e-4, rows=1e-3, scalars=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("scale", "bias"), [(34.0, -17.0), (20.0, -10.0)])
 def test_a_sure_model_keeps_its_gradient(mode, scale, bias):
@@ -183,6 +191,7 @@ def test_a_sure_model_keeps_its_gradient(mode, scale, bias):
     assert_close(result, truth, terms(image, text, scale, bias), loss=1e-5, rows=1e-3, scalars=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("scale", "bias"), SCALES_AND_BIASES)
 def test_equal_rows(mode, scale, bias):
@@ -198,6 +207,7 @@ def test_equal_rows(mode, scale, bias):
         torch.testing.assert_close(result[name], expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["reference", *MODES])
 def test_one_caption_for_all_leaves_the_matching_pairs(mode):
     image, text = make_rows(36, 40, 64, 2)
@@ -218,6 +228,7 @@ def test_one_caption_for_all_leaves_the_matching_pairs(mode):
     assert result["text_grad"][:2].count_nonzero() == result["text_grad"][38:].count_nonzero() == 0
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_half_width_rows_lose_only_their_own_rounding(mode, dtype):
@@ -228,6 +239,7 @@ def test_half_width_rows_lose_only_their_own_rounding(mode, dtype):
     assert_close(result, truth, norms, loss=1e-5, rows=torch.finfo(dtype).eps, scalars=1e-4)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_text_of_another_dtype_and_rows_that_are_not_contiguous(mode):
     image, text = (rows.float().to(DEVICE) for rows in make_rows(20, 30, 64, 4))
@@ -250,6 +262,7 @@ def test_gradcheck(loss_fn, b, B, first_row):
     assert torch.autograd.gradcheck(lambda *inputs: loss_fn(*inputs, **options), inputs)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_two_runs_give_the_same_bits(mode):
     image, text = make_rows(61, 130, 96, 7)
@@ -267,6 +280,7 @@ def test_auto_is_chunked_on_a_cpu_and_fused_differs():
         assert not torch.equal(loss(), loss(mode="fused"))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["reference", *MODES])
 def test_autocast_changes_nothing(mode):
     image, text = (rows.float().to(DEVICE) for rows in make_rows(20, 30, 64))
@@ -276,6 +290,7 @@ def test_autocast_changes_nothing(mode):
         assert torch.equal(loss(), plain)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wanted", range(4), ids=["image", "text", "scale", "bias"])
 def test_gradient_of_one_input_alone(mode, wanted):
@@ -286,9 +301,10 @@ def test_gradient_of_one_input_alone(mode, wanted):
     (3 * sigmoid_loss(*inputs, mode=mode)).backward()
     expected = 3 * truth[NAMES[1 + wanted]]
     error = (inputs[wanted].grad.double().cpu() - expected).norm() / expected.norm()
-    assert error <= (1e-3 if mode == "fused" else 1e-6)
+    assert error <= (1e-3 if mode == "fused" else 1e-6 * CHUNKED_ROUNDING)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_second_derivative_is_refused(mode):
     image, text = (rows.float().to(DEVICE) for rows in make_rows(4, 4, 64))
@@ -334,6 +350,7 @@ def test_chunked_never_holds_the_logits(text_gradient):
     assert profiled(lambda: loss("reference"))[0] > b * B * 4, "the measure must see dense logits"
 
 
+@pytest.mark.gpu
 @needs_tiles
 def test_fused_never_holds_the_logits():
     b = B = 384
@@ -363,6 +380,7 @@ def test_evaluation_without_grad_takes_one_pass():
         assert profiled(lambda: sigmoid_loss(image, text, torch.tensor(5.0), torch.tensor(0.0)))[1] == 1
 
 
+@pytest.mark.gpu
 @needs_tiles
 def test_fused_evaluation_without_grad_is_the_same_loss():
     image, text = make_rows(40, 70, 72, 11)
@@ -373,6 +391,7 @@ def test_fused_evaluation_without_grad_is_the_same_loss():
     assert torch.equal(loss(*inputs), plain)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_compiles_whole_and_equals_eager(mode):
     rows = make_rows(10, 17, 64, 4)
@@ -388,6 +407,7 @@ def test_compiles_whole_and_equals_eager(mode):
         assert torch.equal(eager, compiled)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_operator_is_registered_consistently(mode, with_grad):

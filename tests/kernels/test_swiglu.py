@@ -54,7 +54,7 @@ CASES = [
     pytest.param((5,), 3072, F32, True, id="5x3072 float32"),
     pytest.param((257,), 64, F16, True, id="257x64 float16"),
     pytest.param((20,), 2048, BF16, True, id="20x2048 bfloat16"),
-    pytest.param((7,), 170, F32, True, id="7x170 unaligned rows"),
+    pytest.param((7,), 170, F32, True, id="7x170 unaligned rows", marks=pytest.mark.memcheck),
     pytest.param((50,), 352, F16, False, id="50x352 float16 without LayerNorm"),
     pytest.param((3, 5), 2048, F32, False, id="3x5x2048 float32 without LayerNorm"),
 ]
@@ -66,6 +66,7 @@ def inputs_of(rows, hidden, dtype, normed):
     return (gate_up, weight.float() + 1, bias.float()) if normed else (gate_up, None, None)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "hidden", "dtype", "normed"), CASES)
 def test_kernel_multiplies_and_normalises(rows, hidden, dtype, normed):
     gate_up, weight, bias = inputs_of(rows, hidden, dtype, normed)
@@ -81,6 +82,7 @@ def test_kernel_multiplies_and_normalises(rows, hidden, dtype, normed):
     torch.testing.assert_close(result.rstd.double(), truth.rstd, rtol=1e-5, atol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "hidden", "dtype", "normed"), CASES)
 def test_kernel_finds_all_gradients(rows, hidden, dtype, normed):
     gate_up, weight, bias = inputs_of(rows, hidden, dtype, normed)
@@ -110,6 +112,7 @@ def test_kernel_finds_all_gradients(rows, hidden, dtype, normed):
             assert error <= 1e-6, f"{name}: relative error {error:.2e}, where sums in float32 have less than 1e-6"
 
 
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # numpy's, under the interpreter
 @pytest.mark.parametrize("normed", [True, False], ids=["", "without LayerNorm"])
 def test_kernel_keeps_large_gates_finite(normed):
@@ -121,6 +124,7 @@ def test_kernel_keeps_large_gates_finite(normed):
     assert result.d_gate_up.isfinite().all()
 
 
+@pytest.mark.gpu
 def test_two_runs_give_the_same_bits():
     gate_up, weight, bias = inputs_of((130,), 96, F16, True)
     runs = []
@@ -131,6 +135,7 @@ def test_two_runs_give_the_same_bits():
         assert torch.equal(first, second)
 
 
+@pytest.mark.gpu
 def test_no_rows_have_no_sums():
     gate_up, weight, bias = inputs_of((0,), 64, F32, True)
     h, mean, rstd = swiglu._launch_swiglu_norm(gate_up, weight, bias, EPS)
@@ -202,6 +207,8 @@ def test_refuses_strides_that_kernels_cannot_walk():
         swiglu._launch_swiglu_norm(gate_up.repeat(1, 2)[:, :128], weight, bias, EPS)
 
 
+@pytest.mark.gpu
+@pytest.mark.xdist_group("much memory")
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs 24 GiB of a GPU: offsets beyond 2^31 elements")
 def test_offsets_beyond_32_bits():
     rows, hidden = 2**31 // 4096 + 5, 2048
