@@ -28,6 +28,7 @@ ranks get on even if only one program at a time finds room on each GPU, or if th
 """
 
 import hashlib
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +334,9 @@ class TextGather:
         `none`: there is one rank. `symmetric`: a Triton kernel reads the peers' memory. That takes rows on
         Ampere or later, hosts with as many ranks each and more than one, on each host GPUs that have direct access to
         one another and are visible to one another's processes, rows of a multiple of 4 bytes and, on several hosts, a
-        group of all processes. `collective`: all_gather_into_tensor of the group's backend, in every other case.
+        group of all processes. Ranks that share a GPU (to try things out: NCCL refuses that, gloo does not) have it if
+        TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 is set. `collective`: all_gather_into_tensor of the group's backend,
+        in every other case.
         """
         if self.group is None:
             return "none"
@@ -414,7 +417,14 @@ def _can_read(device: torch.device, peers: list[int]) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     visible = {_device_key(torch.device("cuda", index)): index for index in range(torch.cuda.device_count())}
-    return all(peer in visible and torch.cuda.can_device_access_peer(device, visible[peer]) for peer in peers)
+    own = _device_key(device)
+
+    def can_read(peer: int) -> bool:
+        if peer == own:  # CUDA has no peer access of a GPU to itself, and torch maps no memory unless it is told to
+            return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
+        return peer in visible and torch.cuda.can_device_access_peer(device, visible[peer])
+
+    return all(can_read(peer) for peer in peers)
 
 
 def _open_peers(nbytes: int, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """TextGather and gather_rows: four processes over gloo, their slabs in shared memory, kernels in the interpreter.
 
-Run as a script this file is one rank: `python test_gather.py RANK FOLDER cpu|cuda`.
+Run as a script this file is one rank: `python test_gather.py RANK FOLDER NAME`, NAME one of SCRIPTS.
 """
 
 import json
@@ -9,17 +9,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from textlock.kernels import gather as gather_module
+from textlock.kernels.contrastive import contrastive_loss
 from textlock.kernels.gather import GatherProgress, TextGather, gather_rows, wait_for_rows
+from textlock.kernels.tiles import runs_tiles
 
 WORLD = 4
 STEPS = 5
@@ -285,6 +289,7 @@ def one_rank(rank: int, folder: Path) -> None:
 def run_steps_on_gpu(gathers: dict[int, TextGather], shape: tuple[int, int], dtype: torch.dtype) -> list[int]:
     """Gather in this process for one or both of two ranks, each with a stream; return the steps that went wrong."""
     streams = {rank: torch.cuda.Stream() for rank in gathers}
+    torch.cuda._sleep(1)  # CUDA loads a kernel at its first launch, which may wait for one of the other rank that spins
     wrong = []
     for step in range(STEPS):
         late = step % 2
@@ -326,14 +331,79 @@ def one_gpu_rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def run_ranks(world: int, device: str, folder: Path) -> list:
+def unit_rows(seed: int, rows: int, width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    # What float16 holds exactly, so that what is left is the arithmetic of the loss.
+    return F.normalize(torch.randn(rows, width, dtype=torch.float64, generator=generator)).half().double()
+
+
+def dense_loss(image: torch.Tensor, text: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
+    """Return loss and gradients of the whole batch in float64, from one matrix of logits."""
+    image, log_scale = image.clone().requires_grad_(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    logits, target = log_scale * image @ text.T, torch.arange(len(image))
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    loss.backward()
+    return {"loss": loss.detach(), "image": image.grad, "scale": log_scale.grad}
+
+
+LOSS_ROWS, LOSS_WIDTH = 130, 72  # two blocks of a rank, the second of two rows
+LOSS_CASES = [(mode, arriving) for mode in ("recompute", "store") for arriving in (False, True)]
+
+
+def one_rank_of_a_loss(rank: int, folder: Path, device: torch.device) -> None:
+    """Gather new text rows for every loss, as a step does, each rank late in turn; report errors by case."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    if device.type == "cpu":
+        use_shared_slabs(folder / "slabs", "aa", [0, 1])
+    gather = TextGather(group, (LOSS_ROWS, LOSS_WIDTH), torch.float16)
+    own = slice(rank * LOSS_ROWS, (rank + 1) * LOSS_ROWS)
+    told = []
+    for step, (mode, arriving) in enumerate(LOSS_CASES):
+        text = unit_rows(2 * step, 2 * LOSS_ROWS, LOSS_WIDTH)
+        everyone = F.normalize(unit_rows(2 * step + 1, len(text), LOSS_WIDTH) + 0.1 * text).half().double()
+        truth = dense_loss(everyone, text, 30.0)
+        image = everyone[own].to(device, torch.float32).requires_grad_()
+        scale = torch.tensor(30.0, device=device, requires_grad=True)
+        if device.type == "cuda" and step % 2 == rank:
+            torch.cuda._sleep(20_000_000)
+
+        handle = gather.start(text[own].to(device, torch.float16))
+        rows, progress = handle.arriving() if arriving else (handle.wait(), None)
+        loss = contrastive_loss(image, rows, scale, first_row=own.start, group=group, mode=mode, progress=progress)
+        loss.backward()
+        dist.all_reduce(scale.grad)
+
+        found = {"loss": loss.detach(), "image": image.grad, "scale": scale.grad}
+        truth["image"] = truth["image"][own]
+        errors = {name: (found[name].double().cpu() - exact).norm() / exact.norm() for name, exact in truth.items()}
+        told.append({
+            "gathered": torch.equal(handle.wait().cpu(), text.half()),
+            "progress": progress is not None,
+            "errors": {name: error.item() for name, error in errors.items()},
+        })  # fmt: skip
+    (folder / f"{rank}.json").write_text(json.dumps({"transport": gather.transport, "cases": told}))
+    dist.destroy_process_group()
+
+
+SCRIPTS = {
+    "cpu": one_rank,
+    "a gpu each": one_gpu_rank,
+    "a loss on a cpu": partial(one_rank_of_a_loss, device=torch.device("cpu")),
+    "a loss on one gpu": partial(one_rank_of_a_loss, device=torch.device("cuda", 0)),
+}
+
+
+def run_ranks(world: int, name: str, folder: Path) -> list:
     """Run this file as every rank and return what they wrote."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if "cpu" in name else "0", "OMP_NUM_THREADS": "1"}
+    if "one gpu" in name:
+        environment["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     logs = [folder / f"{rank}.log" for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w") as stream:
-            command = [sys.executable, __file__, str(rank), str(folder), device]
+            command = [sys.executable, __file__, str(rank), str(folder), name]
             processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment))
     deadline = time.monotonic() + 180
     try:
@@ -415,13 +485,60 @@ def test_gather_rows_compiles_into_one_graph(ranks):
         assert told["compiled"]["gradient"] < 1e-14
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus_read_each_other(tmp_path):
     if not torch.cuda.can_device_access_peer(0, 1):
         pytest.skip("needs two GPUs with peer access")
-    assert run_ranks(2, "cuda", tmp_path) == [[[[], "symmetric"]] * len(GPU_SHAPES)] * 2
+    assert run_ranks(2, "a gpu each", tmp_path) == [[[[], "symmetric"]] * len(GPU_SHAPES)] * 2
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a loss on a cpu",
+        pytest.param(
+            "a loss on one gpu",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(
+                    not runs_tiles(torch.empty(0, device="cuda" if torch.cuda.is_available() else "meta")),
+                    reason="needs a GPU of compute capability 9.0 or later",
+                ),
+            ],
+        ),
+    ],
+)
+def test_two_processes_gather_rows_and_find_the_loss_of_all(tmp_path, name):
+    """With the rows complete, and with rows that arrive while the loss reads them."""
+    for told in run_ranks(2, name, tmp_path):
+        assert told["transport"] == "symmetric"
+        assert len(told["cases"]) == len(LOSS_CASES)
+        for (mode, arriving), case in zip(LOSS_CASES, told["cases"], strict=True):
+            assert case["gathered"] and case["progress"] == arriving, (mode, arriving)
+            for quantity, bound in {"loss": 1e-5, "image": 1e-3, "scale": 5e-3}.items():
+                assert case["errors"][quantity] <= bound, (mode, arriving, quantity)
+
+
+def test_a_gpu_reads_itself_only_if_torch_is_told_to_allow_that(monkeypatch):
+    keys, access = [11, 22, 33], {(0, 1): True, (0, 2): False}
+    monkeypatch.setattr(gather_module, "_device_key", lambda device: keys[device.index])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(keys))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, peer: access[device.index, peer])
+    here = torch.device("cuda", 0)
+
+    def can_read(*peers):
+        return gather_module._can_read(here, list(peers))
+
+    monkeypatch.delenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", raising=False)
+    assert can_read(22) and not can_read(22, 33) and not can_read(44)
+    assert not can_read(11)
+    monkeypatch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+    assert can_read(11) and can_read(11, 22) and not can_read(11, 33)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("shape", "dtype"), GPU_SHAPES, ids=str)
 def test_two_ranks_on_one_gpu_run_side_by_side(monkeypatch, shape, dtype):
@@ -470,5 +587,4 @@ def test_rows_that_do_not_fit_are_an_error(rows, message):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run = one_rank if sys.argv[3] == "cpu" else one_gpu_rank
-    run(int(sys.argv[1]), Path(sys.argv[2]))
+    SCRIPTS[sys.argv[3]](int(sys.argv[1]), Path(sys.argv[2]))
