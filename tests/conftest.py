@@ -44,6 +44,18 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+ON_GPU = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")],
+)
+
+
+@pytest.fixture(params=["cpu", ON_GPU])
+def device(request) -> torch.device:
+    """Each device that this machine may have: what asks for it runs once on the CPU and once on the GPU."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory) -> SmallWorld:
     """Pack 200 demo pictures into shards, write a random text tower and a config for twelve steps."""

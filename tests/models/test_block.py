@@ -23,25 +23,25 @@ KINDS = {
 WIDTH, HEADS, HIDDEN, TOKENS = 16, 2, 12, 5
 
 
-def make_block(kind, *, seed=0, dtype=torch.float64, **arguments):
-    block = Block(WIDTH, HEADS, HIDDEN, norm_eps=1e-6, **KINDS[kind], **arguments)
+def make_block(kind, *, shape=(WIDTH, HEADS, HIDDEN), seed=0, dtype=torch.float64, **arguments):
+    block = Block(*shape, norm_eps=1e-6, **KINDS[kind], **arguments)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in block.parameters():
-            parameter.normal_(std=0.5, generator=generator)
+            parameter.normal_(std=2 / shape[0] ** 0.5, generator=generator)
     return block.to(dtype)
 
 
-def make_stream(*, first, dtype=torch.float64, images=3, seed=1):
+def make_stream(*, first, dtype=torch.float64, images=3, tokens=TOKENS, width=WIDTH, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((images, TOKENS, WIDTH), (images, TOKENS, WIDTH), (WIDTH,))
+    shapes = ((images, tokens, width), (images, tokens, width), (width,))
     x, branch, bias = (torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes)
     tensors = (x,) if first else (x, branch, bias)
     return Stream(*(tensor.requires_grad_() for tensor in tensors))
 
 
-def make_rope(images=None, seed=2):
-    shape = (TOKENS, WIDTH // HEADS // 2) if images is None else (images, TOKENS, WIDTH // HEADS // 2)
+def make_rope(images=None, *, tokens=TOKENS, head_dim=WIDTH // HEADS, seed=2):
+    shape = (tokens, head_dim // 2) if images is None else (images, tokens, head_dim // 2)
     angles = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
@@ -51,7 +51,7 @@ def outcome(block, stream, rope, **arguments):
     generator = torch.Generator().manual_seed(3)
     result = block(stream, rope, **arguments)
     total = result.total()
-    direction = torch.randn(total.shape, dtype=torch.float64, generator=generator).to(total.dtype)
+    direction = torch.randn(total.shape, dtype=torch.float64, generator=generator).to(total)
     inputs = {f"stream.{name}": value for name, value in stream._asdict().items() if value is not None}
     inputs |= dict(block.named_parameters())
     gradients = torch.autograd.grad((total * direction).sum(), list(inputs.values()))
@@ -289,21 +289,40 @@ def test_a_backward_pass_after_its_weights_have_changed_is_refused(tower):
         embeddings.float().sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["eva02", "layer-scale"])
-def test_low_precision_is_as_exact_as_torchs(kind):
+LOW_PRECISION = [
+    pytest.param("eva02", True, True, id="eva02, first block"),
+    pytest.param("eva02", False, True, id="eva02"),
+    pytest.param("eva02", False, False, id="eva02 without rope"),
+    pytest.param("gelu", True, False, id="gelu, first block"),
+    pytest.param("layer-scale", False, True, id="layer scale"),
+]
+
+
+@pytest.mark.parametrize(("kind", "first", "turned"), LOW_PRECISION)
+def test_low_precision_is_as_exact_as_torchs(device, kind, first, turned):
     """Both in bfloat16 with a float32 stream, against float64; the block may lose twice what the plain form loses."""
-    stream = make_stream(first=False, images=16)
-    truth = outcome(make_block(kind, implementation="plain"), stream, make_rope())
-    low = Stream(stream.x.detach().float(), stream.branch.detach().bfloat16(), stream.bias.detach().float())
-    for tensor in low:
-        tensor.requires_grad_()
-    errors = []
-    for form in ("plain", "fused"):
-        with torch.autocast("cpu", torch.bfloat16):
-            result = outcome(make_block(kind, implementation=form, dtype=torch.float32), low, make_rope())
-        errors.append({name: (value.double() - truth[name]).abs().max() for name, value in result.items()})
-    for name in truth:
-        assert errors[1][name] <= 2 * errors[0][name] + 1e-6 * truth[name].abs().max(), name
+    shape, tokens = (128, 2, 176), 37
+    rope = make_rope(tokens=tokens, head_dim=64) if turned else None
+    drawn = make_stream(first=first, images=5, tokens=tokens, width=shape[0])
+    types = (torch.float32, torch.bfloat16, torch.float32)
+    parts = [part.detach().to(dtype) for part, dtype in zip(drawn, types, strict=True) if part is not None]
+    exact_stream = Stream(*(part.double().requires_grad_() for part in parts))
+    low = Stream(*(part.to(device).requires_grad_() for part in parts))
+    truth = outcome(make_block(kind, shape=shape, implementation="plain"), exact_stream, rope)
+    rope = None if rope is None else rope.to(device)
+
+    def run(form, keep="all"):
+        block = make_block(kind, shape=shape, implementation=form, dtype=torch.float32).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            return outcome(block, low, rope, keep=keep)
+
+    plain, fused = run("plain"), run("fused")
+    for name, exact in truth.items():
+        error, bound = ((found[name].double().cpu() - exact).norm() for found in (fused, plain))
+        assert error <= 2 * bound + 1e-6 * exact.norm(), f"{name}: {error / exact.norm():.2e}"
+    for keep in TIERS[1:]:
+        again = run("fused", keep)
+        assert all(torch.equal(value, fused[name]) for name, value in again.items()), keep
 
 
 @pytest.mark.parametrize("residual", [None, torch.float32], ids=str)

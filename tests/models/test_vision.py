@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import timm
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from textlock.kernels.attention import rotate
+from textlock.models.block import ComputeCopies, Keep
 from textlock.models.vision import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -262,6 +264,45 @@ def test_runs_in_low_precision(kind, pooling):
     low = tower.bfloat16()(images)
     assert low.dtype == torch.bfloat16
     assert relative_error(low, truth) < 0.1
+
+
+def gradients_of(tower, images, keep="all"):
+    """Return embeddings in bfloat16 autocast and all gradients, those of the blocks' matrices from `main_grad`."""
+    matrices = {p for b in tower.blocks for p in b.parameters() if p.ndim == 2 and b.implementation == "fused"}
+    for parameter in tower.parameters():
+        parameter.grad = None
+        if parameter in matrices:
+            parameter.main_grad = torch.zeros_like(parameter)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=tower.patch_embed.weight.dtype == torch.float32):
+        embeddings = tower(images, keep=keep)
+    direction = torch.randn(embeddings.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    embeddings.backward(direction.to(embeddings))
+    found = {name: p.main_grad if p in matrices else p.grad for name, p in tower.named_parameters()}
+    return {"embeddings": embeddings.detach(), **found}
+
+
+@pytest.mark.parametrize("name", ["eva02", "vit-rope"])
+def test_bfloat16_loses_what_torch_loses(device, name):
+    """Heads of 64 channels, as the kernels have them; every tier, with and without copies of the weights."""
+    config = replace(KINDS[name], image_size=80, patch_size=16, width=128, hidden=176, rotary_grid=5, layer_scale=None)
+    images = torch.randint(0, 256, (6, 80, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+    def make(block, dtype=torch.float32):
+        tower = randomise(VisionTower(config, pooling="map", block=block))
+        return tower.to(device if dtype == torch.float32 else "cpu", dtype)
+
+    truth = gradients_of(make("plain", torch.float64), images)
+    images = images.to(device)
+    plain, tower = gradients_of(make("plain"), images), make("fused")
+    fused = gradients_of(tower, images)
+    for name, exact in truth.items():
+        error, bound = ((found[name].double().cpu() - exact).norm() for found in (fused, plain))
+        assert error <= 2 * bound + 1e-6 * exact.norm(), f"{name}: {error:.2e} of {exact.norm():.2e}"
+    copies = ComputeCopies(tower, torch.bfloat16)
+    for keep in get_args(Keep):
+        with copies:
+            again = gradients_of(tower, images, keep)
+        assert all(torch.equal(value, fused[name]) for name, value in again.items()), keep
 
 
 def test_rotation_is_done_in_float32():
