@@ -59,22 +59,40 @@ def whole_image(payload):
     return CropWindow(0, 0, header.height, header.width)
 
 
+def open_dali(device_id):
+    decoders = pytest.importorskip("textlock.data.dali", reason="DALI is not installed")
+    return decoders.DaliDecoder(32, threads=1, device_id=device_id, hw_decoder_load=0.65)
+
+
 @pytest.fixture(scope="module")
 def dali():
-    decoders = pytest.importorskip("textlock.data.dali", reason="DALI is not installed")
-    return decoders.DaliDecoder(32, threads=1, device_id=None, hw_decoder_load=0.65)
+    return open_dali(None)
 
 
-@pytest.mark.parametrize("name", [name for name, payload in GOOD.items() if payload.startswith(b"\xff\xd8")])
+def assert_decodes_as_ours(decoder, names, device):
+    payloads = [GOOD[name] for name in names]
+    windows = [whole_image(payload) for payload in payloads]
+    theirs = torch.empty(len(names), 32, 32, 3, dtype=torch.uint8, device=device)
+    decoder.decode(payloads, windows, theirs, range(len(names)))
+    for name, payload, window, image in zip(names, payloads, windows, theirs.cpu(), strict=True):
+        ours = torch.empty(32, 32, 3, dtype=torch.uint8)
+        crop_and_resize(decode_image(payload), window, ours)
+        difference = (ours.int() - image.int()).abs().float()
+        assert difference.mean() <= 0.35, name
+        # Bicubic overshoots at hard edges: torch clips it after each of its two passes, DALI once.
+        assert difference.max() <= (8 if name == "one pixel wide" else 1), name
+
+
+GOOD_JPEGS = [name for name, payload in GOOD.items() if payload.startswith(b"\xff\xd8")]
+
+
+@pytest.mark.parametrize("name", GOOD_JPEGS)
 def test_dali_makes_the_same_of_every_jpeg(name, dali):
-    payload = GOOD[name]
-    ours, theirs = torch.empty(32, 32, 3, dtype=torch.uint8), torch.empty(1, 32, 32, 3, dtype=torch.uint8)
-    crop_and_resize(decode_image(payload), whole_image(payload), ours)
-    dali.decode([payload], [whole_image(payload)], theirs, [0])
-    difference = (ours.int() - theirs[0].int()).abs().float()
-    assert difference.mean() <= 0.35
-    # Bicubic overshoots at hard edges: torch clips it after each of its two passes, DALI once.
-    assert difference.max() <= (8 if name == "one pixel wide" else 1)
+    assert_decodes_as_ours(dali, [name], "cpu")
+
+
+def test_dali_makes_the_same_of_a_batch(device):
+    assert_decodes_as_ours(open_dali(0 if device.type == "cuda" else None), GOOD_JPEGS, device)
 
 
 @pytest.mark.parametrize("name", [name for name, payload in DAMAGED.items() if payload.startswith(b"\xff\xd8")])

@@ -106,6 +106,15 @@ def test_a_batch(shards):
         )
 
 
+def test_batches_are_the_same_on_every_device(shards, device):
+    expected, found = take(settings(shards), 5), []
+    with open_loader(settings(shards), rank=0, world_size=1, device=device) as loader:
+        for batch in islice(loader, 5):
+            assert batch.images.device.type == batch.ids.device.type == device.type
+            found.append(replace(batch, images=batch.images.cpu(), ids=batch.ids.cpu()))
+    assert content(found) == content(expected)
+
+
 def test_every_sample_once_an_epoch(shards):
     with open_loader(settings(shards), rank=0, world_size=1) as loader:
         assert (loader.num_samples, loader.samples_per_epoch) == (37, 32)

@@ -1,11 +1,16 @@
 """The plan: the least time for running again what does not fit, and exact counts of what does."""
 
 import itertools
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
+from textlock.engine.config import LossConfig
+from textlock.engine.distributed import World
+from textlock.engine.objective import Objective
+from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
 from textlock.engine.plan import (
     Plan,
     Tier,
@@ -16,7 +21,8 @@ from textlock.engine.plan import (
     measure_activation_bytes,
     tier_costs,
 )
-from textlock.models.vision import VisionTower, build_vision_tower
+from textlock.engine.step import LargeBatchStep, autocast_for, text_dtype
+from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
 
 MEBI = 2**20
 OFF = torch.autocast("cpu", torch.bfloat16, enabled=False)
@@ -174,6 +180,74 @@ def test_fixed_bytes_count_the_optimiser_and_the_batches_ahead():
     assert fixed_bytes(tower, OFF, local_batch=64, global_batch=128) == least
     low = torch.autocast("cpu", torch.bfloat16)
     assert fixed_bytes(tower, low, local_batch=64, global_batch=128) == least + 2 * parameters
+
+
+class OneGpuStep:
+    """What a training run of a tower holds on a device, and the plan's words on it."""
+
+    def __init__(self, config, keep, *, images, micro_batch, device):
+        torch.manual_seed(0)
+        start = allocated(device)
+        tower = VisionTower(config).to(device)
+        objective = Objective(LossConfig(), texts=images, width=config.width, dtype=text_dtype(device), device=device)
+        self.optimizer = build_optimizer(tower, objective, OptimConfig(steps=1))
+        self.gradients = FlatGradients([*tower.parameters(), *objective.parameters()])
+        self.objective = objective
+        autocast = autocast_for(device, "bf16")
+        weights_and_gradients = allocated(device) - start
+        self.plan = choose_plan(
+            costs=tier_costs(tower, autocast),
+            local_batch=images,
+            micro_batch=micro_batch,
+            keep=keep,
+            memory_bytes=2**40,
+        )
+        beside = fixed_bytes(tower, autocast, local_batch=images, global_batch=images)
+        self.predicted = start + weights_and_gradients + beside + self.plan.activation_bytes
+        world = World(0, 1, device, None)
+        self.step = LargeBatchStep(
+            tower, objective, self.gradients, self.plan, masks_duplicates=False, world=world, autocast=autocast, seed=0
+        )
+        size = config.image_size
+        # Of the step in work, of the one queued behind it, and on its way to the one after.
+        self.images = [
+            torch.randint(0, 256, (images, size, size, 3), dtype=torch.uint8, device=device) for _ in range(3)
+        ]
+        self.text = torch.nn.functional.normalize(torch.randn(images, config.width, device=device), dim=-1)
+        self.ids = torch.arange(images, device=device)
+
+    def take(self, number):
+        self.gradients.zero()
+        result = self.step(number, self.images[number], self.text, self.ids)
+        self.gradients.clip(1.0)
+        self.optimizer.step()
+        return result.loss
+
+
+def allocated(device):
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+SHALLOW = replace(VISION_CONFIGS["eva02_base_patch16_224"], depth=6)
+
+
+def test_the_plan_foresees_the_peak_of_a_gpu(device):
+    """On a CPU, in small, only that every tier takes its steps; its references hold other things than the kernels."""
+    config, images = (SHALLOW, 128) if device.type == "cuda" else (VISION_CONFIGS["eva02_micro_patch8_32"], 8)
+    told = {}
+    for tier in get_args(Tier):
+        run = OneGpuStep(config, tier, images=images, micro_batch=images // 2, device=device)
+        assert run.plan.tiers == (tier,) * 2
+        assert run.take(0).isfinite()  # after which the optimiser has its moments, and cuBLAS its workspace
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        assert run.take(1).isfinite()
+        if device.type == "cuda":
+            told[tier] = torch.cuda.max_memory_allocated(device) / run.predicted
+        del run
+    for tier, share in told.items():
+        print(f"{tier:8} {share:.3f} of the predicted peak")
+    assert all(0.9 <= share <= 1.1 for share in told.values()), told
 
 
 def test_memory_is_the_setting_or_a_share_of_what_is_free():
