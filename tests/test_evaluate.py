@@ -20,7 +20,7 @@ def test_figures_are_those_of_the_run(small_world, trained):
     (during,) = records(trained / "evaluations.jsonl")
     for data, names in (("heldout", ("mean_recall@1", "text_to_image_recall@10")), ("classes", ("zero_shot_top1",))):
         folder = small_world.root / "data" / data
-        outcome = run("evaluate.py", "--checkpoint", str(trained), "--data", str(folder))
+        outcome = run("evaluate.py", "--checkpoint", str(trained), "--data", str(folder), "--device", "cpu")
         assert outcome.returncode == 0, outcome.stderr
         written = json.loads((trained / "evaluation.json").read_text())
         assert written["step"] == 2
@@ -35,9 +35,8 @@ def test_an_exported_folder_gives_the_same_figures(small_world, trained, tmp_pat
     outcome = run(*command)
     assert outcome.returncode == 0, outcome.stderr
     data, text = str(small_world.root / "data" / "heldout"), str(small_world.root / "text")
-    outcome = run(
-        "evaluate.py", "--checkpoint", str(exported), "--data", data, "--text", text, "--output", str(figures)
-    )
+    flags = ("--data", data, "--text", text, "--output", str(figures), "--device", "cpu")
+    outcome = run("evaluate.py", "--checkpoint", str(exported), *flags)
     assert outcome.returncode == 0, outcome.stderr
     (during,) = records(trained / "evaluations.jsonl")
     assert json.loads(figures.read_text())["mean_recall@1"] == pytest.approx(during["mean_recall@1"], abs=1e-9)

@@ -38,6 +38,10 @@ def train(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run("train.py", *arguments)
 
 
+def torchrun(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "train.py"]
+
+
 def losses(run_dir: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in records(run_dir / "metrics.jsonl")]
 
@@ -125,7 +129,7 @@ def test_stored_text_embeddings_give_the_losses_of_the_text_tower(small_world, w
     """To half precision: rounding a row moves the first loss by 2e-5 of it, and the steps after it learn from that."""
     rows = str(tmp_path / "rows")
     shards, text = str(small_world.root / "data" / "train"), str(small_world.root / "text")
-    made = run("-m", "textlock.data.embeddings", shards, "--tower", text, "--output", rows)
+    made = run("-m", "textlock.data.embeddings", shards, "--tower", text, "--output", rows, "--device", "cpu")
     assert made.returncode == 0, made.stderr
     outcome = train(*small_world.command(tmp_path / "run", "--data.text-embeddings", rows))
     assert outcome.returncode == 0, outcome.stderr
@@ -136,6 +140,48 @@ def test_stored_text_embeddings_give_the_losses_of_the_text_tower(small_world, w
     for (step, loss, norm), (_, other_loss, other_norm) in zip(one, other, strict=True):
         assert other_loss == pytest.approx(loss, rel=2e-3), step
         assert other_norm == pytest.approx(norm, rel=1e-2), step
+
+
+def go_on_without_the_last_checkpoint(run_dir: Path, copy: Path) -> None:
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "checkpoints" / "step_00000012")
+
+
+def test_a_run_learns_on_every_device_and_goes_on_bit_for_bit(small_world, tmp_path, device, request):
+    part, flags = tmp_path / "part", ("--device", device.type)
+    if device.type == "cpu":
+        whole = request.getfixturevalue("whole_run")
+    else:
+        whole = tmp_path / "whole"
+        outcome = train(*small_world.command(whole, *flags))
+        assert outcome.returncode == 0, outcome.stderr
+        outcome = run("evaluate.py", "--checkpoint", str(whole), "--data", str(small_world.root / "data" / "heldout"))
+        assert outcome.returncode == 0, outcome.stderr
+        (during,) = records(whole / "evaluations.jsonl")
+        evaluated = json.loads((whole / "evaluation.json").read_text())
+        assert evaluated["mean_recall@1"] == pytest.approx(during["mean_recall@1"], abs=1e-9)
+    found = losses(whole)
+    assert sum(loss for _, loss, _ in found[-4:]) < sum(loss for _, loss, _ in found[:4])
+    go_on_without_the_last_checkpoint(whole, part)
+    outcome = train(*small_world.command(part, *flags))
+    assert outcome.returncode == 0, outcome.stderr
+    assert "going on after step 8" in outcome.stdout
+    assert losses(part) == found and weights(part) == weights(whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and NCCL, which runs there alone")
+def test_a_sharded_run_of_one_rank_on_a_gpu_is_the_whole_one(small_world, tmp_path):
+    """FSDP keeps no main gradient, so weights' gradients are summed in another order."""
+    for sharding in ("replicated", "fsdp"):
+        flags = ("--device", "cuda", "--step.sharding", sharding)
+        outcome = run(*torchrun(1), *small_world.command(tmp_path / sharding, *flags))
+        assert outcome.returncode == 0, outcome.stderr
+    for (step, loss, norm), (_, other_loss, other_norm) in zip(
+        *(losses(tmp_path / sharding) for sharding in ("replicated", "fsdp")), strict=True
+    ):
+        assert other_loss == pytest.approx(loss, rel=2e-2), step
+        assert other_norm == pytest.approx(norm, rel=0.1), step
 
 
 def test_repeated_captions_are_counted(small_world, whole_run):
@@ -170,9 +216,7 @@ def world_with_bad_samples(small_world, tmp_path_factory) -> Path:
 
 
 def launch(processes: int) -> list[str]:
-    if processes == 1:
-        return ["train.py"]
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "train.py"]
+    return ["train.py"] if processes == 1 else torchrun(processes)
 
 
 @pytest.mark.slow
@@ -235,14 +279,12 @@ def test_two_processes_train_as_one(small_world, whole_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_sharded_run_is_the_replicated_one_and_goes_on_as_such(small_world, tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
     replicated, sharded, resumed = (tmp_path / name for name in ("replicated", "fsdp", "resumed"))
     for run_dir in (replicated, sharded):
         flags = ["--step.micro-batch", "4", "--step.sharding", run_dir.name]
-        outcome = run(*launch, *small_world.command(run_dir, *flags))
+        outcome = run(*torchrun(2), *small_world.command(run_dir, *flags))
         assert outcome.returncode == 0, outcome.stderr
-    shutil.copytree(sharded, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "step_00000012")
+    go_on_without_the_last_checkpoint(sharded, resumed)
     outcome = train(*small_world.command(resumed))
     assert outcome.returncode == 0, outcome.stderr
     assert "going on after step 8" in outcome.stdout

@@ -255,6 +255,7 @@ def test_a_damaged_file_is_named(shards, tower, damage, message):
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.gpu  # the command takes one where there is one
 def test_the_command(shards, tower_folder, capsys):
     options = embeddings.Options(shards=shards, tower=str(tower_folder), prefix="", max_length=16)
     embeddings.main(replace(options, rank=1, world_size=2))

@@ -333,6 +333,7 @@ def loads(name):
         return False
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: FusedAdam of Apex and Transformer Engine")
 @pytest.mark.parametrize("name", PACKAGES)
 def test_other_optimisers_walk_the_path_of_torchs(name, tmp_path):

@@ -216,6 +216,7 @@ def test_attention_is_never_cudnns(tower_folder, monkeypatch):
     assert torch.backends.cuda.cudnn_sdp_enabled() == before, "the image tower has its own choice"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the GPU's rows with the CPU's")
 def test_gpu_rows_equal_cpu_rows_up_to_bfloat16(tower_folder):
     rows = build_text_tower(tower_folder, device="cuda").encode(CAPTIONS)
