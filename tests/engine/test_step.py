@@ -181,7 +181,7 @@ def test_gradients_are_those_of_a_dense_float64_step(name, plan, device):
     )
     result, found = training.gradients_at(0)
     assert result.loss.item() == pytest.approx(expected_loss.item(), rel=1e-5 if device.type == "cpu" else 1e-4)
-    assert_gradients(found, expected, 1e-4 if device.type == "cpu" else 1e-2)
+    assert_gradients(found, expected, 1e-4 if device.type == "cpu" else 5e-3)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5])
