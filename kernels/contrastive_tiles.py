@@ -140,22 +140,23 @@ def sums_kernel(
 
         peak = tl.max(cosines, 1)  # [BLOCK_M]
         offset = rounded(peak * log2_scale)
-        exponential = tl.exp2(logits - offset[:, None])
+        # The headroom is in the exponent: a GPU's exp2 gives zero below 2^-126, where no factor brings it back.
+        exponential = tl.exp2(logits - (offset - HEADROOM)[:, None])
         at_row = n * row_stride + i
-        tl.store(row_sums + at_row, tl.sum(exponential, 1))
+        tl.store(row_sums + at_row, tl.sum(exponential, 1) * 2.0**-HEADROOM)
         tl.store(row_offsets + at_row, offset)
 
         if COLUMNS:
             at_column = m * column_stride + j
             top = tl.max(offset, 0)
-            column_sum = tl.sum(exponential * tl.exp2(offset - top)[:, None], 0)  # [BLOCK_N]
+            column_sum = tl.sum(exponential * tl.exp2(offset - top)[:, None], 0) * 2.0**-HEADROOM  # [BLOCK_N]
             tl.store(column_sums + at_column, column_sum)
             tl.store(column_offsets + at_column, tl.zeros_like(column_sum) + top)
             if PEAKS:
                 tl.store(row_peaks + at_row, peak)
                 tl.store(column_peaks + at_column, tl.max(cosines, 0))
         if STORE:
-            exponentials.store([m * BLOCK_M, n * BLOCK_N], encode(exponential * 2.0**HEADROOM))
+            exponentials.store([m * BLOCK_M, n * BLOCK_N], encode(exponential))
 
 
 @triton.jit
@@ -519,7 +520,7 @@ def sum_exponentials(
             STORE=store,
             PEAKS=peaks,
             PROGRESS=progress is not None,
-            HEADROOM=HEADROOM,
+            HEADROOM=HEADROOM if store else 0,
             **masks,
             **shape.constants(),
             **shape.options(),

@@ -216,6 +216,22 @@ def test_column_far_below_its_tile_is_summed_again():
 
 
 @pytest.mark.gpu
+def test_stored_exponentials_are_right_in_all_of_their_range():
+    """Far below 2^-126 of the highest of their row, the least that an exp2 of float32 can give."""
+    image, text = spread_apart()
+    arguments = (image.half(), text.half(), torch.tensor(300.0, device=DEVICE), None, 0)
+    stored = contrastive_tiles.sum_exponentials(*arguments, store=True, peaks=False).stored
+    logits = 300.0 / math.log(2) * image.double() @ text.double().T
+    below = logits - stored.offsets[:, : len(image)].double().repeat_interleave(stored.block_n, 0)[: len(text)].T
+    found = (stored.exponentials[:, : len(text)].int() & 0xFFFF) << 15
+    # Eight bits of mantissa, and cosines in float32 times 433.
+    right = (found.view(torch.float32) / (below + contrastive_tiles.HEADROOM).exp2() - 1).abs() < 2**-8
+    counted = (below > -125 - contrastive_tiles.HEADROOM) & ~torch.eye(len(image), dtype=torch.bool, device=DEVICE)
+    assert below[counted].min() < -160
+    assert right[counted].all()
+
+
+@pytest.mark.gpu
 def test_store_is_nan_rather_than_wrong_beyond_its_range():
     image, text = spread_apart()
     cosines = image.double() @ text.double().T
