@@ -383,6 +383,7 @@ def one_rank_of_a_loss(rank: int, folder: Path, device: torch.device) -> None:
             "errors": {name: error.item() for name, error in errors.items()},
         })  # fmt: skip
     (folder / f"{rank}.json").write_text(json.dumps({"transport": gather.transport, "cases": told}))
+    dist.barrier()  # neither takes its memory and its sockets away while the other is at work
     dist.destroy_process_group()
 
 
