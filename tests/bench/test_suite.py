@@ -318,6 +318,15 @@ def test_every_part_names_tests_that_there_are():
     assert len(set(paths)) == len(paths) and all((ROOT / path).exists() for path in paths)
 
 
+def test_every_test_of_a_gpu_belongs_to_a_part():
+    paths = [path for part in suite.PARTS["gpu"].values() for path in part.tests]
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
+    marked.remove(Path(__file__))
+    assert len(marked) > 15
+    for path in marked:
+        assert any(path.is_relative_to(ROOT / part) for part in paths), path
+
+
 def test_the_gpu_suite_fits_its_time():
     total = sum(part.seconds for part in suite.PARTS["gpu"].values()) + suite.SECONDS_OF_TESTS
     assert total + suite.LAST_SECONDS <= 60 * suite.MINUTES["gpu"]
