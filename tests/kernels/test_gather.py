@@ -283,6 +283,7 @@ def one_rank(rank: int, folder: Path) -> None:
         told["gather_rows"]["dtype"] = str(half.dtype)
 
     (folder / f"{rank}.json").write_text(json.dumps(told))
+    dist.barrier()  # a rank that is gone may take the connections of others with it
     dist.destroy_process_group()
 
 
@@ -406,7 +407,7 @@ def run_ranks(world: int, name: str, folder: Path) -> list:
         with log.open("w") as stream:
             command = [sys.executable, __file__, str(rank), str(folder), name]
             processes.append(subprocess.Popen(command, stdout=stream, stderr=stream, env=environment))
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     try:
         # One rank that fails leaves the others waiting for it.
         while time.monotonic() < deadline and not any(process.poll() for process in processes):
