@@ -2,7 +2,7 @@
 
     python -m textlock.bench.contrastive                             # the sizes that fit this device
     python -m textlock.bench.contrastive --batch 4096 --world 16     # one rank of 16: 4,096 images, 65,536 texts
-    python -m textlock.bench.contrastive --losses ours_chunked open_clip > bench/results/NAME.jsonl
+    python -m textlock.bench.contrastive --losses ours_chunked open_clip > losses.jsonl
     pytest bench/test_contrastive.py --benchmark-only                # the same figures through pytest-benchmark
 
 Rows are float32, the text rows are frozen, logit scale and bias are learnt. With `--world` the other ranks' share of

@@ -1,7 +1,7 @@
 """One exact step of a very large batch on a CPU: time, peak memory, and a check of its gradients.
 
     python -m textlock.bench.large_batch --batch 65536 --tower eva02_micro_patch8_32
-    python -m textlock.bench.large_batch --check 4096 >> bench/results/large_batch_cpu.jsonl
+    python -m textlock.bench.large_batch --check 4096     # compares a smaller step with float64
 
 Symmetric InfoNCE of random images against random text rows, through the step that training takes, without optimiser.
 The peak is that of the process, interpreter and libraries included. `--check` then runs a smaller batch with the same

@@ -1,7 +1,7 @@
 """Images a second of the loader, beside those of other projects, on the same shards with the same crop.
 
     python -m textlock.bench.loader                                    # every loader that this machine can run
-    python -m textlock.bench.loader --loaders ours_cpu webdataset_pil --sizes 256 > bench/results/NAME.jsonl
+    python -m textlock.bench.loader --loaders ours_cpu webdataset_pil --sizes 256 > loaders.jsonl
     python -m textlock.bench.loader --tower eva02_base_patch16_224     # while that tower trains on the batches
     python -m textlock.bench.loader --memory-samples 200000            # is the memory of a long run flat?
 

@@ -53,7 +53,7 @@ NAMES = {
     "eager": "the same in plain torch",
     "timm": "timm",
     "ours_cpu": "**textlock, `cpu`**",
-    "ours_dali": "**textlock, `dali`**",
+    "ours_dali": "**textlock, `dali`** on its CPU operators",
     "webdataset_pil": "webdataset and PIL, as in open_clip",
     "webdataset_torchvision": "webdataset and torchvision, uint8",
 }
@@ -124,7 +124,7 @@ def of_candidates(contest: Contest, figure: str, columns: tuple[str, ...], cells
 def times_and_memory(contest: Contest, figure: str) -> str:
     def cells(line: Line) -> list[str]:
         floor = f"{line['percent_of_floor']:.0f}"
-        return [time_of(line), spread_of(line), floor, f"{line['peak_bytes'] / 2**20:.0f}"]
+        return [time_of(line), spread_of(line), floor, f"{line['peak_bytes'] / 2**20:,.0f}"]
 
     return of_candidates(contest, figure, ("ms", "± %", "% of floor", "peak MiB"), cells)
 
@@ -226,9 +226,12 @@ def gpu(source: Source | None) -> str:
         {head["versions"]["triton"]}, commit {", ".join(sorted(commits))}), {passed:,} GPU tests passed and {failed}
         failed. Written by `make gpu-check` to {source.origin}.
         """
-    picture = f"![times as multiples of the floor](bench/results/{source.path.stem}.svg)"
     tables = (table(source.lines) for table in (ceilings_table, comparison_table, profile_table))
-    return "\n\n".join((paragraph(above), picture, *filter(None, tables)))
+    return "\n\n".join((paragraph(above), picture(source), *filter(None, tables)))
+
+
+def picture(source: Source) -> str:
+    return f"![times as multiples of the floor on {source.head['device']}](bench/results/{source.path.stem}.svg)"
 
 
 def blocks(results: Path) -> dict[str, str]:
@@ -243,6 +246,7 @@ def blocks(results: Path) -> dict[str, str]:
         "loader": loader(cpu),
         "large batch": large_batch(cpu),
         "tier": tiers(cpu),
+        "cpu": f"On two CPU cores, ours beside its peers ({cpu.origin}):\n\n{picture(cpu)}",
         "gpu": gpu(newest(results, gpu=True)),
     }
 
@@ -266,6 +270,7 @@ def draw(source: Source, path: Path) -> None:
     """Draw the times of a file's contests as multiples of their floors, ours beside every peer."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     shown = [c for c in contests(source.lines) if c.part in ("loss", "kernels", "block", "tower", "step", "loader")]
     shown = [c for c in shown if c.ours is not None and "floor_ms" in c.ours]
@@ -278,7 +283,7 @@ def draw(source: Source, path: Path) -> None:
         title = f"{contest.operation.replace('_', ' ')}, {contest.data}"
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axes.text(
-            0, at, title, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="center", bbox=behind
+            0.006, at, title, transform=axes.get_yaxis_transform(), fontsize=8, weight="bold", va="center", bbox=behind
         )
         at += 1
         for line in sorted(contest.measured.values(), key=lambda r: r["ms"]):
@@ -296,6 +301,9 @@ def draw(source: Source, path: Path) -> None:
     axes.set_ylim(at, -0.8)
     axes.set_xscale("log")
     axes.set_xlim(0.8, None)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda multiple, _: f"{multiple:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.12)
     axes.set_xlabel("time, as a multiple of the floor measured in the same run", fontsize=8)
     axes.tick_params(axis="x", labelsize=7)
