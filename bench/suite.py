@@ -135,7 +135,7 @@ PARTS = {
                     " eager sdpa_flash sdpa_cudnn flash_attn flash_attn_4 timm"
                 ),
                 command(
-                    "block --only kernels block --micro-batch 512 --seconds 0.2 --candidates ours ours_all compiled"
+                    "block --only block kernels --micro-batch 512 --seconds 0.2 --candidates ours ours_all compiled"
                 ),
             ),
             (
@@ -225,19 +225,21 @@ class Clocks:
     def __init__(self) -> None:
         self._seen: list[tuple[float, ...]] = []
         flags = [f"--query-gpu={self.QUERY}", "--format=csv,noheader,nounits", "--loop-ms=500", "--id=0"]
+        reader, writer = os.openpty()  # a terminal, for which programs print every line at once
         try:
-            self._process = subprocess.Popen(
-                ["nvidia-smi", *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
+            self._process = subprocess.Popen(["nvidia-smi", *flags], stdout=writer, stderr=subprocess.DEVNULL)
         except OSError:  # it is named among what is missing
-            return
-        threading.Thread(target=self._read, daemon=True).start()
+            os.close(reader)
+        else:
+            threading.Thread(target=self._read, args=(reader,), daemon=True).start()
+        finally:
+            os.close(writer)
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with contextlib.suppress(ValueError):  # "[N/A]", or the last, cut line
-                self._seen.append(tuple(map(float, line.split(","))))
+    def _read(self, reader: int) -> None:
+        with open(reader) as lines, contextlib.suppress(OSError):  # which is how a terminal ends
+            for line in lines:
+                with contextlib.suppress(ValueError):  # "[N/A]", or the last, cut line
+                    self._seen.append(tuple(map(float, line.split(","))))
 
     def since(self, first: int) -> dict[str, list[float]]:
         """Return lowest, median and highest of what was seen since look number ``first``."""
