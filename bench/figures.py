@@ -90,7 +90,7 @@ class Report:
 
     def close(self, notes: Sequence[str] = ()) -> None:
         """Print the table, ``notes``, what was left out and faults of ours; exit status 1 if there are any."""
-        Console(stderr=True, width=160).print(self._table)
+        Console(stderr=True, width=200).print(self._table)
         for note in notes:
             print(note, file=sys.stderr)
         for why, names in self._absent.items():

@@ -13,6 +13,7 @@ loader on stdout, a table on stderr; exit status 1 if ours is wrong or fails. Im
 processes: on a machine that does other work too they are the steadier figure.
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -325,8 +326,10 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def decoding_alone(decoder: Decoder, shards: Shards, options: Options) -> float:
-    """Return the images a second that are decoded, whole, from memory, with nothing done to them."""
+def decoding_alone(decoder: Decoder, shards: Shards, options: Options) -> float | None:
+    """Return the images a second that are decoded, whole, from memory; None where nothing here decodes on the GPU."""
+    if on_gpu(decoder) and not dali_is_installed():
+        return None
     pictures, decoded = list(shards.pictures.values()), 0
     decode = decode_on_gpu(options.workers) if on_gpu(decoder) else decode_in_threads(options.workers)
     some = [pictures[number % len(pictures)] for number in range(DALI_BATCH)]
@@ -340,6 +343,13 @@ def decoding_alone(decoder: Decoder, shards: Shards, options: Options) -> float:
 
 def on_gpu(decoder: Decoder) -> bool:
     return decoder == "dali" and torch.cuda.is_available()
+
+
+def dali_is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def decode_in_threads(workers: int) -> Callable[[list[bytes]], object]:
@@ -392,15 +402,16 @@ def device_bytes(device: torch.device) -> int | None:
     return total - free
 
 
-def published(name: str, shards: Shards, options: Options, floor: float) -> Outcome:
-    """Return what is published of a loader whose decoder alone reaches ``floor`` images a second."""
+def published(name: str, shards: Shards, options: Options, floor: float | None) -> Outcome:
+    """Return what is published of a loader whose decoder alone reaches ``floor`` images a second, if that is known."""
     torch.set_num_threads(1)
     difference = check(name, shards, options)
     rates = measure(name, shards, options)
+    if floor is not None:
+        rates["floor_ms"] = 1e3 * options.batch / floor
+        rates["percent_of_floor"] = 100 * rates["images_per_second"] / floor
     return {
         **rates,
-        "floor_ms": 1e3 * options.batch / floor,
-        "percent_of_floor": 100 * rates["images_per_second"] / floor,
         "skipped": skipped_share(name, shards, options),
         "errors": {"grey_levels": difference},
     }
@@ -491,9 +502,9 @@ def main(options: Options) -> None:
         with tempfile.TemporaryDirectory() as folder:
             shards = write_shards(Path(folder), options.samples, width, height, options.bad)
             kilobytes = sum(map(len, shards.pictures.values())) / len(shards.pictures) / 1000
-            floors: dict[bool, float] = {}  # by where the decoder runs
+            floors: dict[bool, float | None] = {}  # by where the decoder runs
 
-            def work(name: str, shards: Shards = shards, floors: dict[bool, float] = floors) -> Outcome:
+            def work(name: str, shards: Shards = shards, floors: dict[bool, float | None] = floors) -> Outcome:
                 decoder = CANDIDATES[name].decodes_by
                 if on_gpu(decoder) not in floors:
                     floors[on_gpu(decoder)] = in_a_process(decoding_alone, decoder, shards, options)

@@ -287,7 +287,8 @@ def draw(source: Source, path: Path) -> None:
         )
         at += 1
         for line in sorted(contest.measured.values(), key=lambda r: r["ms"]):
-            floor = contest.ours["floor_ms"] if contest.ours else line["floor_ms"]
+            assert contest.ours is not None
+            floor = contest.ours["floor_ms"]
             ours = is_ours(line["candidate"])
             axes.barh(at, line["ms"] / floor, height=0.8, color="#1f5fa8" if ours else "#c3c9d1")
             axes.text(line["ms"] / floor * 1.02, at, number(line["ms"]) + " ms", fontsize=7, va="center")

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import sys
 import time
 from dataclasses import replace
 
@@ -82,7 +83,7 @@ def test_a_loader_that_is_wrong_has_no_figures(shards, monkeypatch):
 
 
 def test_a_missing_peer_is_named(shards, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(Unavailable, match="webdataset is not installed"):
         bench.published("webdataset_pil", shards, TINY, 1.0)
 
@@ -104,6 +105,15 @@ def test_a_process_ends_with_its_time(capsys):
     (line,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert line["failed"] == "time limit"
     assert not multiprocessing.active_children()
+
+
+def test_without_dali_nothing_is_known_of_decoding_on_a_gpu(shards, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    assert bench.decoding_alone("dali", shards, TINY) is None
+    monkeypatch.undo()
+    outcome = bench.published("ours_cpu", shards, TINY, None)
+    assert "floor_ms" not in outcome and outcome["images_per_second"] > 0
 
 
 def test_decoding_alone_decodes_every_picture(shards, monkeypatch):
