@@ -515,13 +515,13 @@ def importable(name: str) -> bool:
         return False
 
 
-def driver_version() -> str | None:
-    """Return the version of the GPU's driver, None where nvidia-smi is missing."""
+def driver_version() -> str:
+    """Return the version of the GPU's driver, "unknown" where nvidia-smi is missing."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return "unknown"
 
 
 @contextlib.contextmanager
