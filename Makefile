@@ -32,6 +32,7 @@ lint: $(VENV)/.installed-test
 HERE := $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
 
 gpu-check:
+	@$(HERE) -c "import torch" 2>/dev/null || { echo "error: $(HERE) has no torch: make test makes .venv with it, or name another by PYTHON=" >&2; exit 1; }
 	@PYTHONPATH="$(CURDIR)/.dev$(if $(PYTHONPATH),:$(PYTHONPATH))" $(HERE) -m textlock.bench.suite --on gpu $(ARGS)
 
 bench: $(VENV)/.installed-test
