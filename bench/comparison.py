@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -11,17 +12,14 @@ import torch
 from torch import Tensor
 
 from textlock.bench.ceilings import TOLERANCE, Ceilings
-from textlock.bench.figures import TIME_LIMIT, one_line
+from textlock.bench.figures import Outcome, one_line, outcome_of
 from textlock.bench.measure import (
     Spread,
-    TimeUp,
-    Unavailable,
     Wrong,
     check_compiler,
     interleaved_times,
     peak_bytes,
     release,
-    time_limit,
 )
 from textlock.bench.records import is_ours
 from textlock.engine.provenance import device_name
@@ -193,24 +191,15 @@ def measure(
     release(device)
     ready: dict[str, Callable[[], object]] = {}
     errors: dict[str, dict[str, float]] = {}
+
+    def prepare(name: str) -> Outcome:
+        candidate, errors[name] = check(comparison, name)
+        ready[name] = candidate.run
+        return {}
+
     for name in names:
-        outcome: dict[str, Any] | None = None
-        try:
-            with time_limit(end - time.monotonic()):
-                candidate, errors[name] = check(comparison, name)
-            ready[name] = candidate.run
-            del candidate
-        except Unavailable as reason:
-            outcome = {"absent": str(reason)}
-        except Wrong as wrong:
-            outcome = {"wrong": wrong.errors}
-        except TimeUp:
-            outcome = {"failed": TIME_LIMIT}
-        except Exception as error:  # of a compiler or a library: the others still have figures
-            outcome = {"failed": one_line(error)}
-        if outcome is not None:
-            yield name, outcome
-            release(device)
+        if why_not := outcome_of(partial(prepare, name), device, end - time.monotonic()):
+            yield name, why_not
 
     try:
         times = interleaved_times(ready, seconds, device)
