@@ -13,7 +13,6 @@ loader on stdout, a table on stderr; exit status 1 if ours is wrong or fails. Im
 processes: on a machine that does other work too they are the steadier figure.
 """
 
-import importlib.util
 import io
 import json
 import os
@@ -37,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from textlock.bench.figures import Outcome, Report, cell, outcome_of, timing_cells
-from textlock.bench.measure import Spread, TimeUp, Unavailable, Wrong, device_of_this_machine
+from textlock.bench.measure import Spread, TimeUp, Unavailable, Wrong, device_of_this_machine, importable
 from textlock.bench.records import is_ours
 from textlock.data.images import decode_image
 from textlock.data.loader import DataConfig, Loader, open_loader
@@ -328,7 +327,7 @@ def wait_for(device: torch.device) -> None:
 
 def decoding_alone(decoder: Decoder, shards: Shards, options: Options) -> float | None:
     """Return the images a second that are decoded, whole, from memory; None where nothing here decodes on the GPU."""
-    if on_gpu(decoder) and not dali_is_installed():
+    if on_gpu(decoder) and not importable("nvidia.dali"):
         return None
     pictures, decoded = list(shards.pictures.values()), 0
     decode = decode_on_gpu(options.workers) if on_gpu(decoder) else decode_in_threads(options.workers)
@@ -343,13 +342,6 @@ def decoding_alone(decoder: Decoder, shards: Shards, options: Options) -> float 
 
 def on_gpu(decoder: Decoder) -> bool:
     return decoder == "dali" and torch.cuda.is_available()
-
-
-def dali_is_installed() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
 
 
 def decode_in_threads(workers: int) -> Callable[[list[bytes]], object]:

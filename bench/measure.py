@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import util
 from types import FrameType
 from typing import Any
 
@@ -64,6 +65,14 @@ class Spread:
 
 def device_of_this_machine() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def importable(name: str) -> bool:
+    """Return whether a package or module is there, without importing it."""
+    try:
+        return util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it is part of
+        return False
 
 
 def check_compiler(device: torch.device) -> None:

@@ -36,12 +36,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from textlock.bench.measure import importable
 from textlock.bench.records import Line, Results, ceilings_table, comparison_table, is_ours, profile_table
 from textlock.engine.provenance import commit, device_name, processor_name, versions
 
@@ -270,7 +270,7 @@ class Ended:
         return "complete" if self.status == 0 else f"exit status {self.status}"
 
 
-def run_process(arguments: Sequence[str], limit: float, take: Callable[[Line], object]) -> Ended:
+def run_process(arguments: Sequence[str], limit: float, take: Callable[[Line], object], **environment: str) -> Ended:
     """Run a program and hand on the lines of JSON that it prints; its other output goes to stderr.
 
     It is killed, with all that it started, after ``limit`` seconds.
@@ -282,7 +282,7 @@ def run_process(arguments: Sequence[str], limit: float, take: Callable[[Line], o
         text=True,
         errors="replace",
         start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
     )
     late = threading.Event()
 
@@ -398,12 +398,8 @@ class Suite:
         say(f"compute-sanitizer: {limit:.0f} s at most")
         tests = ("-m", "pytest", "-m", "gpu and memcheck", "-q", "-x", "-p", "no:cacheprovider", "tests/kernels")
         arguments = [program, "--tool", "memcheck", "--error-exitcode", "66", sys.executable, *tests]
-        os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         start = time.monotonic()
-        try:
-            ended = run_process(arguments, limit, lambda line: None)
-        finally:
-            del os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"]
+        ended = run_process(arguments, limit, lambda line: None, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         seconds = round(time.monotonic() - start, 1)
         self.results.parts["sanitizer"] = {"status": str(ended), "seconds": seconds, "commit": commit()}
         self.results.write()
@@ -438,13 +434,13 @@ class Suite:
     def run_command(self, part: str, command: Command, limit: float, ceilings: Path) -> str:
         """Run one benchmark and return how it ended."""
         if lacking := [package for package in command.needs if package in self.missing]:
-            return self.noted(f"left out: {', '.join(lacking)} is missing")
+            return noted(f"left out: {', '.join(lacking)} is missing")
         if limit < LEAST_SECONDS:
-            return self.noted("left out: no time was left")
+            return noted("left out: no time was left")
         arguments = [sys.executable, "-m", command.module, *command.arguments]
         if "ceilings" in command.takes:
             if not ceilings.exists():
-                return self.noted("left out: there are no ceilings")
+                return noted("left out: there are no ceilings")
             arguments += ["--ceilings", str(ceilings)]
         if "limit" in command.takes:
             arguments += ["--limit", f"{max(1.0, limit - GRACE):.0f}"]
@@ -463,10 +459,6 @@ class Suite:
         if ended.status != 0 and not ended.late:
             self.faults.append(f"{part}: {' '.join(arguments[2:])} ended with {ended}")
         return str(ended)
-
-    def noted(self, state: str) -> str:
-        say(state)
-        return state
 
     def close(self) -> None:
         """Print the table and everything that went wrong."""
@@ -498,6 +490,11 @@ def say(what: str) -> None:
     print(f"--- {what}", file=sys.stderr, flush=True)
 
 
+def noted(state: str) -> str:
+    say(state)
+    return state
+
+
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -506,13 +503,6 @@ def missing(kind: str) -> dict[str, str]:
     """Return the packages and programs that are not there, and what for."""
     packages = {name: use for name, use in WANTED[kind].items() if not importable(name)}
     return packages | {name: use for name, use in PROGRAMS[kind].items() if shutil.which(name) is None}
-
-
-def importable(name: str) -> bool:
-    try:
-        return util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it is part of
-        return False
 
 
 def driver_version() -> str:
@@ -548,7 +538,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.minutes <= 0:
         parser.error("--minutes must be positive")
     if unknown := set(options.only or ()) - PARTS[options.on].keys():
-        parser.error(f"there is no {', '.join(sorted(unknown))} on a {options.on}; choose from {', '.join(names)}")
+        known = ", ".join(name for name in PARTS[options.on] if name != "ceilings")
+        parser.error(f"there is no {', '.join(sorted(unknown))} on a {options.on}; choose from {known}")
     options.only = options.only or list(PARTS[options.on])
     return options
 

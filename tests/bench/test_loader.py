@@ -109,7 +109,7 @@ def test_a_process_ends_with_its_time(capsys):
 
 def test_without_dali_nothing_is_known_of_decoding_on_a_gpu(shards, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "importable", lambda name: False)
     assert bench.decoding_alone("dali", shards, TINY) is None
     monkeypatch.undo()
     outcome = bench.published("ours_cpu", shards, TINY, None)

@@ -279,7 +279,10 @@ def test_without_a_gpu_it_says_so_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--on", "cpu", "--only", "gather"], "there is no gather on a cpu; choose from"),
+        (
+            ["--on", "cpu", "--only", "gather"],
+            "there is no gather on a cpu; choose from loss, tower, loader, plan, large_batch\n",
+        ),
         (["--on", "gpu", "--only", "los"], "invalid choice"),
         (["--on", "gpu", "--minutes", "0"], "--minutes must be positive"),
     ],
