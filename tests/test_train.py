@@ -386,7 +386,7 @@ def test_a_run_against_another_text_tower_is_refused(small_world, whole_run, tmp
     captions = str(small_world.root / "data" / "captions.txt")
     made = run(
         "-m",
-        "textlock.models.text",
+        "textlock.demo.text_tower",
         "--captions",
         captions,
         "--output",

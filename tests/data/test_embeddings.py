@@ -14,7 +14,8 @@ from textlock.data.embeddings import StoredText, encode_shards, file_name, read_
 from textlock.data.images import BadSample
 from textlock.data.loader import DataConfig, open_loader
 from textlock.data.shards import index_shards, open_index
-from textlock.models.text import build_text_tower, write_random_text_tower
+from textlock.demo.text_tower import write_random_text_tower
+from textlock.models.text import build_text_tower
 
 from .test_loader import jpeg, write_shards
 
