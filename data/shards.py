@@ -47,6 +47,7 @@ import torch
 import tyro
 from PIL import Image
 
+from .atomic import atomic_file, atomic_folder
 from .cache import CachedShards, FetchError, Lease, RemoteFile, RemoteFolder, ShardCache, is_remote
 from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption
 from .images import (
@@ -58,7 +59,6 @@ from .images import (
     crop_and_resize,
     decode_image,
 )
-from .publish import published_file, published_folder
 from .tar import BLOCK, DamagedTar, Problem, TarSample, header_name, read_members, read_samples, split_key
 
 INDEX_NAME = "index.textlock"
@@ -219,7 +219,7 @@ def index_shards(folder: Path, *, workers: int = 1) -> IndexReport:
     entries: list[_TableEntry] = []
     problems: list[Problem] = []
     empty: list[str] = []
-    with published_file(folder / INDEX_NAME) as file, _processes(min(workers, len(shards))) as run:
+    with atomic_file(folder / INDEX_NAME) as file, _processes(min(workers, len(shards))) as run:
         file.seek(records_offset)
         for entry, records, found in run(_index_shard, shards):
             problems += found
@@ -720,7 +720,7 @@ def pack_shards(
         raise ValueError(f"samples_per_shard is {samples_per_shard}: it must be at least 1")
     if not images.is_dir():
         raise FileNotFoundError(f"no folder {images}: name the folder of the images")
-    with published_folder(output) as draft:
+    with atomic_folder(output) as draft:
         samples = _load_samples(images, captions, reencoding, workers)
         report = _write_shards(samples, captions, draft, samples_per_shard, skip_bad)
         index_shards(draft)
@@ -740,7 +740,7 @@ def repack_shards(source: Path, output: Path, reencoding: Reencoding, *, workers
     """
     shards = list_shards(source)
     skipped: list[Problem] = []
-    with published_folder(output) as draft:
+    with atomic_folder(output) as draft:
         with _processes(min(workers, len(shards))) as run:
             for problems in run(_ShardRepacking(draft, reencoding), shards):
                 skipped += problems
@@ -1062,7 +1062,7 @@ def _verify(
     if output is None:
         report = verify_shards(shards, on_problem=_show, **arguments)
     else:
-        with published_file(output) as file:
+        with atomic_file(output) as file:
 
             def record(problem: Problem) -> None:
                 _show(problem)

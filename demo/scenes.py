@@ -33,7 +33,7 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from ..data.publish import published_folder
+from ..data.atomic import atomic_folder
 from ..data.shards import pack_shards
 
 T = TypeVar("T")
@@ -371,7 +371,7 @@ def write_scenes(
     for name, value in (("train", train), ("heldout", heldout), ("per-class", per_class), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, must be at least 1")
-    with published_folder(output) as draft, ProcessPoolExecutor(workers) as pool:
+    with atomic_folder(output) as draft, ProcessPoolExecutor(workers) as pool:
         captions = write_split(draft, seed, "train", range(train), pool)
         write_split(draft, seed, "heldout", distinct_indices(seed, heldout), pool)
         list(pool.map(partial(write_class, draft, seed, per_class), range(len(ALL_PAIRS))))

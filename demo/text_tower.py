@@ -16,7 +16,7 @@ import tyro
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import NomicBertConfig, NomicBertModel, PreTrainedTokenizerFast
 
-from ..data.publish import published_folder
+from ..data.atomic import atomic_folder
 from ..models.text import quiet_transformers
 
 
@@ -74,7 +74,7 @@ def write_random_text_tower(
     # A random token type would be one large vector added to every word: all captions would come out nearly alike.
     torch.nn.init.zeros_(model.embeddings.token_type_embeddings.weight)
 
-    with published_folder(Path(folder)) as draft, quiet_transformers():
+    with atomic_folder(Path(folder)) as draft, quiet_transformers():
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
