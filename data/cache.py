@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import fsspec
+import tenacity
 from filelock import FileLock, Timeout
 from fsspec.callbacks import Callback
 
@@ -118,8 +119,6 @@ class RemoteFolder:
 
     def _try(self, name: str, action: Callable[[], T]) -> T:
         """Return what ``action`` returns; try again, with growing pauses, where that may help."""
-        import tenacity  # here, so that shards in a folder are read without it
-
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_ATTEMPTS) | tenacity.stop_when_event_set(self._closed),
             wait=tenacity.wait_random_exponential(multiplier=_BACK_OFF, max=30),

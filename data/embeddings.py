@@ -41,7 +41,8 @@ import tyro
 from .atomic import atomic_file
 from .captions import caption_id
 from .images import BadSample
-from .shards import ShardIndex, ShardReader, open_index
+from .index import ShardIndex, open_index
+from .reader import ShardReader
 from .tar import Problem
 
 if TYPE_CHECKING:

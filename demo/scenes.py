@@ -34,7 +34,7 @@ import tyro
 from PIL import Image, ImageDraw
 
 from ..data.atomic import atomic_folder
-from ..data.shards import pack_shards
+from ..data.pack import pack_shards
 
 T = TypeVar("T")
 Point = tuple[float, float]

@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from textlock.data.index import index_shards
 from textlock.data.loader import open_loader
-from textlock.data.shards import index_shards
 from textlock.engine.config import parse_config
 
 from .conftest import ONE_THREAD, ROOT, records, run

@@ -1,11 +1,9 @@
 import hashlib
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -17,18 +15,19 @@ from itertools import islice
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
-from PIL import Image
+import tenacity
 
 from textlock.data import cache as module
-from textlock.data import shards as shards_module
+from textlock.data import index as index_module
 from textlock.data.cache import FetchError, RemoteFile, RemoteFolder, ShardCache
 from textlock.data.evaluation import iterate_shards
+from textlock.data.index import INDEX_NAME, index_shards, open_index
 from textlock.data.loader import DataConfig, open_loader
-from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_index, verify_shards
+from textlock.data.reader import ShardReader
+from textlock.data.verify import verify_shards
 
-tenacity = pytest.importorskip("tenacity")
+from .tars import write_shards, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -39,20 +38,7 @@ def no_pauses(monkeypatch):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """Nine shards of four samples."""
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    folder.mkdir()
-    for shard in range(9):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(4 * shard, 4 * shard + 4):
-                buffer = io.BytesIO()
-                pixels = np.random.default_rng(number).integers(0, 256, (24, 30, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(buffer, "JPEG")
-                for suffix, content in (("jpg", buffer.getvalue()), ("txt", f"caption {number}".encode())):
-                    info = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    index_shards(folder)
-    return folder
+    return write_shards(tmp_path_factory.mktemp("data") / "shards", [4] * 9)
 
 
 class Server:
@@ -226,7 +212,7 @@ def test_impossible_settings(memory, tmp_path):
 
 
 def test_evaluation_reads_remote_shards_too(shards, memory, tmp_path, monkeypatch):
-    monkeypatch.setattr("textlock.data.shards.DEFAULT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("textlock.data.index.DEFAULT_CACHE_DIR", str(tmp_path))
     keys = [key for batch in iterate_shards(memory, 16, batch_size=5) for key in batch.keys]
     assert keys == [f"{number:09d}" for number in range(36)]
 
@@ -288,15 +274,14 @@ def test_an_index_that_names_files_elsewhere_is_refused(name, memory, tmp_path, 
     folder = tmp_path / "evil"
     folder.mkdir()
     stand_in = folder / ("x" * (len(name) - 4) + ".tar")
-    with tarfile.open(stand_in, "w") as tar:
-        tar.addfile(tarfile.TarInfo("a.jpg"))
-    read_shard = shards_module._index_shard
+    write_tar(stand_in, [("a.jpg", b"")])
+    read_shard = index_module._index_shard
 
     def lie(path):
         entry, records, problems = read_shard(path)
         return replace(entry, name=name), records, problems
 
-    monkeypatch.setattr(shards_module, "_index_shard", lie)
+    monkeypatch.setattr(index_module, "_index_shard", lie)
     index_shards(folder)
     fsspec.filesystem("memory").pipe_file(f"/shards/{INDEX_NAME}", (folder / INDEX_NAME).read_bytes())
     with pytest.raises(FileNotFoundError, match=r"names '.*' with 1 samples, which is no shard"):
