@@ -1,6 +1,6 @@
 """Reads the samples of indexed shards: their bytes, as they are in the tar.
 
-What is read is compared with the index, so that a shard that has changed gives bad samples and not other ones.
+Keys and captions are compared with the index: a shard that has changed gives bad samples, not wrong ones.
 """
 
 import os
@@ -22,7 +22,7 @@ _OPEN_FILES = 256
 
 
 class _Descriptor:
-    """An open file, closed when the last thread that reads from it lets go."""
+    """An open file, closed when no thread reads from it any more."""
 
     def __init__(self, path: Path) -> None:
         self.number = -1
@@ -44,14 +44,14 @@ class RawSample:
 
 
 class ShardReader:
-    """Reads samples by number, from any number of threads, and keeps the last few hundred shards open."""
+    """Reads samples of an index, from any number of threads, and keeps the last few hundred shards open."""
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
         self._open_file = lru_cache(maxsize=_OPEN_FILES)(_Descriptor)
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Say which shards are read next, the soonest first: remote ones are fetched ahead, all others let go."""
+        """Announce the shards read next, the soonest first: remote ones are fetched ahead, all others released."""
         if self._index.remote is not None:
             self._index.remote.expect(shards)
 
@@ -80,7 +80,7 @@ class ShardReader:
             raise BadSample("too-large", f"the image has {image_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
         caption_size = min(caption_size, MAX_CAPTION_BYTES + 1)
         image_end, caption_end = image_offset + image_size, caption_offset + caption_size
-        # The header goes with the image to show whose it is; a caption that follows shortly goes with them too.
+        # One read brings the header, which has the key, the image, and the caption where it follows closely.
         start = image_offset - BLOCK
         together = image_end <= caption_offset <= image_end + _MAX_READ_AHEAD
         try:
@@ -139,13 +139,13 @@ def _read_exactly(descriptor: int, offset: int, size: int) -> bytes:
     return payload
 
 
-def read_captioned(reader: ShardReader, number: int, sample: TarSample) -> RawSample:
-    """Return sample ``number`` of ``reader``, which the tar holds as ``sample``.
+def read_captioned(reader: ShardReader, place: int, sample: TarSample) -> RawSample:
+    """Return what ``reader`` reads as sample ``place`` of its one shard, which the tar holds as ``sample``.
 
     Raises:
         BadSample: as ``ShardReader.read``, or of kind no-caption or empty-caption.
     """
-    raw = reader.read(number)
+    raw = reader.read(place)
     if sample.caption is None:
         raise BadSample("no-caption", "the sample has no caption")
     if not decode_caption(raw.caption):
