@@ -1,9 +1,11 @@
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from textlock.data import index as module
 from textlock.data.captions import caption_id
 from textlock.data.images import BadSample
 from textlock.data.index import INDEX_NAME, index_shards, open_index
@@ -100,6 +102,21 @@ def test_a_stale_or_damaged_index_is_refused_with_the_command_that_mends_it(chan
     assert f"python -m textlock.data.shards index {shards}" in str(caught.value)
     index_shards(shards)
     open_index(shards)
+
+
+@pytest.mark.parametrize("name", ["../00.tar", "/etc0.tar", "a/000.tar", "secretxyz", "a\n000.tar"])
+def test_an_index_that_names_files_elsewhere_is_refused(name, shards, monkeypatch):
+    scan = module.scan_shard
+
+    def lie(path):
+        entry, samples, problems = scan(path)
+        return replace(entry, name=name), samples, problems
+
+    monkeypatch.setattr(module, "scan_shard", lie)
+    index_shards(shards)
+    with pytest.raises(ValueError, match=r"names '.*' with 3 samples, which is no shard") as caught:
+        open_index(shards)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_flipped_bit_in_a_record_is_a_bad_sample_not_another_caption(shards):
