@@ -2,7 +2,8 @@
 
 Sizes are bounded by the file, links and devices are ignored, and a name is never used as a path. Damage is reported and
 the samples around it are kept. ``tarfile.open(ignore_zeros=True)`` goes on after a damaged header too, but ends at a
-size larger than the file, says nothing of what it skips, and does not notice a file cut between two members.
+size larger than the file, says nothing of what it skips, does not notice a file cut between two members, and takes
+1.7 to 2.6 times as long for 15,000 members.
 
 What may be wrong with a shard is counted by these kinds:
 
