@@ -13,11 +13,11 @@ demo: $(DEMO)/data/captions.txt $(DEMO)/text_tower/config.json
 	$(RUN) train.py --config configs/demo.yaml --run-dir $(DEMO)
 
 $(DEMO)/data/captions.txt: | $(VENV)/.installed
-	$(RUN) -m textlock.data.scenes --output $(DEMO)/data
+	$(RUN) -m textlock.demo.scenes --output $(DEMO)/data
 
 $(DEMO)/text_tower/config.json: $(DEMO)/data/captions.txt
 	rm -rf $(DEMO)/text_tower
-	$(RUN) -m textlock.models.text --captions $(DEMO)/data/captions.txt --output $(DEMO)/text_tower
+	$(RUN) -m textlock.demo.text_tower --captions $(DEMO)/data/captions.txt --output $(DEMO)/text_tower
 
 # A process a core, one thread each, at most eight: a process may take four GiB.
 test: export OMP_NUM_THREADS = 1
@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p textlock.kernels -p textlock.models -p textlock.data -p textlock.engine -p textlock.evals \
-		-p textlock.bench -m textlock.train -m textlock.evaluate -m textlock.export
+		-p textlock.demo -p textlock.bench -m textlock.train -m textlock.evaluate -m textlock.export
 
 # A machine with a GPU may have everything but a package registry: without .venv its own Python is used as it is.
 HERE := $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))

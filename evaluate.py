@@ -15,7 +15,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from textlock.data.publish import publish_text
+from textlock.data.atomic import write_text_atomically
 from textlock.engine.checkpoint import load_tower
 from textlock.engine.config import EvalConfig, TextConfig, exit_with
 from textlock.engine.distributed import World, join_world
@@ -115,7 +115,7 @@ def evaluate(arguments: Arguments, world: World) -> None:
         "device": device_name(world.device),
     }
     output = arguments.output or arguments.checkpoint / "evaluation.json"
-    publish_text(output, json.dumps(results, indent=1) + "\n")
+    write_text_atomically(output, json.dumps(results, indent=1) + "\n")
     print(f"written to {output}", file=sys.stderr)
 
 

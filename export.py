@@ -16,7 +16,7 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from textlock.data.publish import published_folder
+from textlock.data.atomic import atomic_folder
 from textlock.engine.checkpoint import load_tower
 from textlock.engine.config import TextConfig
 from textlock.models.vision import IMAGE_MEAN, IMAGE_STD, VisionConfig, VisionTower
@@ -126,7 +126,7 @@ def write_transformers_folder(
         ValueError: the format cannot hold this tower, or ``folder`` is not empty.
     """
     fields = _released_fields(tower)
-    with published_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         weights = {key: value.detach().to("cpu", torch.float32) for key, value in tower.state_dict().items()}
         save_file(to_nomic(weights), draft / "model.safetensors", metadata={"format": "pt"})
         text_fields = {**asdict(text), "fingerprint": text_fingerprint}

@@ -19,8 +19,8 @@ from types import FrameType
 import torch
 from torch import Tensor
 
+from textlock.data.atomic import write_text_atomically
 from textlock.data.loader import open_loader, require_few_skipped
-from textlock.data.publish import publish_text
 from textlock.engine.checkpoint import (
     Checkpoint,
     Progress,
@@ -170,7 +170,7 @@ def train(config: Config, world: World) -> None:
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.take()
-        publish_text(run_dir / "config.yaml", dump_config(config))
+        write_text_atomically(run_dir / "config.yaml", dump_config(config))
     metrics = Metrics(config, world, tower, progress, total_steps)
     world.barrier()  # no rank writes before the lines of steps that will run again are gone
     millions = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
@@ -251,7 +251,7 @@ def train(config: Config, world: World) -> None:
                 "device": device_name(world.device),
                 "world_size": world.world_size,
             }
-            publish_text(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
+            write_text_atomically(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
             if gallery := evaluations.gallery():
                 save_gallery(run_dir, gallery.images, gallery.captions, gallery.nearest)
             metrics.say(f"done: {write_report(run_dir)}")

@@ -39,8 +39,8 @@ from textlock.bench.figures import Outcome, Report, cell, outcome_of, timing_cel
 from textlock.bench.measure import Spread, TimeUp, Unavailable, Wrong, device_of_this_machine, importable
 from textlock.bench.records import is_ours
 from textlock.data.images import decode_image
+from textlock.data.index import index_shards
 from textlock.data.loader import DataConfig, Loader, open_loader
-from textlock.data.shards import index_shards
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import autocast_for
 from textlock.models.vision import VISION_CONFIGS, build_vision_tower

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from textlock.data.publish import publish_text
+from textlock.data.atomic import write_text_atomically
 
 Line = dict[str, Any]
 
@@ -95,7 +95,7 @@ class Results:
         head = json.dumps(self.machine | {"parts": self.parts}, indent=1).removesuffix("\n}")
         figures = ",\n".join(f"  {json.dumps(line)}" for line in self.figures)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        publish_text(self.path, f'{head},\n "figures": [\n{figures}\n ]\n}}\n')
+        write_text_atomically(self.path, f'{head},\n "figures": [\n{figures}\n ]\n}}\n')
 
 
 def slug(device: str) -> str:

@@ -35,7 +35,7 @@ from textlock.bench.records import (
     spread_of,
     time_of,
 )
-from textlock.data.publish import publish_text, published_file
+from textlock.data.atomic import atomic_file, write_text_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWER = "eva02_base_patch16_224"
@@ -310,7 +310,7 @@ def draw(source: Source, path: Path) -> None:
     axes.tick_params(axis="x", labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(source.head["device"], fontsize=9, loc="left")
-    with published_file(path) as file:
+    with atomic_file(path) as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
@@ -323,7 +323,7 @@ def main(options: Options) -> None:
             sys.stderr.writelines(lines)
             raise ValueError(f"{options.readme} does not say what the files of figures say; run this without --check")
         return
-    publish_text(options.readme, wanted)
+    write_text_atomically(options.readme, wanted)
     for source in (newest(options.results, gpu=True), newest(options.results, gpu=False)):
         if source is not None:
             draw(source, source.path.with_suffix(".svg"))

@@ -51,7 +51,7 @@ from rich.console import Console
 from rich.table import Table
 
 from textlock.bench.records import read_figures
-from textlock.data.publish import publish_text, published_file
+from textlock.data.atomic import atomic_file, write_text_atomically
 from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World, join_world
 from textlock.engine.objective import Objective
@@ -585,7 +585,7 @@ def save(figure: Figure, path: Path) -> None:
     kind = path.suffix.removeprefix(".")
     if kind not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"--plot {path}: choose a name that ends in .png, .svg or .pdf")
-    with published_file(path) as file:
+    with atomic_file(path) as file:
         figure.savefig(file, format=kind, dpi=120)
 
 
@@ -699,7 +699,7 @@ def main(options: Options) -> None:
     for line in lines:
         print(json.dumps(line | made_with), flush=True)
     if options.save_parts is not None:
-        publish_text(options.save_parts, json.dumps(asdict(parts), indent=1) + "\n")
+        write_text_atomically(options.save_parts, json.dumps(asdict(parts), indent=1) + "\n")
 
 
 if __name__ == "__main__":

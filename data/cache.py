@@ -1,15 +1,15 @@
-"""Shards that are elsewhere: fetched whole into a folder of the local disk that all processes of a node share.
+"""Remote shards: fetched whole into a folder of the local disk that all processes of a node share.
 
 The address is any URL that fsspec reads: ``s3://``, ``gs://``, ``https://``, ``hf://``, ``file://`` for a slow mount.
-A file in the folder is named by its SHA-256 and size, which the index knows, so nothing a stranger has written becomes
-a path, and sets that share shards share copies.
+A file in the folder is named by its SHA-256 and size, which the index knows, so no untrusted name becomes a path, and
+sets that share shards share copies.
 
-- A file takes its name when its length and checksum are right and it is on the disk. A killed process leaves a partial
-  file, which the next one removes.
+- A file gets its name only when its length and checksum are right and it is synced to disk. A killed process leaves a
+  partial file, which the next one removes.
 - Only the process that holds a file's lock fetches it; the others wait for it or go on with another. Nothing is
   fetched twice by one node while it is needed.
 - A file in use is held by a shared lock on itself, which the system drops when its process ends, however that ends.
-  The least recently used files that nobody holds go when the budget or the disk is full.
+  The least recently used files that nobody holds are removed when the budget or the disk is full.
 """
 
 import errno
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import fsspec
+import tenacity
 from filelock import FileLock, Timeout
 from fsspec.callbacks import Callback
 
@@ -38,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 6
 _BACK_OFF = 1.0  # seconds; doubled with every attempt
-# A shard that could not be fetched is not tried again for each of its samples.
+# A shard that could not be fetched is not requested for each of its samples.
 _SECONDS_BEFORE_ANOTHER_TRY = 300.0
 _SECONDS_BETWEEN_LOOKS = 0.2
-# Held although they are not expected: what an evaluation reads in turn, or one sample that stands in for a bad one.
+# Shards held although they are not expected: of an evaluation, which reads in turn, or of a replacement sample.
 _UNEXPECTED = 4
 
 
@@ -51,7 +52,7 @@ def is_remote(address: Path | str) -> bool:
 
 
 class FetchError(OSError):
-    """A remote file cannot be had. The message is one sentence."""
+    """A remote file cannot be fetched. The message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class RemoteFolder:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Try nothing again from now on: whoever waits for the next attempt gets the error of the last."""
+        """Retry nothing from now on: a pending retry ends at once with the error of its last attempt."""
         self._closed.set()
 
     def read_start(self, name: str, size: int) -> bytes:
@@ -117,9 +118,7 @@ class RemoteFolder:
         self._try(name, fetch)
 
     def _try(self, name: str, action: Callable[[], T]) -> T:
-        """Return what ``action`` returns; try again, with growing pauses, where that may help."""
-        import tenacity  # here, so that shards in a folder are read without it
-
+        """Return what ``action`` returns; retry, with growing pauses, where that may help."""
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_ATTEMPTS) | tenacity.stop_when_event_set(self._closed),
             wait=tenacity.wait_random_exponential(multiplier=_BACK_OFF, max=30),
@@ -164,7 +163,7 @@ class _Limit(Callback):
 
 
 class Lease:
-    """A file of the cache, open for reading and not removed before this object is gone."""
+    """A file of the cache, open for reading; it is not removed while this object exists."""
 
     def __init__(self, descriptor: int) -> None:
         self.number = descriptor
@@ -178,8 +177,8 @@ class Lease:
 class ShardCache:
     """The local copies of remote shards in ``folder``, which may hold ``budget`` bytes of them.
 
-    Made in every process that reads; all of one node name the same folder. One index of each set lies there as well,
-    on top of the budget.
+    Every process that reads has one; all of a node name the same folder. The index of each set is there too and does
+    not count towards the budget.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -194,7 +193,7 @@ class ShardCache:
                     partial.unlink(missing_ok=True)
 
     def open(self, remote: RemoteFolder, file: RemoteFile) -> Lease:
-        """Return a file of ``remote``, fetched where it is not here yet, from this or another process.
+        """Return a file of ``remote``, fetched unless this or another process has fetched it.
 
         Raises:
             FetchError: it cannot be fetched, or could not a moment ago.
@@ -265,7 +264,7 @@ class ShardCache:
         partial = path.with_suffix(".partial")
         try:
             remote.fetch(name, size, partial, check)
-            # Held before it has its name: another process that makes room could take it in between.
+            # Locked before it has its name: another process that makes room could remove it in between.
             lease = Lease(os.open(partial, os.O_RDONLY | os.O_CLOEXEC))
             fcntl.flock(lease.number, fcntl.LOCK_SH)
             _touch(lease.number)
@@ -344,7 +343,7 @@ def _remove_unheld(path: Path) -> bool:
 
 
 class CachedShards:
-    """The shards of one remote set as a reader opens them: those that are expected are fetched ahead and held."""
+    """The shards of one remote set as a reader opens them: expected ones are fetched ahead and held."""
 
     def __init__(self, remote: RemoteFolder, files: Sequence[RemoteFile], cache: ShardCache, *, fetchers: int) -> None:
         self._remote = remote
@@ -375,12 +374,12 @@ class CachedShards:
         return self._cache.open(self._remote, self._files[shard])
 
     def expect(self, shards: Sequence[int]) -> None:
-        """Fetch these shards, the first ones first, and let go of the others."""
+        """Fetch these shards, the first ones first, and release the others."""
         with self._changed:
             self._expected = frozenset(shards)
             for shard in [shard for shard in self._held if shard not in self._expected]:
                 del self._held[shard]
-            # What is here is held before anything is fetched, or it might have to make room.
+            # Local copies are held before anything is fetched, or they might be removed to make room for it.
             for shard in shards:
                 if shard not in self._held and (lease := self._cache.hold(self._files[shard])):
                     self._held[shard] = lease
@@ -414,7 +413,7 @@ class CachedShards:
             try:
                 lease = self._cache.open_ahead(self._remote, self._files[shard])
             except (OSError, ValueError) as error:
-                # Whoever reads from it meets the same error where it can be told.
+                # Reading from the shard raises the same error, where it is reported.
                 logger.warning("%s is not fetched ahead: %s", self._files[shard].name, error)
                 final = True
             with self._changed:

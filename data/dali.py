@@ -19,7 +19,7 @@ class DaliDecoder:
     """Decodes, crops and resizes (bicubic, antialiased) up to ``batch`` images at a time.
 
     ``device_id`` is the CUDA device, or None for the CPU operators. ``hw_decoder_load`` is the part of the baseline
-    JPEGs of a batch that a GPU's JPEG engine gets; how much is best has not been measured yet. Not thread-safe.
+    JPEGs of a batch that a GPU's JPEG engine gets; the best value has not been measured yet. Not thread-safe.
     """
 
     # Bounds the memory of the decoded images: 128 of 512 x 384 pixels are 75 MB.
@@ -49,7 +49,7 @@ class DaliDecoder:
     ) -> None:
         """Write JPEG images into ``rows`` of ``images`` uint8 [N, S, S, 3], on the decoder's device; at most ``batch``.
 
-        On a GPU the images are there when this returns: the host waits for the current stream.
+        On a GPU the images are complete when this returns: the host waits for the current stream.
 
         Raises:
             RuntimeError: at least one image does not decode; DALI does not always say which. The decoder stays usable.
@@ -60,5 +60,5 @@ class DaliDecoder:
         (decoded,) = self._pipeline.run()
         images.index_copy_(0, torch.tensor(rows, device=images.device), from_dlpack(decoded.as_tensor()))
         if images.is_cuda:
-            # DALI knows nothing of the copy and may write its next batch into the same memory.
+            # DALI does not know of this copy and may write its next batch into the same memory.
             torch.cuda.current_stream(images.device).synchronize()

@@ -38,10 +38,11 @@ import numpy.typing as npt
 import torch
 import tyro
 
+from .atomic import atomic_file
 from .captions import caption_id
 from .images import BadSample
-from .publish import published_file
-from .shards import ShardIndex, ShardReader, open_index
+from .index import ShardIndex, open_index
+from .reader import ShardReader
 from .tar import Problem
 
 if TYPE_CHECKING:
@@ -347,7 +348,7 @@ def _encode_shard(
         {"shard": name, "samples": len(samples), "embed_dim": tower.embed_dim, "tower": asdict(tower.describe())}
     ).encode()
     start = _START.pack(_MAGIC, _VERSION, len(header))
-    with published_file(path) as file:
+    with atomic_file(path) as file:
         file.write(start + header + hashlib.sha256(start + header).digest())
         file.write(bytes(_records_offset(len(header)) - file.tell()))
         file.write(records.tobytes())

@@ -15,8 +15,9 @@ import torch
 
 from .captions import decode_caption
 from .images import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, BadSample, eval_image
+from .index import open_index
 from .loader import Batch
-from .shards import ShardReader, open_index
+from .reader import ShardReader
 
 S = TypeVar("S")
 T = TypeVar("T")

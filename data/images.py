@@ -1,11 +1,12 @@
 """Images: the check before any decoder, the decoders, the training crop and the evaluation transform.
 
-What is done with the parts of an image file that libraries disagree on, by the two decoders of the loader:
+How the two decoders of the loader treat what libraries disagree on:
 
 | in the file                               | cpu (simplejpeg, Pillow)      | dali                                |
 | ----------------------------------------- | ----------------------------- | ----------------------------------- |
-| JPEG: baseline, extended, progressive     | read                          | read, but for hard edges the same   |
-|                                           |                               | to one grey level                   |
+| JPEG: baseline, extended, progressive     | read                          | read; equal to the cpu decoder      |
+|                                           |                               | within one grey level except at     |
+|                                           |                               | hard edges                          |
 | JPEG: grey, RGB, CMYK, YCCK; MPO          | to RGB; the first image       | to RGB; the first image             |
 | JPEG: arithmetic coded, lossless, 12 bits | refused by the check          | refused by the check                |
 | JPEG: damaged scan                        | refused                       | may decode to garbage               |
@@ -21,7 +22,7 @@ What is done with the parts of an image file that libraries disagree on, by the 
 | GIF, TIFF, BMP, AVIF, JPEG 2000, the rest | refused by the check          | refused by the check                |
 
 PNG and WebP never reach DALI: it decodes them on the host anyway, and files whose headers its parsers refuse (a WebP
-with EXIF behind an odd chunk, a PNG of an unknown colour type) crash it (2.4.0).
+with EXIF after an odd chunk, a PNG of an unknown colour type) crash it (2.4.0).
 
 The check is a header walk in Python, a few microseconds an image. It bounds memory and time (a header may promise
 65,500 x 65,500 pixels, a progressive file a thousand scans over all of them) and keeps rarely exercised decoders away
@@ -59,7 +60,7 @@ _NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST markers are tw
 
 
 class BadSample(ValueError):
-    """A sample that cannot be used: a short fixed word to count by, and the sample's key where it could be read."""
+    """A sample that cannot be used. ``kind`` is a fixed word to count by; ``key`` is empty where it was not read."""
 
     def __init__(self, kind: str, message: str, key: str = "") -> None:
         super().__init__(message)
@@ -225,7 +226,7 @@ def _decode(header: ImageHeader, payload: bytes) -> UInt8Array:
 
 
 def crop_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Return the uniform numbers in [0, 1) behind the random crop at each position, shape [n, 10 tries, 4].
+    """Return the uniform numbers in [0, 1) of the random crop at each position, shape [n, 10 tries, 4].
 
     A hash of (seed, epoch, position, counter), so that any position has its numbers without the ones before it.
     """

@@ -45,8 +45,9 @@ from .images import (
     crop_window,
     decode_image,
 )
+from .index import DEFAULT_CACHE_DIR, ShardIndex, open_index
 from .order import EpochOrder, SampleOrder
-from .shards import DEFAULT_CACHE_DIR, ShardIndex, ShardReader, open_index
+from .reader import ShardReader
 
 if TYPE_CHECKING:
     from ..models.text import TextTowerDescription

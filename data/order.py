@@ -1,7 +1,15 @@
 """The order of samples: a keyed permutation that can be entered at any position.
 
+Four words for four indices, here and wherever samples are read; all count from 0:
+
+    position  samples consumed since the start of training, over all epochs: the one integer that a run resumes from
+    place     within one epoch's order: (epoch, place) = divmod(position, samples_per_epoch); in a ``tar.Problem``,
+              within one shard
+    sample    in the index (``index.ShardIndex``): shards by name, the samples of each in the order of its tar
+    number    of anything else that is listed: a shard of the index, a group of an epoch
+
 The order is a function of (seed, epoch, position) alone. It knows nothing of ranks, workers or decoders, so the same
-global batches come out of any number of processes, and a run resumes from one integer.
+global batches come out of any number of processes, and a run resumes from that one integer.
 
 - Every epoch permutes the shards, takes them in groups of ``open_shards``, and permutes the samples inside each group.
   Reading therefore stays within a few shards at a time while neighbours come from all of them.
@@ -43,7 +51,7 @@ def stream_key(seed: int, epoch: int, purpose: str) -> np.uint64:
 
 
 def permute(index: Int64Array, size: Int64Array, key: UInt64Array) -> Int64Array:
-    """Return the place of each ``index`` under the permutation of ``range(size)`` that ``key`` selects.
+    """Return where the permutation of ``range(size)`` that ``key`` selects puts each ``index``.
 
     All three have shape [n]: elements may belong to different permutations. Requires 0 <= index < size < 2^52.
     """
@@ -71,16 +79,16 @@ def _feistel(values: UInt64Array, half_bits: UInt64Array, key: UInt64Array) -> U
 
 @dataclass(frozen=True)
 class EpochOrder:
-    """The order of one epoch over S shards: ``samples`` maps places in it to sample numbers of the index."""
+    """The order of one epoch over S shards: ``samples`` maps places in it to samples of the index."""
 
-    shards: Int64Array  # [S] the shards, in this epoch's order
-    first_sample: Int64Array  # [S] sample number where each shard begins, in this epoch's order of shards
+    shards: Int64Array  # [S] numbers of the shards, in this epoch's order
+    first_sample: Int64Array  # [S] the sample that each shard begins with, in this epoch's order of shards
     shard_starts: Int64Array  # [S + 1] place where each of them begins
     group_starts: Int64Array  # [G + 1] place where each group of open shards begins
     key: np.uint64
 
     def samples(self, places: Int64Array) -> Int64Array:
-        """Return the sample number at each place, 0 <= place < number of samples. Shape [n] -> [n]."""
+        """Return the sample at each place, 0 <= place < number of samples. Shape [n] -> [n]."""
         group = np.searchsorted(self.group_starts, places, side="right") - 1
         start = self.group_starts[group]
         size = self.group_starts[group + 1] - start
@@ -133,30 +141,30 @@ class SampleOrder:
         )
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Return (epoch, place in its order) of the global position: the samples consumed before it since the start."""
+        """Return (epoch, place in its order) of a position."""
         return divmod(position, self.samples_per_epoch)
 
     def group_of(self, position: int) -> tuple[int, int]:
-        """Return (epoch, number in it) of the group of open shards that the sample at a global position comes from."""
+        """Return (epoch, number in it) of the group of open shards that the sample at a position comes from."""
         epoch, place = self.locate(position)
         return epoch, int(np.searchsorted(self.epoch(epoch).group_starts, place, side="right")) - 1
 
     def shards_from(self, first: tuple[int, int], last: tuple[int, int]) -> list[int]:
-        """Return the shards of the groups from ``first`` to the one behind ``last``, in the order they are read."""
+        """Return the shards of the groups from ``first`` to the one after ``last``, in the order they are read."""
         shards: dict[int, None] = {}
         group = first
         while group <= last:
             shards.update(dict.fromkeys(self._shards_of(group)))
-            group = self._group_behind(group)
+            group = self._group_after(group)
         return list(shards | dict.fromkeys(self._shards_of(group)))
 
     def _shards_of(self, group: tuple[int, int]) -> list[int]:
         epoch, number = group
         return self.epoch(epoch).shards[number * self.open_shards : (number + 1) * self.open_shards].tolist()
 
-    def _group_behind(self, group: tuple[int, int]) -> tuple[int, int]:
+    def _group_after(self, group: tuple[int, int]) -> tuple[int, int]:
         epoch, number = group
-        # Groups that hold nothing but what is left out of the epoch are passed over.
+        # Groups whose samples are all left out of the epoch are skipped.
         if self.epoch(epoch).group_starts[number + 1] < self.samples_per_epoch:
             return epoch, number + 1
         return epoch + 1, 0
@@ -164,10 +172,10 @@ class SampleOrder:
     def replacements(self, place: int) -> Iterator[int]:
         """Yield the places tried, in turn, when the sample at ``place`` is bad.
 
-        They follow at a fixed stride, round and round: the smallest one of at least a global batch that shares no
-        factor with the number of samples, so that every sample comes up. The rule needs no word between ranks. The
-        first replacements of two bad samples differ, and come from another batch but in the smallest sets. A
-        replacement keeps its own place as well: it is seen twice that epoch.
+        They follow at a fixed stride, modulo the number of samples: the smallest stride of at least a global batch that
+        is coprime to that number, so that every sample comes up. The rule needs no communication between ranks. The
+        first replacements of two bad samples differ, and come from another batch except in the smallest sets. A
+        replacement keeps its own place as well: it is seen twice in that epoch.
         """
         for step in count(1):
             yield (place + step * self._stride) % self.num_samples

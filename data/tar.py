@@ -1,17 +1,19 @@
-"""Reading tar files that nobody vouches for.
+"""Reads untrusted or damaged tar files.
 
-The reader is our own because it must report damage and go on, give offsets, and trust nothing: sizes are bounded by the
-file, links and devices are ignored, and a name is never used as a path.
+Sizes are bounded by the file, links and devices are ignored, and a name is never used as a path. Damage is reported and
+the samples around it are kept. ``tarfile.open(ignore_zeros=True)`` goes on after a damaged header too, but ends at a
+size larger than the file, says nothing of what it skips, does not notice a file cut between two members, and takes
+1.7 to 2.6 times as long for 15,000 members.
 
-What may be wrong with a shard is counted by these kinds; the samples around it stay:
+What may be wrong with a shard is counted by these kinds:
 
     tar-header        a header with a wrong checksum or number, or that is cut: reading goes on at the next header
-    tar-extended      a PAX or GNU header that cannot be read: so does it
-    tar-size          a member said to be longer than the file: so does it
+    tar-extended      a PAX or GNU header that cannot be read: reading goes on at the next header
+    tar-size          a member said to be longer than the file: reading goes on at the next header
     tar-sparse        a sparse member: it is left out
     tar-truncated     no end marker: the file was cut short
-    tar-concatenated  a second archive behind the end marker of the first: it is read too
-    tar-garbage       bytes behind the end marker that are no archive
+    tar-concatenated  a second archive after the end marker of the first: it is read too
+    tar-garbage       bytes after the end marker that are no archive
     link              an image or caption that is a link, a device or a folder
     name              an image or caption whose name is absolute or climbs with ``..``
     duplicate         a second image (or caption) with one key: the first counts
@@ -49,7 +51,7 @@ class Problem:
 
 
 class DamagedTar(ValueError):
-    """A place of a tar that cannot be read. ``kind`` is one of those above; ``resume`` is where to look for more."""
+    """A part of a tar that cannot be read. ``kind`` is one of those above; ``resume`` is the byte to go on from."""
 
     def __init__(self, kind: str, message: str, resume: int) -> None:
         super().__init__(message)
@@ -72,11 +74,11 @@ def read_members(
 ) -> Iterator[TarMember]:
     """Yield the members of a USTAR, GNU or PAX tar in order, reading only the headers.
 
-    ``on_damage`` is called with every place that cannot be read, and reading goes on at the next header behind it; a
-    file with a hundred such places is given up.
+    ``on_damage`` is called at every damaged part, and reading goes on at the next header after it; after a hundred
+    damaged parts the rest of the file is not read.
 
     Raises:
-        DamagedTar: at the first such place, when there is no ``on_damage``.
+        DamagedTar: at the first damaged part, when there is no ``on_damage``.
     """
     descriptor = file.fileno()
     at: int | None = start
@@ -271,7 +273,7 @@ def read_samples(path: Path) -> tuple[list[TarSample], list[Problem]]:
             if not member.is_file:
                 add(key, "link", f"{member.name} is a link, a device or a folder, which is not followed")
                 continue
-            # The reader opens no path from a name, but what comes later may make one of a key.
+            # The reader opens no path from a name, but a user may unpack the shard or name files by keys.
             if member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name):
                 add(key, "name", f"the name {member.name} leads out of its folder")
                 continue

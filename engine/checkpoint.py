@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..data.publish import published_folder
+from ..data.atomic import atomic_folder
 from ..models.vision import VisionTower, build_vision_tower
 from .config import Config, dump_config, load_config
 from .objective import Objective
@@ -118,7 +118,7 @@ def save_checkpoint(
             _delete(final)
     for leftover in root.glob(".step_*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    with published_folder(final) as draft:
+    with atomic_folder(final) as draft:
         _save_tensors(model, draft / "model.safetensors")
         _save_tensors(trainer, draft / "trainer.safetensors")
         state = {

@@ -20,8 +20,8 @@ from rich import progress as rich_progress
 from rich.console import Console
 from torch import Tensor
 
+from ..data.atomic import write_text_atomically
 from ..data.loader import SKIP_KINDS, Batch
-from ..data.publish import publish_text
 from ..models.vision import VisionTower
 from .checkpoint import Progress
 from .config import Config
@@ -356,7 +356,7 @@ def _keep_lines(path: Path, key: str, last: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    publish_text(path, "".join(kept))
+    write_text_atomically(path, "".join(kept))
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

@@ -30,7 +30,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from ..data.publish import publish_text, published_file
+from ..data.atomic import atomic_file, write_text_atomically
 
 MAX_CURVE_POINTS = 1000
 MAX_GALLERY_PICTURES = 24
@@ -106,7 +106,7 @@ def write_report(run_dir: Path) -> Path:
         script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
     )
     report_path = run_dir / "report.html"
-    publish_text(report_path, page)
+    write_text_atomically(report_path, page)
     return report_path
 
 
@@ -133,9 +133,9 @@ def save_gallery(
     ]
     # The captions go last: the pair is complete when they are there, so old captions never meet new pictures.
     (run_dir / "gallery.json").unlink(missing_ok=True)
-    with published_file(run_dir / "gallery.safetensors") as file:
+    with atomic_file(run_dir / "gallery.safetensors") as file:
         file.write(safetensors.torch.save({"images": images.detach().cpu().contiguous()}))
-    publish_text(run_dir / "gallery.json", json.dumps(entries, indent=1))
+    write_text_atomically(run_dir / "gallery.json", json.dumps(entries, indent=1))
 
 
 def _read_records(path: Path) -> tuple[list[Record], int]:

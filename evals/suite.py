@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data.evaluation import iterate_class_folder, iterate_shards, list_class_images, list_classes
-from ..data.shards import open_index
+from ..data.index import open_index
 from ..models.text import TextTower
 from .retrieval import RetrievalRows, evaluate_retrieval
 from .zero_shot import class_embeddings, evaluate_zero_shot

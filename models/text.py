@@ -6,17 +6,13 @@ LayerNorm.
 
 The tower is a constant of the training: it is not an ``nn.Module``, so it cannot land in an optimiser, a checkpoint or
 in train mode. Only safetensors are read, and no code from a model folder is ever run.
-
-    python -m textlock.models.text --captions captions.tsv --output text_tower    # a random tower for demos and tests
 """
 
 import contextlib
-import csv
 import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +20,13 @@ from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
-import tyro
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoConfig, AutoModel, AutoTokenizer, NomicBertConfig, NomicBertModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoTokenizer, NomicBertConfig
 from transformers.utils import logging as transformers_logging
-
-from ..data.publish import published_folder
 
 _POOLING: Final = "mean"
 
@@ -240,7 +233,7 @@ def build_text_tower(
             raise FileNotFoundError(f"text tower {folder} has no {file}; {remedy}")
     _weight_files(folder)  # the same kind of error, before a slow load
 
-    with _quiet_transformers():
+    with quiet_transformers():
         config = _read_config(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -288,65 +281,6 @@ def bucket_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list
         batch.append(index)
         real += length
     return [*batches, batch] if batch else batches
-
-
-def write_random_text_tower(
-    folder: str | Path,
-    captions: Sequence[str],
-    *,
-    width: int = 128,
-    depth: int = 2,
-    heads: int = 2,
-    std: float = 0.02,
-    seed: int = 0,
-) -> None:
-    """Write a NomicBERT with random weights and a vocabulary for these captions: a normal transformers folder.
-
-    The vocabulary is the lower-cased words of the captions and of Nomic's prefixes, and the characters they are spelt
-    with, so that an unknown word of known letters is spelt out. Linear and embedding weights are normal with ``std``,
-    LayerNorms as they start, token types zero. A small ``std`` leaves a row close to the mean of its words, so that
-    captions that share words are near each other; from 0.1 on attention scrambles that. Equal arguments give equal
-    bytes.
-
-    Args:
-        folder: where to; it must not exist, or be empty.
-        captions: texts whose words the vocabulary holds.
-        width: width of the transformer and of its rows; the inner width is four times as much.
-        depth: number of transformer blocks.
-        heads: attention heads.
-        std: standard deviation of the weights.
-        seed: of the weights.
-
-    Raises:
-        ValueError: ``folder`` is not empty, or ``width / heads`` is not an even whole number.
-    """
-    if min(width, depth, heads) < 1 or not 0 <= std < math.inf:
-        raise ValueError(f"width {width}, depth {depth} and heads {heads} must be positive, std {std} not negative")
-    if width % (2 * heads):
-        raise ValueError(f"width {width} over {heads} heads is not an even head width, which rotary positions need")
-
-    tokenizer = _build_tokenizer(captions)
-    config = NomicBertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        max_position_embeddings=tokenizer.model_max_length,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):  # its own initialisation is overwritten below
-        model = NomicBertModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    for _, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=std, generator=generator)
-    # A random token type would be one large vector added to every word: all captions would come out nearly alike.
-    torch.nn.init.zeros_(model.embeddings.token_type_embeddings.weight)
-
-    with published_folder(Path(folder)) as draft, _quiet_transformers():
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
 
 
 def _local_folder(path_or_name: str | Path) -> Path:
@@ -544,7 +478,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence progress bars and load reports: what they would say is checked here and raised."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -555,80 +489,3 @@ def _quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _build_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Build a lower-casing WordPiece tokenizer in BERT's manner, over the words of the captions."""
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    texts = {"search_query: search_document: ", *captions}
-    words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
-    letters = set("".join(words))
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces = specials + sorted(words | letters | {f"##{letter}" for letter in letters})
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=512,
-    )
-
-
-def _read_captions(path: Path) -> list[str]:
-    """Read one caption per line of a .txt file, or the ``caption`` column of a .tsv file with a header."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no captions file {path}; give a .txt or .tsv file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
-    if path.suffix != ".tsv":
-        return text.splitlines()
-    with path.open(encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file, delimiter="\t")
-        if "caption" not in (table.fieldnames or ()):
-            raise ValueError(f"{path} has no column named caption in its first line; add a header")
-        return [row["caption"] or "" for row in table]
-
-
-def main(
-    captions: Path,
-    output: Path,
-    width: int = 128,
-    depth: int = 2,
-    heads: int = 2,
-    std: float = 0.02,
-    seed: int = 0,
-) -> None:
-    """Write a text tower with random weights and a vocabulary for the captions: a normal transformers folder.
-
-    Args:
-        captions: a .txt file with one caption per line, or a .tsv file with a header and a column named caption.
-        output: folder to write; it must not exist, or be empty.
-        width: width of the transformer and of its rows.
-        depth: number of transformer blocks.
-        heads: attention heads.
-        std: standard deviation of the random weights.
-        seed: seed of the random weights.
-    """
-    try:
-        write_random_text_tower(
-            output, _read_captions(captions), width=width, depth=depth, heads=heads, std=std, seed=seed
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    tyro.cli(main)

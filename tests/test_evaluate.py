@@ -59,7 +59,7 @@ def test_another_text_tower_is_refused(small_world, trained, tmp_path):
     text = tmp_path / "text"
     captions = small_world.root / "data" / "captions.txt"
     made = run(
-        "-m", *f"textlock.models.text --captions {captions} --output {text} --width 64 --heads 1 --seed 9".split()
+        "-m", *f"textlock.demo.text_tower --captions {captions} --output {text} --width 64 --heads 1 --seed 9".split()
     )
     assert made.returncode == 0, made.stderr
     data = str(small_world.root / "data" / "heldout")

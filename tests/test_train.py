@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from textlock.data.index import index_shards
 from textlock.data.loader import open_loader
-from textlock.data.shards import index_shards
 from textlock.engine.config import parse_config
 
 from .conftest import ONE_THREAD, ROOT, records, run
@@ -386,7 +386,7 @@ def test_a_run_against_another_text_tower_is_refused(small_world, whole_run, tmp
     captions = str(small_world.root / "data" / "captions.txt")
     made = run(
         "-m",
-        "textlock.models.text",
+        "textlock.demo.text_tower",
         "--captions",
         captions,
         "--output",

@@ -1,11 +1,9 @@
 import hashlib
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -17,18 +15,18 @@ from itertools import islice
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
-from PIL import Image
+import tenacity
 
 from textlock.data import cache as module
-from textlock.data import shards as shards_module
 from textlock.data.cache import FetchError, RemoteFile, RemoteFolder, ShardCache
 from textlock.data.evaluation import iterate_shards
+from textlock.data.index import INDEX_NAME, index_shards, open_index
 from textlock.data.loader import DataConfig, open_loader
-from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_index, verify_shards
+from textlock.data.reader import ShardReader
+from textlock.data.verify import verify_shards
 
-tenacity = pytest.importorskip("tenacity")
+from .tars import write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -39,20 +37,7 @@ def no_pauses(monkeypatch):
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """Nine shards of four samples."""
-    folder = tmp_path_factory.mktemp("data") / "shards"
-    folder.mkdir()
-    for shard in range(9):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(4 * shard, 4 * shard + 4):
-                buffer = io.BytesIO()
-                pixels = np.random.default_rng(number).integers(0, 256, (24, 30, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(buffer, "JPEG")
-                for suffix, content in (("jpg", buffer.getvalue()), ("txt", f"caption {number}".encode())):
-                    info = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-    index_shards(folder)
-    return folder
+    return write_shards(tmp_path_factory.mktemp("data") / "shards", [4] * 9)
 
 
 class Server:
@@ -78,7 +63,7 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self):
         self._server.shutdown()
@@ -122,6 +107,23 @@ def memory(shards):
 
 
 @pytest.fixture
+def remote(memory):
+    return RemoteFolder(memory)
+
+
+@pytest.fixture(scope="module")
+def files(shards):
+    """The shards as an index names them: all have the same size."""
+    payloads = {path.name: path.read_bytes() for path in sorted(shards.glob("*.tar"))}
+    return [RemoteFile(name, len(content), hashlib.sha256(content).digest()) for name, content in payloads.items()]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ShardCache(tmp_path, 2**30)
+
+
+@pytest.fixture
 def fetched(monkeypatch):
     count = Counter()
     fetch = RemoteFolder.fetch
@@ -149,32 +151,32 @@ def size_of(shards, count):
     return sum(sorted((path.stat().st_size for path in shards.glob("*.tar")), reverse=True)[:count])
 
 
-def copies(cache):
-    return list(cache.glob("*.tar"))
+def copies(folder):
+    return list(folder.glob("*.tar"))
 
 
-def used(cache):
-    """Return the bytes of the copies at one moment: one that is removed meanwhile starts the count again."""
+def names(folder):
+    return [path.name for path in folder.iterdir() if path.is_file()]
+
+
+def used(folder):
+    """Return the bytes of the copies at one moment: one that is removed meanwhile restarts the count."""
     while True:
         with suppress(FileNotFoundError):
-            return sum(path.stat().st_size for path in copies(cache))
+            return sum(path.stat().st_size for path in copies(folder))
 
 
-def remote_file(shards, name):
-    payload = (shards / name).read_bytes()
-    return RemoteFile(name, len(payload), hashlib.sha256(payload).digest())
+def content(lease):
+    return os.pread(lease.number, 2**20, 0)
 
 
-def test_batches_are_those_of_the_same_shards_in_a_folder(shards, memory, fetched, tmp_path):
-    assert take(settings(memory, tmp_path), 18) == take(settings(shards, tmp_path), 18)
-    assert fetched == {INDEX_NAME: 1, **{f"{number:05d}.tar": 1 for number in range(9)}}
-
-
-def test_a_second_run_fetches_nothing(memory, fetched, tmp_path):
-    first = take(settings(memory, tmp_path), 9)
-    fetched.clear()
-    assert take(settings(memory, tmp_path), 9) == first
-    assert not fetched
+def test_batches_are_those_of_the_same_shards_in_a_folder_and_a_second_run_fetches_nothing(
+    shards, memory, fetched, tmp_path
+):
+    local = take(settings(shards, tmp_path), 18)
+    for _ in range(2):
+        assert take(settings(memory, tmp_path), 18) == local
+        assert fetched == {INDEX_NAME: 1, **{f"{number:05d}.tar": 1 for number in range(9)}}
 
 
 def test_resume_from_a_state_of_local_shards(shards, memory, tmp_path):
@@ -218,51 +220,53 @@ def test_a_cache_for_less_than_what_is_read_at_a_time_is_refused(shards, memory,
     with pytest.raises(ValueError, match=rf"cache_gb is .* {groups} times open_shards 2, have .*: raise cache_gb or"):
         open_loader(config, rank=0, world_size=1)
     take(replace(config, cache_gb=least / 1e9), 1)
-
-
-def test_impossible_settings(memory, tmp_path):
     with pytest.raises(ValueError, match="fetchers is 0"):
-        open_loader(settings(memory, tmp_path, fetchers=0), rank=0, world_size=1)
+        open_loader(replace(config, fetchers=0), rank=0, world_size=1)
 
 
 def test_evaluation_reads_remote_shards_too(shards, memory, tmp_path, monkeypatch):
-    monkeypatch.setattr("textlock.data.shards.DEFAULT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("textlock.data.index.DEFAULT_CACHE_DIR", str(tmp_path))
     keys = [key for batch in iterate_shards(memory, 16, batch_size=5) for key in batch.keys]
     assert keys == [f"{number:09d}" for number in range(36)]
 
 
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_transfers_are_tried_again(server, shards, fault, tmp_path):
-    server.faults = {f"{number:05d}.tar": [fault, fault] for number in (0, 5)}
+def test_transfers_are_tried_again(server, shards, tmp_path):
+    server.faults = {f"{number:05d}.tar": [fault, fault] for number, fault in enumerate(FAULTS.values())}
     assert take(settings(server.url, tmp_path), 9) == take(settings(shards, tmp_path), 9)
-    assert server.requests["00000.tar"] == server.requests["00005.tar"] == 3
-    assert server.requests["00001.tar"] == 1
+    assert [server.requests[f"{number:05d}.tar"] for number in range(9)] == [3] * len(FAULTS) + [1] * 3
 
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_shard_that_never_arrives_whole_costs_its_samples_only(server, shards, fault, tmp_path):
+def test_a_shard_that_never_arrives_whole_leaves_nothing(server, cache, files, fault, tmp_path):
+    server.faults = {"00003.tar": [fault] * 100}
+    for _ in range(2):
+        with pytest.raises(FetchError, match=rf"{server.url}/00003\.tar cannot be fetched, 6 times tried: "):
+            cache.open(RemoteFolder(server.url), files[3])
+    assert server.requests["00003.tar"] == module._ATTEMPTS, "not again for every sample"
+    assert not names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fault", "requests", "message"),
+    [
+        (FAULTS["a flipped bit"], module._ATTEMPTS, "cannot be fetched, 6 times tried: its bytes are not those"),
+        (lambda handler, payload: handler.send_error(404), 1, "is not there: put it there, or index the shards again"),
+    ],
+    ids=["damaged", "missing"],
+)
+def test_a_shard_that_cannot_be_had_costs_its_samples_only(server, fault, requests, message, tmp_path):
     server.faults = {"00003.tar": [fault] * 100}
     log = tmp_path / "skipped.jsonl"
-    config = settings(server.url, tmp_path / "cache", max_skipped_fraction=1.0)
-    batches = take(config, 9, skipped_log=log)
+    batches = take(settings(server.url, tmp_path / "cache", max_skipped_fraction=1.0), 9, skipped_log=log)
     assert len({key for keys, _, _ in batches for key in keys}) == 32
-    assert server.requests["00003.tar"] == module._ATTEMPTS, "not again for every sample"
+    assert server.requests["00003.tar"] == requests
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {(line["shard"], line["kind"]) for line in lines} == {("00003.tar", "unreadable")} and len(lines) == 4
-    assert all(f"{server.url}/00003.tar cannot be fetched, 6 times tried: " in line["message"] for line in lines)
-    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert all(f"{server.url}/00003.tar {message}" in line["message"] for line in lines)
     assert len(copies(tmp_path / "cache")) == 8
 
 
-def test_a_missing_shard_is_not_asked_for_again(server, shards, tmp_path):
-    server.faults = {"00003.tar": [lambda handler, payload: handler.send_error(404)] * 100}
-    log = tmp_path / "skipped.jsonl"
-    take(settings(server.url, tmp_path, max_skipped_fraction=1.0), 9, skipped_log=log)
-    assert server.requests["00003.tar"] == 1
-    assert f"{server.url}/00003.tar is not there: put it there, or index the shards again" in log.read_text()
-
-
-def test_an_endless_answer_is_broken_off(server, shards, tmp_path, monkeypatch):
+def test_an_endless_answer_is_broken_off(server, cache, files, tmp_path, monkeypatch):
     sent = []
 
     def endless(handler, payload):
@@ -278,29 +282,9 @@ def test_an_endless_answer_is_broken_off(server, shards, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_ATTEMPTS", 1)
     server.faults = {"00000.tar": [endless]}
     with pytest.raises(FetchError, match=r"00000\.tar cannot be fetched, 1 times tried: it has more than the"):
-        ShardCache(tmp_path, 2**30).open(RemoteFolder(server.url), remote_file(shards, "00000.tar"))
+        cache.open(RemoteFolder(server.url), files[0])
     assert sum(sent) < 200 * 2**20
-    assert not list(tmp_path.glob("*.partial"))
-
-
-@pytest.mark.parametrize("name", ["../secret.tar", "/etc/secret.tar", "a/b.tar", "secret", "a\nb.tar"])
-def test_an_index_that_names_files_elsewhere_is_refused(name, memory, tmp_path, monkeypatch):
-    folder = tmp_path / "evil"
-    folder.mkdir()
-    stand_in = folder / ("x" * (len(name) - 4) + ".tar")
-    with tarfile.open(stand_in, "w") as tar:
-        tar.addfile(tarfile.TarInfo("a.jpg"))
-    read_shard = shards_module._index_shard
-
-    def lie(path):
-        entry, records, problems = read_shard(path)
-        return replace(entry, name=name), records, problems
-
-    monkeypatch.setattr(shards_module, "_index_shard", lie)
-    index_shards(folder)
-    fsspec.filesystem("memory").pipe_file(f"/shards/{INDEX_NAME}", (folder / INDEX_NAME).read_bytes())
-    with pytest.raises(FileNotFoundError, match=r"names '.*' with 1 samples, which is no shard"):
-        open_index(memory, cache_dir=tmp_path)
+    assert not names(tmp_path)
 
 
 def test_verify_reads_remote_shards(shards, memory, tmp_path):
@@ -366,19 +350,16 @@ shards.close()
     return [process.communicate(timeout=120)[0].strip() for process in processes]
 
 
-def test_processes_of_a_node_share_what_one_of_them_fetches(server, shards, tmp_path):
+def test_processes_of_a_node_share_what_one_of_them_fetches(server, shards, files, tmp_path):
     slow = lambda handler, payload: (time.sleep(0.2), answer(handler, payload))  # noqa: E731
     server.faults = {f"{number:05d}.tar": [slow] * 3 for number in range(9)}
-    files = [remote_file(shards, f"{number:05d}.tar") for number in range(9)]
     whole = b"".join((shards / file.name).read_bytes() for file in files)
     assert fetch_in_processes(server.url, files, tmp_path, 3) == [hashlib.sha256(whole).hexdigest()] * 3
     assert server.requests == {file.name: 1 for file in files}
 
 
-def test_least_recently_used_files_go_and_those_in_use_stay(shards, memory, tmp_path):
-    remote = RemoteFolder(memory)
-    files = [remote_file(shards, f"{number:05d}.tar") for number in range(5)]
-    cache = ShardCache(tmp_path, 3 * max(file.size for file in files))
+def test_least_recently_used_files_go_and_those_in_use_stay(shards, remote, files, tmp_path):
+    cache = ShardCache(tmp_path, 3 * files[0].size)
 
     def present():
         return [number for number, file in enumerate(files) if (tmp_path / file.local_name).exists()]
@@ -392,16 +373,14 @@ def test_least_recently_used_files_go_and_those_in_use_stay(shards, memory, tmp_
     held += [cache.open(remote, files[number]) for number in (1, 3)]
     assert cache.open_ahead(remote, files[4]) is None, "nothing can go"
     assert present() == [0, 1, 3]
-    assert os.pread(held[0].number, 2**20, 0) == (shards / "00000.tar").read_bytes()
+    assert content(held[0]) == (shards / "00000.tar").read_bytes()
     for _ in range(3):
         held.pop(0)
     assert cache.open_ahead(remote, files[4]) is not None
     assert present() == [1, 3, 4]
 
 
-def test_a_reader_never_waits_for_room(shards, memory, tmp_path, caplog):
-    remote = RemoteFolder(memory)
-    files = [remote_file(shards, f"{number:05d}.tar") for number in range(2)]
+def test_a_reader_never_waits_for_room(remote, files, tmp_path, caplog):
     cache = ShardCache(tmp_path, files[0].size)
     held = cache.open(remote, files[0])
     other = cache.open(remote, files[1])
@@ -409,9 +388,7 @@ def test_a_reader_never_waits_for_room(shards, memory, tmp_path, caplog):
     assert "the shards in use exceed the cache budget" in caplog.text
 
 
-def test_a_shard_that_has_just_arrived_makes_no_room_for_another(shards, memory, tmp_path, monkeypatch):
-    remote = RemoteFolder(memory)
-    files = [remote_file(shards, f"{number:05d}.tar") for number in range(2)]
+def test_a_shard_that_has_just_arrived_makes_no_room_for_another(shards, remote, files, tmp_path, monkeypatch):
     other = ShardCache(tmp_path, files[0].size)
     held = []
     rename = Path.replace
@@ -424,14 +401,12 @@ def test_a_shard_that_has_just_arrived_makes_no_room_for_another(shards, memory,
     monkeypatch.setattr(Path, "replace", rename_and_be_overtaken)
     lease = ShardCache(tmp_path, files[0].size).open(remote, files[0])
     assert held == [None]
-    assert os.pread(lease.number, 2**20, 0) == (shards / "00000.tar").read_bytes()
-    assert [path.name for path in copies(tmp_path)] == [files[0].local_name]
+    assert content(lease) == (shards / "00000.tar").read_bytes()
+    assert names(tmp_path) == [files[0].local_name]
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(shards, memory, tmp_path):
-    remote = RemoteFolder(memory)
-    file = remote_file(shards, "00000.tar")
-    cache = ShardCache(tmp_path, 2**30)
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(remote, files, cache, tmp_path):
+    file = files[0]
     partial = (tmp_path / file.local_name).with_suffix(".partial")
     partial.write_bytes(b"half")
     with cache._locked(file.local_name[:2]):
@@ -442,31 +417,23 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     assert not partial.exists()
     partial.write_bytes(b"half")
     cache.open(remote, file)
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [file.local_name]
+    assert names(tmp_path) == [file.local_name]
 
 
-def test_a_copy_that_was_cut_is_fetched_again(shards, memory, tmp_path, fetched):
-    remote = RemoteFolder(memory)
-    file = remote_file(shards, "00000.tar")
-    cache = ShardCache(tmp_path, 2**30)
-    cache.open(remote, file)
-    os.truncate(tmp_path / file.local_name, 100)
-    assert os.pread(cache.open(remote, file).number, 2**20, 0) == (shards / "00000.tar").read_bytes()
+def test_a_copy_that_was_cut_is_fetched_again(shards, remote, files, cache, tmp_path, fetched):
+    cache.open(remote, files[0])
+    os.truncate(tmp_path / files[0].local_name, 100)
+    assert content(cache.open(remote, files[0])) == (shards / "00000.tar").read_bytes()
     assert fetched["00000.tar"] == 2
 
 
-def test_a_failure_is_forgotten_after_a_while(shards, memory, tmp_path, fetched, monkeypatch):
-    remote = RemoteFolder(memory)
-    cache = ShardCache(tmp_path, 2**30)
+def test_a_failure_is_forgotten_after_a_while(remote, cache, fetched, monkeypatch):
     missing = RemoteFile("absent.tar", 5, bytes(32))
-    for _ in range(3):
+    for seconds, requests in ((300.0, 1), (300.0, 1), (0.0, 2)):
+        monkeypatch.setattr(module, "_SECONDS_BEFORE_ANOTHER_TRY", seconds)
         with pytest.raises(FetchError, match=r"absent\.tar is not there"):
             cache.open(remote, missing)
-    assert fetched["absent.tar"] == 1
-    monkeypatch.setattr(module, "_SECONDS_BEFORE_ANOTHER_TRY", 0.0)
-    with pytest.raises(FetchError, match=r"absent\.tar is not there"):
-        cache.open(remote, missing)
-    assert fetched["absent.tar"] == 2
+        assert fetched["absent.tar"] == requests
 
 
 def test_a_full_disk_stops_the_run_in_one_sentence(memory, tmp_path, monkeypatch):
@@ -478,27 +445,22 @@ def test_a_full_disk_stops_the_run_in_one_sentence(memory, tmp_path, monkeypatch
     assert not copies(tmp_path) and not list(tmp_path.glob("*.partial"))
 
 
-def test_a_disk_that_fills_up_while_a_shard_arrives(shards, memory, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_while_a_shard_arrives(remote, files, cache, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    cache = ShardCache(tmp_path, 2**30)
-    remote = RemoteFolder(memory)
     monkeypatch.setattr(remote._filesystem, "get_file", fail)
     with pytest.raises(ValueError, match="has no room for"):
-        cache.open(remote, remote_file(shards, "00000.tar"))
-    assert not copies(tmp_path) and not list(tmp_path.glob("*.partial"))
+        cache.open(remote, files[0])
+    assert not names(tmp_path)
 
 
-def test_a_full_disk_makes_room_among_the_copies_first(shards, memory, tmp_path, monkeypatch):
-    remote = RemoteFolder(memory)
-    files = [remote_file(shards, f"{number:05d}.tar") for number in range(2)]
-    cache = ShardCache(tmp_path, 2**30)
+def test_a_full_disk_makes_room_among_the_copies_first(remote, files, cache, tmp_path, monkeypatch):
     cache.open(remote, files[0])
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=files[1].size - files[0].size + 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     cache.open(remote, files[1])
-    assert [path.name for path in copies(tmp_path)] == [files[1].local_name]
+    assert names(tmp_path) == [files[1].local_name]
 
 
 def test_closing_does_not_wait_for_a_server_to_come_back(server, tmp_path, monkeypatch):

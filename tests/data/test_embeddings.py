@@ -12,11 +12,12 @@ import torch
 from textlock.data import embeddings
 from textlock.data.embeddings import StoredText, encode_shards, file_name, read_header, record_dtype
 from textlock.data.images import BadSample
+from textlock.data.index import index_shards, open_index
 from textlock.data.loader import DataConfig, open_loader
-from textlock.data.shards import index_shards, open_index
-from textlock.models.text import build_text_tower, write_random_text_tower
+from textlock.demo.text_tower import write_random_text_tower
+from textlock.models.text import build_text_tower
 
-from .test_loader import jpeg, write_shards
+from .tars import jpeg, write_shards
 
 SIZES = [11, 5, 9]
 WORDS = ["red", "blue", "circle", "square", "caption", *map(str, range(10))]

@@ -1,20 +1,17 @@
 """No sample lost and none twice, on any number of ranks, however often a run is interrupted."""
 
-import io
 import json
 import random
-import tarfile
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from textlock.data.loader import DataConfig, open_loader
-from textlock.data.shards import index_shards
+
+from .tars import write_shards
 
 SIZES = [11, 1, 29, 5, 17, 3, 31]
 SAMPLES = sum(SIZES)  # 97
@@ -23,22 +20,8 @@ EPOCH = SAMPLES // BATCH * BATCH
 WORLD_SIZES = [1, 2, 3, 5]
 
 
-def write_shards(folder, bad=()):
-    folder.mkdir()
-    number = 0
-    for shard, size in enumerate(SIZES):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for _ in range(size):
-                pixels = np.random.default_rng(number).integers(0, 256, (20, 20 + number % 7, 3), dtype=np.uint8)
-                buffer = io.BytesIO()
-                Image.fromarray(pixels).save(buffer, "JPEG")
-                image = b"<html>" if number in bad else buffer.getvalue()
-                for suffix, content in (("jpg", image), ("txt", f"caption {number}".encode())):
-                    info = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-                number += 1
-    index_shards(folder)
+def settings(folder, bad=()):
+    write_shards(folder, SIZES, {number: (b"<html>", f"caption {number}".encode()) for number in bad})
     return DataConfig(
         shards=str(folder), batch_size=BATCH, image_size=16, decoder="cpu", workers=1, open_shards=3, prefetch_batches=1
     )
@@ -46,7 +29,7 @@ def write_shards(folder, bad=()):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return write_shards(tmp_path_factory.mktemp("data") / "shards")
+    return settings(tmp_path_factory.mktemp("data") / "shards")
 
 
 def global_batches(config, count, world_size, state=None):
@@ -79,7 +62,7 @@ def test_every_sample_once_an_epoch_on_any_number_of_ranks(config, world_size):
 
 @pytest.mark.parametrize("bad", [(), (4, 40, 41, 96)], ids=["good samples", "bad samples"])
 def test_fifty_resumes_on_changing_numbers_of_ranks(tmp_path, bad):
-    config = replace(write_shards(tmp_path / "shards", bad), max_skipped_fraction=1.0)
+    config = replace(settings(tmp_path / "shards", bad), max_skipped_fraction=1.0)
     draw = random.Random(len(bad))
     segments = [(draw.randint(1, 3), draw.choice(WORLD_SIZES)) for _ in range(51)]
     whole, _ = global_batches(config, sum(count for count, _ in segments), 1)

@@ -5,7 +5,6 @@ function of its number.
 """
 
 import hashlib
-import io
 import os
 import random
 import signal
@@ -14,14 +13,16 @@ import sys
 import tarfile
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
-from textlock.data import shards as module
+from textlock.data import index as module
 from textlock.data.captions import MAX_CAPTION_BYTES
 from textlock.data.images import MAX_IMAGE_BYTES, BadSample
-from textlock.data.shards import INDEX_NAME, ShardReader, index_shards, open_index
+from textlock.data.index import INDEX_NAME, index_of_one_shard, index_shards, open_index
+from textlock.data.reader import ShardReader
 from textlock.data.tar import read_samples
+
+from .tars import set_checksum, tar_bytes
 
 INPUTS = int(os.environ.get("TEXTLOCK_FUZZ_INPUTS", "2000"))
 SECONDS_AN_INPUT = 20
@@ -59,29 +60,18 @@ def guarded(number, folder):
     assert not outside, f"input {number}: {outside}"
 
 
-def build(members, format):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-        for name, content, kind in members:
-            info = tarfile.TarInfo(name)
-            info.type = kind
-            info.linkname = "/etc/passwd" if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE) else ""
-            info.size = len(content) if kind == tarfile.REGTYPE else 0
-            tar.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
-
-
-def sample(key, size=700):
-    regular = tarfile.REGTYPE
-    return [(f"{key}.jpg", b"\xff\xd8\xff" + bytes(size), regular), (f"{key}.txt", f"a {key}".encode(), regular)]
+def small_sample(key, size=700):
+    return [(f"{key}.jpg", b"\xff\xd8\xff" + bytes(size)), (f"{key}.txt", f"a {key}".encode())]
 
 
 SEEDS = [
-    build([*sample("1"), *sample("2"), ("2.json", b"{}", tarfile.REGTYPE)], tarfile.USTAR_FORMAT),
-    build([*sample("é" * 40), *sample("d" * 150 + "/n", 100)], tarfile.PAX_FORMAT),
-    build([*sample("n" * 200), *sample("k" * 120, 0)], tarfile.GNU_FORMAT),
-    build([("a.jpg", b"", tarfile.SYMTYPE), ("b.jpg", b"", tarfile.LNKTYPE), *sample("c")], tarfile.GNU_FORMAT),
-    build([("../a.jpg", b"x", tarfile.REGTYPE), ("/b.txt", b"x", tarfile.REGTYPE), *sample("d")], tarfile.PAX_FORMAT),
+    tar_bytes([*small_sample("1"), *small_sample("2"), ("2.json", b"{}")]),
+    tar_bytes([*small_sample("é" * 40), *small_sample("d" * 150 + "/n", 100)], tarfile.PAX_FORMAT),
+    tar_bytes([*small_sample("n" * 200), *small_sample("k" * 120, 0)], tarfile.GNU_FORMAT),
+    tar_bytes(
+        [("a.jpg", b"", tarfile.SYMTYPE), ("b.jpg", b"", tarfile.LNKTYPE), *small_sample("c")], tarfile.GNU_FORMAT
+    ),
+    tar_bytes([("../a.jpg", b"x"), ("/b.txt", b"x"), *small_sample("d")], tarfile.PAX_FORMAT),
 ]
 NUMBERS = [
     b"77777777777\0",
@@ -107,12 +97,6 @@ RECORDS = [
 ]
 
 
-def set_sum(raw, at):
-    header = raw[at : at + 512]
-    header[148:156] = b" " * 8
-    raw[at + 148 : at + 156] = f"{sum(header):06o}\0 ".encode()
-
-
 def mutate_tar(draw):
     raw = bytearray(draw.choice(SEEDS))
     for _ in range(draw.randint(1, 4)):
@@ -126,15 +110,15 @@ def mutate_tar(draw):
                 for _ in range(draw.randint(1, 3)):
                     raw[at : at + 512] = raw[at : at + 512].ljust(512, b"\0")
                     raw[at + draw.randrange(512)] = draw.randrange(256)
-                set_sum(raw, at)
+                set_checksum(raw, at)
             case 2:
                 raw[at : at + 512] = raw[at : at + 512].ljust(512, b"\0")
                 raw[at + 124 : at + 136] = draw.choice(NUMBERS)
-                set_sum(raw, at)
+                set_checksum(raw, at)
             case 3:
                 raw[at : at + 512] = raw[at : at + 512].ljust(512, b"\0")
                 raw[at + 156] = draw.choice(b"\x000123456789xgLKSDMNVAX")
-                set_sum(raw, at)
+                set_checksum(raw, at)
             case 4:
                 del raw[draw.randrange(len(raw) + 1) :]
             case 5:
@@ -192,14 +176,7 @@ def test_tampered_tars(tmp_path):
                 index = open_index(tmp_path)
                 (tmp_path / INDEX_NAME).unlink()
             else:
-                index = module.ShardIndex(
-                    address=str(tmp_path),
-                    shard_names=["0.tar"],
-                    shard_sizes=[len(raw)],
-                    first_sample=np.array([0, len(samples)]),
-                    samples=module._records(path, samples),
-                    fingerprint="",
-                )
+                index = index_of_one_shard(path, samples)
             read_all(index, {"0.tar": raw})
             reader = ShardReader(index)
             for place, found in enumerate(samples):

@@ -24,11 +24,9 @@ from .zoo import (
     GARBAGE_FOR_DALI,
     GOOD,
     JPEG,
-    PNG,
     PROGRESSIVE,
     REFUSED,
     RGB,
-    WEBP,
     encode,
     photo,
     with_scans,
@@ -69,30 +67,18 @@ def dali():
     return open_dali(None)
 
 
-def assert_decodes_as_ours(decoder, names, device):
-    payloads = [GOOD[name] for name in names]
-    windows = [whole_image(payload) for payload in payloads]
-    theirs = torch.empty(len(names), 32, 32, 3, dtype=torch.uint8, device=device)
-    decoder.decode(payloads, windows, theirs, range(len(names)))
-    for name, payload, window, image in zip(names, payloads, windows, theirs.cpu(), strict=True):
+def test_dali_makes_the_same_of_every_jpeg(device):
+    good = {name: payload for name, payload in GOOD.items() if payload.startswith(b"\xff\xd8")}
+    windows = [whole_image(payload) for payload in good.values()]
+    theirs = torch.empty(len(good), 32, 32, 3, dtype=torch.uint8, device=device)
+    open_dali(0 if device.type == "cuda" else None).decode(list(good.values()), windows, theirs, range(len(good)))
+    for (name, payload), window, image in zip(good.items(), windows, theirs.cpu(), strict=True):
         ours = torch.empty(32, 32, 3, dtype=torch.uint8)
         crop_and_resize(decode_image(payload), window, ours)
         difference = (ours.int() - image.int()).abs().float()
         assert difference.mean() <= 0.35, name
         # Bicubic overshoots at hard edges: torch clips it after each of its two passes, DALI once.
         assert difference.max() <= (8 if name == "one pixel wide" else 1), name
-
-
-GOOD_JPEGS = [name for name, payload in GOOD.items() if payload.startswith(b"\xff\xd8")]
-
-
-@pytest.mark.parametrize("name", GOOD_JPEGS)
-def test_dali_makes_the_same_of_every_jpeg(name, dali):
-    assert_decodes_as_ours(dali, [name], "cpu")
-
-
-def test_dali_makes_the_same_of_a_batch(device):
-    assert_decodes_as_ours(open_dali(0 if device.type == "cuda" else None), GOOD_JPEGS, device)
 
 
 @pytest.mark.parametrize("name", [name for name, payload in DAMAGED.items() if payload.startswith(b"\xff\xd8")])
@@ -135,21 +121,6 @@ def test_damage_behind_a_good_header_is_found_by_the_decoder(name):
     with pytest.raises(BadImage) as caught:
         decode_image(DAMAGED[name])
     assert caught.value.kind == "damaged"
-
-
-@pytest.mark.parametrize("whole", [JPEG, PNG, WEBP], ids=["jpeg", "png", "webp"])
-def test_mutants_never_raise_anything_else(whole):
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        mutant = bytearray(whole[: rng.integers(1, len(whole) + 1)] if rng.random() < 0.2 else whole)
-        for at in rng.integers(0, min(len(mutant), 700), 3):
-            mutant[at] = rng.integers(256)
-        try:
-            header = check_image(bytes(mutant))
-            if header.width * header.height < 1_000_000:
-                decode_image(bytes(mutant))
-        except BadImage:
-            pass
 
 
 WINDOW_RULE = {"scale": (0.9, 1.0), "ratio": (0.75, 4 / 3)}

@@ -2,7 +2,6 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -16,6 +15,7 @@ from PIL import Image
 from textlock.data.captions import caption_id
 from textlock.data.evaluation import iterate_class_folder, iterate_shards, list_classes
 from textlock.data.images import crop_and_resize, crop_draws, crop_window, decode_image, eval_image
+from textlock.data.index import INDEX_NAME
 from textlock.data.loader import (
     SKIP_KINDS,
     DataConfig,
@@ -23,40 +23,9 @@ from textlock.data.loader import (
     open_loader,
     require_few_skipped,
 )
-from textlock.data.shards import INDEX_NAME, index_shards
 
+from .tars import jpeg, write_shards
 from .zoo import DAMAGED, EMPTY_CAPTIONS, GARBAGE_FOR_DALI, GOOD, ODD_CAPTIONS, REFUSED
-
-
-def jpeg(seed, width=40, height=32):
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
-
-def write_shards(folder, sizes, bad=None):
-    """Write shards of the given sizes; ``bad`` maps sample numbers to the (image, caption) that replace good ones.
-
-    A caption of None leaves the member out.
-    """
-    folder.mkdir(exist_ok=True)
-    number = 0
-    for shard, size in enumerate(sizes):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for _ in range(size):
-                image, caption = jpeg(number, 36 + number % 9), f"caption {number}".encode()
-                if bad and number in bad:
-                    image, caption = bad[number]
-                for suffix, content in (("jpg", image), ("txt", caption)):
-                    if content is None:
-                        continue
-                    info = tarfile.TarInfo(f"{number:09d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
-                number += 1
-    index_shards(folder)
-    return folder
 
 
 def damaged_png():

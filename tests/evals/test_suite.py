@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from textlock.data.shards import index_shards, pack_shards
+from textlock.data.index import index_shards
+from textlock.data.pack import pack_shards
 from textlock.evals.suite import EvaluationSuite
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

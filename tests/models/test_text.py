@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, NomicBertModel
 
+from textlock.demo.text_tower import write_random_text_tower
 from textlock.models import text as text_module
-from textlock.models.text import bucket_by_length, build_text_tower, write_random_text_tower
+from textlock.models.text import bucket_by_length, build_text_tower
 
 CAPTIONS = [
     "a red circle",
@@ -523,57 +524,3 @@ def test_the_fingerprint_tells_towers_apart(editable, tower_folder, change):
     assert tower.fingerprint() == build_text_tower(tower_folder).fingerprint()
     assert len(tower.fingerprint()) == 64
     assert other.fingerprint() != tower.fingerprint()
-
-
-def test_a_random_tower_is_deterministic_and_leaves_no_trace(tmp_path):
-    (tmp_path / "empty").mkdir()
-    state = torch.get_rng_state()
-    for name, seed in (("empty", 3), ("again", 3), ("other", 4)):
-        write_random_text_tower(tmp_path / name, CAPTIONS, width=16, heads=2, seed=seed)
-    assert torch.equal(torch.get_rng_state(), state)
-    files = {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()}
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
-    assert files["model.safetensors"] != (tmp_path / "other/model.safetensors").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "empty", "other"]
-
-
-def test_a_random_tower_knows_its_words_and_spells_others(tower_folder):
-    tokenizer = AutoTokenizer.from_pretrained(tower_folder)
-    assert tokenizer.tokenize("search_query: A Red Circle") == ["search", "_", "query", ":", "a", "red", "circle"]
-    assert tokenizer.tokenize("reddest") == ["red", "##d", "##e", "##s", "##t"]
-    assert tokenizer.tokenize("猫") == ["[UNK]"]
-
-
-@pytest.mark.parametrize("case", ["not empty", "a file", "odd heads"])
-def test_a_random_tower_refuses_bad_arguments(tmp_path, case):
-    folder = tmp_path / "tower"
-    if case == "not empty":
-        folder.mkdir()
-        (folder / "config.json").write_text("precious")
-    elif case == "a file":
-        folder.write_text("precious")
-    with pytest.raises(ValueError, match="not an even head width" if case == "odd heads" else "not an empty folder"):
-        write_random_text_tower(folder, CAPTIONS, width=10 if case == "odd heads" else 16, heads=2)
-    assert len(list(tmp_path.iterdir())) == (case != "odd heads")
-
-
-@pytest.mark.parametrize("suffix", ["txt", "tsv"])
-def test_the_command_line_reads_captions_from_a_file(tmp_path, suffix):
-    captions = ["a red circle", "two “dogs”"]
-    lines = captions if suffix == "txt" else ["key\tcaption", *(f"{i}\t{c}" for i, c in enumerate(captions))]
-    (tmp_path / f"captions.{suffix}").write_text("\n".join(lines), encoding="utf-8")
-    text_module.main(tmp_path / f"captions.{suffix}", tmp_path / "by_command", width=16)
-    write_random_text_tower(tmp_path / "by_call", captions, width=16)
-    for path in (tmp_path / "by_call").iterdir():
-        assert path.read_bytes() == (tmp_path / "by_command" / path.name).read_bytes()
-
-
-@pytest.mark.parametrize("content", [None, "key\ttext\n0\tdogs\n"], ids=["no file", "no caption column"])
-def test_the_command_line_ends_with_a_sentence_and_status_2(tmp_path, capsys, content):
-    if content is not None:
-        (tmp_path / "captions.tsv").write_text(content)
-    with pytest.raises(SystemExit) as caught:
-        text_module.main(tmp_path / "captions.tsv", tmp_path / "tower")
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith("error: ")
-    assert not (tmp_path / "tower").exists()

@@ -1,11 +1,11 @@
-"""The demo's data: generated pictures of coloured shapes, with captions that have to be read.
+"""The demo's data: generated images of coloured shapes, with captions that have to be read.
 
-A scene is one coloured shape somewhere in the picture, a group of two to four alike, or two different shapes beside or
+A scene is one coloured shape somewhere in the image, a group of two to four alike, or two different shapes next to or
 above each other. Captions tell colour, shape, count, size, place and background; a held-out caption tells all of it, a
-training caption may leave some out. The pairs of colour and shape in `UNSEEN_PAIRS` occur in no training picture and in
+training caption may leave some out. The pairs of colour and shape in `UNSEEN_PAIRS` occur in no training image and in
 no training caption: to recognise them, colour and shape must have been learned apart.
 
-`python -m textlock.data.scenes --output DIR` writes
+`python -m textlock.demo.scenes --output DIR` writes
 
     DIR/train/            shards of training pairs
     DIR/heldout/          shards of held-out pairs, every one with its own description
@@ -33,8 +33,8 @@ import numpy as np
 import tyro
 from PIL import Image, ImageDraw
 
-from .publish import published_folder
-from .shards import pack_shards
+from ..data.atomic import atomic_folder
+from ..data.pack import pack_shards
 
 T = TypeVar("T")
 Point = tuple[float, float]
@@ -55,7 +55,7 @@ COLOURS = {
     "pink": (332, 0.45, 0.97),
 }
 BACKGROUNDS = {"white": (0.90, 1.0), "gray": (0.48, 0.60), "black": (0.02, 0.12)}  # grey levels, from 0 to 1
-SIZES = {"small": (0.19, 0.22), "large": (0.27, 0.31)}  # radii, as a share of the picture's short side
+SIZES = {"small": (0.19, 0.22), "large": (0.27, 0.31)}  # radii, as a share of the image's short side
 GROUP_RADII = (0.15, 0.18)
 PAIR_RADII = (0.16, 0.2)
 COMPLETE = 0.3  # share of training captions that tell all; the others name colours, shapes, count and relation alone
@@ -63,7 +63,7 @@ LAYOUT_SHARES = {"single": 0.7, "group": 0.15, "pair": 0.15}
 
 
 def regular_polygon(corners: int, radius: float, *, turn: float = 0.0) -> list[Point]:
-    """Corners in the picture's axes (y points down); the first one is at the top, `turn` degrees on clockwise."""
+    """Corners in the image's axes (y points down); the first one is at the top, `turn` degrees on clockwise."""
     angles = [math.radians(turn + 360 * corner / corners) for corner in range(corners)]
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for angle in angles]
 
@@ -106,12 +106,12 @@ SEEN_PAIRS: list[Pair] = [pair for pair in ALL_PAIRS if pair not in UNSEEN_PAIRS
 
 @dataclass(frozen=True, kw_only=True)
 class Thing:
-    """One shape as it is drawn. Lengths are shares of the picture's short side, (0, 0) is the picture's centre."""
+    """One shape as it is drawn. Lengths are shares of the image's short side, (0, 0) is the image's centre."""
 
     colour: str
     shape: str
     size: str | None
-    """Told of single things only: beside others of its kind, small and large would be relative."""
+    """Told of single things only: among others of its kind, small and large would be relative."""
     x: float
     y: float
     radius: float
@@ -121,7 +121,7 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows: one thing (`single`), two to four alike (`group`), or two different ones (`pair`)."""
+    """What a image shows: one thing (`single`), two to four alike (`group`), or two different ones (`pair`)."""
 
     layout: Layout
     background: str
@@ -150,14 +150,14 @@ def make_thing(rng: np.random.Generator, pair: Pair, size: str | None, x: float,
 def single_scene(rng: np.random.Generator, pairs: Sequence[Pair]) -> Scene:
     """One thing at one of nine places."""
     size = pick(rng, list(SIZES))
-    reach = 0.46 - 1.1 * SIZES[size][1]  # the whole thing stays in the middle square of the picture
+    reach = 0.46 - 1.1 * SIZES[size][1]  # the whole thing stays in the middle square of the image
     x, y = (reach * int(rng.integers(-1, 2)) + float(rng.uniform(-0.02, 0.02)) for _ in range(2))
     thing = make_thing(rng, pick(rng, pairs), size, x, y, SIZES[size])
     return Scene(layout="single", background=pick(rng, list(BACKGROUNDS)), things=(thing,))
 
 
 def group_scene(rng: np.random.Generator, pairs: Sequence[Pair]) -> Scene:
-    """Two to four things alike, in different quarters of the picture."""
+    """Two to four things alike, in different quarters of the image."""
     pair = pick(rng, pairs)
     quarters = rng.choice(4, size=int(rng.integers(2, 5)), replace=False)
     things = []
@@ -273,7 +273,7 @@ def draw_flat(scene: Scene, rng: np.random.Generator, width: int, height: int) -
 
 
 def placed(corners: Sequence[Point], thing: Thing, width: int, height: int) -> list[Point]:
-    """Corners of a shape of unit radius, turned, scaled and moved to where the canvas of twice the picture has them."""
+    """Corners of a shape of unit radius, turned, scaled and moved to where the canvas of twice the image has them."""
     sine, cosine = math.sin(math.radians(thing.turn)), math.cos(math.radians(thing.turn))
     unit = 2 * min(width, height)
     return [
@@ -297,7 +297,7 @@ def tint(colour: str, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def generator_of(seed: int, split: Split, index: int) -> np.random.Generator:
-    """Every picture has its own random numbers, so that no order of drawing changes it."""
+    """Every image has its own random numbers, so that no order of drawing changes it."""
     return np.random.default_rng((seed, get_args(Split).index(split), index))
 
 
@@ -322,24 +322,24 @@ def write_pair(folder: Path, seed: int, split: Split, index: int) -> str:
 
 
 def write_class(folder: Path, seed: int, per_class: int, number: int) -> None:
-    """Draw the pictures of one pair of colour and shape, each with a single thing."""
+    """Draw the images of one pair of colour and shape, each with a single thing."""
     pair = ALL_PAIRS[number]
-    pictures = folder / ("classes_unseen" if pair in UNSEEN_PAIRS else "classes") / "_".join(pair)
-    pictures.mkdir(parents=True)
+    images = folder / ("classes_unseen" if pair in UNSEEN_PAIRS else "classes") / "_".join(pair)
+    images.mkdir(parents=True)
     for index in range(per_class):
         rng = generator_of(seed, "classes", number * per_class + index)
-        (pictures / f"{index}.jpg").write_bytes(draw(single_scene(rng, [pair]), rng))
+        (images / f"{index}.jpg").write_bytes(draw(single_scene(rng, [pair]), rng))
 
 
 def write_split(output: Path, seed: int, split: Split, indices: Sequence[int], pool: ProcessPoolExecutor) -> list[str]:
     """Write the shards of a split and return its captions."""
     with tempfile.TemporaryDirectory(dir=output) as scratch:
-        pictures = Path(scratch)
-        captions = list(pool.map(partial(write_pair, pictures, seed, split), indices, chunksize=100))
-        table = pictures / "captions.tsv"
+        images = Path(scratch)
+        captions = list(pool.map(partial(write_pair, images, seed, split), indices, chunksize=100))
+        table = images / "captions.tsv"
         rows = (f"{index}.jpg\t{caption}\n" for index, caption in zip(indices, captions, strict=True))
         table.write_text("file\tcaption\n" + "".join(rows))
-        pack_shards(pictures, table, output / split)
+        pack_shards(images, table, output / split)
     return captions
 
 
@@ -352,7 +352,7 @@ def write_scenes(
     seed: int = 0,
     workers: int | None = None,
 ) -> str:
-    """Draw pictures of coloured shapes with captions, as the demo trains on them.
+    """Draw images of coloured shapes with captions, as the demo trains on them.
 
     Training and held-out pairs become shards; single shapes become two folders of classes. Returns one line that says
     what was written.
@@ -361,8 +361,8 @@ def write_scenes(
         output: folder to write; it must not exist, or be empty.
         train: training pairs.
         heldout: held-out pairs, all with different descriptions.
-        per_class: pictures of each class.
-        seed: another one gives other pictures.
+        per_class: images of each class.
+        seed: another one gives other images.
         workers: processes; None: one for each core.
 
     Raises:
@@ -371,13 +371,13 @@ def write_scenes(
     for name, value in (("train", train), ("heldout", heldout), ("per-class", per_class), ("workers", workers)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} is {value}, must be at least 1")
-    with published_folder(output) as draft, ProcessPoolExecutor(workers) as pool:
+    with atomic_folder(output) as draft, ProcessPoolExecutor(workers) as pool:
         captions = write_split(draft, seed, "train", range(train), pool)
         write_split(draft, seed, "heldout", distinct_indices(seed, heldout), pool)
         list(pool.map(partial(write_class, draft, seed, per_class), range(len(ALL_PAIRS))))
         (draft / "captions.txt").write_text("".join(f"{caption}\n" for caption in sorted(set(captions))))
     return (
-        f"{output}: {train:,} training pairs, {heldout:,} held-out pairs, {per_class:,} pictures each of"
+        f"{output}: {train:,} training pairs, {heldout:,} held-out pairs, {per_class:,} images each of"
         f" {len(SEEN_PAIRS)} classes and of {len(UNSEEN_PAIRS)} that no training caption holds"
     )
 

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, whatever kills the process while they are written.
 
-They are written under a hidden name beside the final one, synced to disk, and renamed.
+They are written under a hidden name in the same folder, synced to disk, and renamed.
 """
 
 import os
@@ -12,8 +12,8 @@ from typing import BinaryIO
 
 
 @contextmanager
-def published_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a draft of ``path`` for writing; it replaces ``path`` when the block ends and is deleted when it raises."""
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a draft of ``path`` for writing; it replaces ``path`` when the block ends, or is deleted if that raises."""
     draft = _draft_of(path)
     try:
         with draft.open("wb") as file:
@@ -26,17 +26,17 @@ def published_file(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def publish_text(path: Path, text: str) -> None:
-    """Write a small file in UTF-8, in place of an older one; half a surrogate pair becomes a question mark."""
-    with published_file(path) as file:
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small file in UTF-8, in place of an older one; a lone surrogate becomes a question mark."""
+    with atomic_file(path) as file:
         file.write(text.encode("utf-8", "replace"))
 
 
 @contextmanager
-def published_folder(folder: Path) -> Iterator[Path]:
-    """Make a draft of ``folder`` and yield it; it takes its name when the block ends and is deleted when it raises.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Make a draft of ``folder`` and yield it; it is renamed when the block ends and deleted if the block raises.
 
-    The files directly in it are synced before the rename. What an earlier, killed attempt left behind is removed.
+    The files directly in it are synced before the rename. The draft of an earlier, killed process is removed.
 
     Raises:
         ValueError: ``folder`` exists and is not an empty folder.

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from textlock.data import scenes
 from textlock.data.evaluation import iterate_shards
 from textlock.data.images import eval_image
-from textlock.data.scenes import (
+from textlock.demo import scenes
+from textlock.demo.scenes import (
     ALL_PAIRS,
     BACKGROUNDS,
     COLOURS,
@@ -95,7 +95,7 @@ def test_the_folder_holds_what_training_and_evaluation_read(written):
     assert (written / "captions.txt").read_text().splitlines() == sorted(set(training))
 
 
-def test_pictures_of_one_split_are_not_those_of_another():
+def test_images_of_one_split_are_not_those_of_another():
     heldout = {draw(scene, rng) for scene, rng in some_scenes(20, "heldout")}
     assert not heldout & {draw(scene, rng) for scene, rng in some_scenes(20, "train")}
 
@@ -108,7 +108,7 @@ def test_every_colour_and_every_shape_is_both_seen_and_in_an_unseen_pair():
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_no_picture_and_no_caption_holds_an_unseen_pair(split):
+def test_no_image_and_no_caption_holds_an_unseen_pair(split):
     shown, told = set(), set()
     for scene, rng in some_scenes(3000, split):
         shown |= {(thing.colour, thing.shape) for thing in scene.things}
@@ -173,12 +173,12 @@ def test_captions_are_true_of_the_scene(complete):
         assert 0 < told_parts["place"] < layouts["single"]
 
 
-def test_pictures_show_the_scene():
+def test_images_show_the_scene():
     for scene, rng in some_scenes(60):
-        with Image.open(io.BytesIO(draw(scene, rng))) as picture:
-            assert picture.mode == "RGB"
-            width, height = picture.size
-            pixels = np.asarray(picture, dtype=np.float32)
+        with Image.open(io.BytesIO(draw(scene, rng))) as image:
+            assert image.mode == "RGB"
+            width, height = image.size
+            pixels = np.asarray(image, dtype=np.float32)
         assert 64 <= min(width, height) <= max(width, height) <= 112
         short = min(width, height)
         rows, columns = np.mgrid[:height, :width]
@@ -204,23 +204,30 @@ def test_a_centre_crop_cuts_no_shape():
             width, height = (int(side) for side in rng.integers(64, 112, size=2))
             short = min(width, height)
             corners = np.array(scenes.placed(SHAPES[thing.shape], thing, width, height)) - (width, height)
-            # The canvas is twice the picture, so half a side is `short`; a tip may lose two of a hundred pixels.
+            # The canvas is twice the image, so half a side is `short`; a tip may lose two of a hundred pixels.
             assert np.abs(corners).max() <= 1.04 * short
 
 
-def test_evaluation_reads_the_pictures(written):
-    picture = next((written / "classes_unseen").rglob("*.jpg"))
-    assert eval_image(picture.read_bytes(), 64).shape == (64, 64, 3)
+def test_evaluation_reads_the_images(written):
+    image = next((written / "classes_unseen").rglob("*.jpg"))
+    assert eval_image(image.read_bytes(), 64).shape == (64, 64, 3)
 
 
-def test_heldout_captions_tell_every_two_pictures_apart():
+def test_heldout_captions_tell_every_two_images_apart():
     indices = distinct_indices(0, 400)
-    synonyms = {"little": "small", "big": "large", "over": "above", "under": "below", "to the left": "left"}
+    synonyms = {
+        "little": "small",
+        "big": "large",
+        "over": "above",
+        "under": "below",
+        "to the left": "left",
+        "to the right": "right",
+    }
     told = set()
     for index in indices:
         rng = generator_of(0, "heldout", index)
         caption = caption_of(random_scene(rng, SEEN_PAIRS), rng, complete=True)
-        for word, plain in {**synonyms, "to the right": "right", "a picture of ": "", "a drawing of ": ""}.items():
+        for word, plain in synonyms.items():
             caption = caption.replace(word, plain)
         pair = re.fullmatch(r"(a .*?) (left of|right of|above|below) (a \S+ \S+ \S+)( on .*)", caption)
         if pair and pair[2] in ("right of", "below"):
@@ -248,7 +255,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_the_command_line_refuses_an_existing_folder_in_one_line(written):
-    command = [sys.executable, "-m", "textlock.data.scenes", "--output", str(written)]
+    command = [sys.executable, "-m", "textlock.demo.scenes", "--output", str(written)]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [

@@ -1,0 +1,349 @@
+"""Writes tar shards: from a folder of images and a captions file, or from other shards with smaller images."""
+
+import csv
+import hashlib
+import json
+import os
+import tarfile
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+
+from .atomic import atomic_folder
+from .images import (
+    MAX_IMAGE_BYTES,
+    BadSample,
+    CropWindow,
+    ImageHeader,
+    check_image,
+    crop_and_resize,
+    decode_image,
+)
+from .index import index_of_one_shard, index_shards, list_shards
+from .processes import map_in_processes
+from .reader import ShardReader, read_captioned
+from .tar import Problem, read_samples
+
+FILE_COLUMNS = ("file", "filepath", "filename")
+CAPTION_COLUMNS = ("caption", "title", "text")
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What was written and what was left out."""
+
+    shards: int
+    samples: int
+    skipped: list[Problem]
+
+
+@dataclass(frozen=True)
+class Reencoding:
+    """Makes images cheaper to read: baseline JPEG, the short side at most ``short_side`` pixels."""
+
+    short_side: int
+    quality: int = 90
+
+    def __post_init__(self) -> None:
+        if self.short_side < 1 or not 1 <= self.quality <= 100:
+            raise ValueError(
+                f"resize is {self.short_side} and quality {self.quality}: they must be at least 1, and quality at most "
+                "100"
+            )
+
+    def __call__(self, payload: bytes) -> tuple[bytes, ImageHeader]:
+        """Return the image and its header; a baseline JPEG that is small enough stays as it is. Raises BadSample."""
+        header = check_image(payload)
+        fits = min(header.height, header.width) <= self.short_side
+        if fits and header.format == "jpeg" and not _is_progressive(payload):
+            return payload, header
+        image = decode_image(payload)
+        if not fits:
+            height, width = image.shape[:2]
+            scale = self.short_side / min(height, width)
+            resized = torch.empty(round(height * scale), round(width * scale), 3, dtype=torch.uint8)
+            crop_and_resize(image, CropWindow(0, 0, height, width), resized)
+            image = resized.numpy()
+        payload = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=self.quality, colorsubsampling="420")
+        return payload, check_image(payload)
+
+
+def _is_progressive(payload: bytes) -> bool:
+    with Image.open(BytesIO(payload), formats=["jpeg"]) as image:  # reads no more than the header
+        return bool(image.info.get("progressive"))
+
+
+def pack_shards(
+    images: Path,
+    captions: Path,
+    output: Path,
+    *,
+    samples_per_shard: int = 1000,
+    skip_bad: bool = False,
+    reencoding: Reencoding | None = None,
+    workers: int = 1,
+) -> PackReport:
+    """Write the images that ``captions`` names, with their captions, as tar shards with an index in ``output``.
+
+    Image bytes are copied as they are unless there is a ``reencoding``; ``workers`` threads read, check and re-encode.
+    Each sample is ``key.jpg`` (or png, webp), ``key.txt`` and ``key.json`` with key, caption, width, height, file and
+    sha256. The shards of the same input are the same bytes.
+
+    Raises:
+        FileNotFoundError: the captions file, the folder or a named image does not exist.
+        ValueError: the captions file cannot be read, an image or caption is bad (unless ``skip_bad`` leaves them out),
+            or ``output`` is not empty. Nothing is left behind in any of these cases.
+    """
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}: it must be at least 1")
+    if not images.is_dir():
+        raise FileNotFoundError(f"no folder {images}: name the folder of the images")
+    with atomic_folder(output) as draft:
+        samples = _load_samples(images, captions, reencoding, workers)
+        report = _write_shards(samples, captions, draft, samples_per_shard, skip_bad)
+        index_shards(draft)
+    return report
+
+
+def repack_shards(source: Path, output: Path, reencoding: Reencoding, *, workers: int = 1) -> PackReport:
+    """Write the shards of ``source`` with re-encoded images to ``output``, and their index.
+
+    ``workers`` processes take a shard each.
+
+    Shards, keys and captions keep their names, order and bytes. Bad samples are left out: the result names them. A
+    shard without a good sample is not written.
+
+    Raises:
+        FileNotFoundError: there are no shards.
+        ValueError: no sample is good, or ``output`` is not empty.
+    """
+    shards = list_shards(source)
+    skipped: list[Problem] = []
+    with atomic_folder(output) as draft:
+        repack = _ShardRepacking(draft, reencoding)
+        for problems in map_in_processes(repack, shards, min(workers, len(shards))):
+            skipped += problems
+        if not any(draft.iterdir()):
+            raise ValueError(f"{source} holds no good sample: there is nothing to pack")
+        report = index_shards(draft, workers=workers)
+    return PackReport(report.shards, report.samples, skipped)
+
+
+@dataclass(frozen=True)
+class _ShardRepacking:
+    output: Path
+    reencoding: Reencoding
+
+    def __call__(self, path: Path) -> list[Problem]:
+        samples, problems = read_samples(path)
+        reader = ShardReader(index_of_one_shard(path, samples))
+        draft = self.output / path.name
+        written = 0
+        with tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as tar:
+            for place, sample in enumerate(samples):
+                try:
+                    raw = read_captioned(reader, place, sample)
+                    payload, header = self.reencoding(raw.image)
+                except BadSample as fault:
+                    problems.append(Problem(path.name, sample.key, fault.kind, str(fault), place))
+                    continue
+                _add_member(tar, f"{sample.key}.{_extension(header)}", payload)
+                _add_member(tar, f"{sample.key}.txt", raw.caption)
+                written += 1
+        if not written:
+            draft.unlink()
+        return problems
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """An image that ``captions`` names, or why it cannot be packed."""
+
+    line: int
+    name: str
+    caption: str
+    image: tuple[bytes, ImageHeader] | BadSample
+
+
+def _load_samples(images: Path, captions: Path, reencoding: Reencoding | None, workers: int) -> Iterator[_Loaded]:
+    """Yield what ``captions`` names in its order; ``workers`` threads are a few images ahead."""
+
+    def load(line: int, name: str, caption: str, path: Path) -> _Loaded:
+        try:
+            payload, header = _load_image(path)
+            return _Loaded(line, name, caption, reencoding(payload) if reencoding else (payload, header))
+        except BadSample as fault:
+            return _Loaded(line, name, caption, fault)
+
+    pending: deque[Future[_Loaded]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for line, name, caption in read_captions(captions):
+            path = _image_path(images, name, f"{captions} line {line}")
+            pending.append(pool.submit(load, line, name, caption, path))
+            if len(pending) > 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _write_shards(
+    samples: Iterator[_Loaded], captions: Path, folder: Path, samples_per_shard: int, skip_bad: bool
+) -> PackReport:
+    digits = max(4, len(str(samples_per_shard - 1)))
+    skipped: list[Problem] = []
+    written = 0
+    tar: tarfile.TarFile | None = None
+    try:
+        for sample in samples:
+            fault = sample.image if isinstance(sample.image, BadSample) else None
+            if fault is None and not sample.caption.strip():
+                fault = BadSample("empty-caption", "the caption is empty")
+            if fault is not None:
+                if not skip_bad:
+                    raise ValueError(
+                        f"{captions} line {sample.line}: {sample.name}: {fault}; mend it, or leave such samples out "
+                        "with --skip-bad"
+                    ) from fault
+                skipped.append(Problem(captions.name, sample.name, fault.kind, str(fault)))
+                continue
+            shard, place = divmod(written, samples_per_shard)
+            if place == 0:
+                _close_shard(tar)
+                # USTAR and fixed times and owners: equal input gives equal bytes.
+                tar = tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            assert tar is not None and not isinstance(sample.image, BadSample)
+            _add_sample(tar, f"{shard:05d}{place:0{digits}d}", sample.name, *sample.image, sample.caption)
+            written += 1
+        _close_shard(tar)
+        tar = None
+    finally:
+        if tar is not None:
+            tar.close()
+    if not written:
+        raise ValueError(f"{captions} names no usable image: there is nothing to pack")
+    return PackReport(-(-written // samples_per_shard), written, skipped)
+
+
+def _image_path(images: Path, name: str, where: str) -> Path:
+    path = Path(os.path.normpath(images / name))
+    if not path.is_relative_to(os.path.normpath(images)):
+        raise ValueError(f"{where}: {name} is outside {images}: name files inside that folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"{where}: there is no image {path}")
+    return path
+
+
+def _load_image(path: Path) -> tuple[bytes, ImageHeader]:
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise BadSample("too-large", f"the image has {path.stat().st_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+    payload = path.read_bytes()
+    return payload, check_image(payload)
+
+
+def _add_sample(tar: tarfile.TarFile, key: str, name: str, payload: bytes, header: ImageHeader, caption: str) -> None:
+    facts = {
+        "key": key,
+        "caption": caption,
+        "width": header.width,
+        "height": header.height,
+        "file": name,
+        "sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    _add_member(tar, f"{key}.{_extension(header)}", payload)
+    _add_member(tar, f"{key}.txt", caption.encode("utf-8", "replace"))
+    _add_member(tar, f"{key}.json", json.dumps(facts).encode())
+
+
+def _extension(header: ImageHeader) -> str:
+    return "jpg" if header.format == "jpeg" else header.format
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, BytesIO(content))
+
+
+def _close_shard(tar: tarfile.TarFile | None) -> None:
+    if tar is None:
+        return
+    tar.close()
+
+
+def read_captions(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, file, caption) of a captions file: .tsv or .csv with a header line, or .jsonl.
+
+    The file's column is called file, filepath or filename; the caption's caption, title or text.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another extension, no such columns, or a line that cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no captions file {path}")
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+        ".tsv": _read_table,
+        ".csv": _read_table,
+        ".jsonl": _read_json_lines,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: the captions file must be .tsv, .csv or .jsonl")
+    try:
+        for line, row in reader(path):
+            file_column = _column(row, FILE_COLUMNS, f"{path} line {line}")
+            caption_column = _column(row, CAPTION_COLUMNS, f"{path} line {line}")
+            name, caption = row[file_column], row[caption_column]
+            if not isinstance(name, str) or not isinstance(caption, str) or not name:
+                raise ValueError(f"{path} line {line}: {file_column} and {caption_column} must both hold text")
+            yield line, name, caption
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _column(row: dict[str, Any], accepted: tuple[str, ...], where: str) -> str:
+    for column in accepted:
+        if column in row:
+            return column
+    seen = ", ".join(str(name) for name in row if name is not None)
+    raise ValueError(f"{where}: no column {', '.join(accepted[:-1])} or {accepted[-1]}; the columns are: {seen}")
+
+
+def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(
+                        f"{path} line {reader.line_num}: it does not have the {len(reader.fieldnames or [])} columns "
+                        "of the header line"
+                    )
+                yield reader.line_num, row
+        except csv.Error as error:
+            # The line after the last good row: an open quotation mark is only noticed at the end of the file.
+            line = reader.line_num + 1
+            raise ValueError(f"{path} line {line}: {error}; quote the caption, or use .jsonl") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} is not a JSON object")
+            yield number, row

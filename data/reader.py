@@ -1,0 +1,153 @@
+"""Reads the samples of indexed shards: their bytes, as they are in the tar.
+
+Keys and captions are compared with the index: a shard that has changed gives bad samples, not wrong ones.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .cache import Lease
+from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption
+from .images import MAX_IMAGE_BYTES, BadSample
+from .index import ShardIndex, hash_key
+from .tar import BLOCK, DamagedTar, TarSample, header_name, read_members, split_key
+
+# A long name sits in extended headers before the member's own: the header blocks and a path of at most 4 KiB.
+_MAX_HEADER_BLOCKS = 16
+_MAX_READ_AHEAD = 4096
+_OPEN_FILES = 256
+
+
+class _Descriptor:
+    """An open file, closed when no thread reads from it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """The bytes of one sample. The caption has at most one byte more than ``decode_caption`` reads."""
+
+    key: str
+    image: bytes
+    caption: bytes
+    caption_id: int
+
+
+class ShardReader:
+    """Reads samples of an index, from any number of threads, and keeps the last few hundred shards open."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self._index = index
+        self._open_file = lru_cache(maxsize=_OPEN_FILES)(_Descriptor)
+
+    def expect(self, shards: Sequence[int]) -> None:
+        """Announce the shards read next, the soonest first: remote ones are fetched ahead, all others released."""
+        if self._index.remote is not None:
+            self._index.remote.expect(shards)
+
+    def close(self) -> None:
+        """Stop fetching ahead."""
+        if self._index.remote is not None:
+            self._index.remote.close()
+
+    def _open(self, shard: int) -> _Descriptor | Lease:
+        if self._index.remote is not None:
+            return self._index.remote.open(shard)
+        return self._open_file(Path(self._index.address) / self._index.shard_names[shard])
+
+    def read(self, sample: int) -> RawSample:
+        """Return the bytes of a sample, as they are in the shard.
+
+        Raises:
+            BadSample: of kind too-large, unreadable (the storage fails, or the file is shorter than it was) or moved
+                (another image or caption is where the index says the sample's is).
+        """
+        shard = self._index.shard_of(sample)
+        image_offset, caption_offset, image_size, caption_size, key_hash, caption_hash = self._index.samples[
+            sample
+        ].item()
+        if image_size > MAX_IMAGE_BYTES:
+            raise BadSample("too-large", f"the image has {image_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
+        caption_size = min(caption_size, MAX_CAPTION_BYTES + 1)
+        image_end, caption_end = image_offset + image_size, caption_offset + caption_size
+        # One read brings the header, which has the key, the image, and the caption where it follows closely.
+        start = image_offset - BLOCK
+        together = image_end <= caption_offset <= image_end + _MAX_READ_AHEAD
+        try:
+            file = self._open(shard)
+            block = _read_exactly(file.number, start, (caption_end if together else image_end) - start)
+            if together:
+                caption = block[caption_offset - start :]
+            else:
+                caption = _read_exactly(file.number, caption_offset, caption_size)
+            key = self._key(file.number, block[:BLOCK], image_offset, key_hash)
+        except (OSError, OverflowError) as error:  # the latter for an offset beyond 2^63, which an index may hold
+            name = self._index.shard_names[shard]
+            raise BadSample("unreadable", f"{name} cannot be read at byte {image_offset}: {error}") from error
+        signed_id = caption_hash - (caption_hash >> 63 << 64)
+        if caption_id(decode_caption(caption)) != signed_id:
+            raise BadSample("moved", f"byte {caption_offset} does not begin the caption that was indexed there")
+        return RawSample(key, block[BLOCK : image_end - start], caption, signed_id)
+
+    def read_caption(self, sample: int) -> str:
+        """Return the text of a sample's caption without reading its image; empty when there is none.
+
+        Raises:
+            BadSample: of kind unreadable or moved, as in ``read``.
+        """
+        shard = self._index.shard_of(sample)
+        _, offset, _, size, _, caption_hash = self._index.samples[sample].item()
+        try:
+            caption = decode_caption(_read_exactly(self._open(shard).number, offset, min(size, MAX_CAPTION_BYTES + 1)))
+        except (OSError, OverflowError) as error:
+            name = self._index.shard_names[shard]
+            raise BadSample("unreadable", f"{name} cannot be read at byte {offset}: {error}") from error
+        if caption_id(caption) % 2**64 != caption_hash:
+            raise BadSample("moved", f"byte {offset} does not begin the caption that was indexed there")
+        return caption
+
+    def _key(self, descriptor: int, header: bytes, image_offset: int, key_hash: int) -> str:
+        key = split_key(header_name(header))[0]
+        if hash_key(key) == key_hash:
+            return key
+        # The header may hold a cut name, with the whole one in extended headers some blocks before.
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            for blocks in range(3, min(_MAX_HEADER_BLOCKS, image_offset // BLOCK) + 1):
+                try:
+                    member = next(read_members(file, image_offset - blocks * BLOCK), None)
+                except DamagedTar:  # no header begins here
+                    continue
+                if member and member.offset == image_offset and hash_key(split_key(member.name)[0]) == key_hash:
+                    return split_key(member.name)[0]
+        raise BadSample("moved", f"byte {image_offset} does not begin the sample that was indexed there")
+
+
+def _read_exactly(descriptor: int, offset: int, size: int) -> bytes:
+    payload = os.pread(descriptor, size, offset)
+    if len(payload) < size:
+        raise OSError(f"only {len(payload)} of {size} bytes are there")
+    return payload
+
+
+def read_captioned(reader: ShardReader, place: int, sample: TarSample) -> RawSample:
+    """Return what ``reader`` reads as sample ``place`` of its one shard, which the tar holds as ``sample``.
+
+    Raises:
+        BadSample: as ``ShardReader.read``, or of kind no-caption or empty-caption.
+    """
+    raw = reader.read(place)
+    if sample.caption is None:
+        raise BadSample("no-caption", "the sample has no caption")
+    if not decode_caption(raw.caption):
+        raise BadSample("empty-caption", "the caption is empty")
+    return raw

@@ -1,0 +1,55 @@
+import pytest
+
+from textlock.data.atomic import atomic_file, atomic_folder, write_text_atomically
+
+
+def test_a_file_replaces_the_old_one_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as file:
+        file.write(b"ne")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with atomic_file(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_text_that_has_no_encoding_is_written_all_the_same(tmp_path):
+    write_text_atomically(tmp_path / "file", "é \ud800")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "é ?"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "deep" / "folder"
+    with pytest.raises(RuntimeError), atomic_folder(folder) as draft:
+        (draft / "a").write_text("a")
+        raise RuntimeError
+    assert not list((tmp_path / "deep").iterdir())
+    with atomic_folder(folder) as draft:
+        (draft / "a").write_text("a")
+        assert not folder.exists()
+    assert (folder / "a").read_text() == "a"
+
+
+def test_the_draft_of_a_killed_process_is_removed_and_an_empty_folder_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    stale = tmp_path / ".folder.partial"
+    stale.mkdir()
+    (stale / "half").write_text("")
+    with atomic_folder(tmp_path / "folder") as draft:
+        assert not list(draft.iterdir())
+        (draft / "a").write_text("a")
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["folder", "folder/a"]
+
+
+@pytest.mark.parametrize("mine", ["target", "target/mine"], ids=["a file", "a full folder"])
+def test_nothing_is_overwritten(tmp_path, mine):
+    (tmp_path / mine).parent.mkdir(exist_ok=True)
+    (tmp_path / mine).write_text("mine")
+    with pytest.raises(ValueError, match="not an empty folder"), atomic_folder(tmp_path / "target"):
+        pytest.fail("the block must not run")
+    assert (tmp_path / mine).read_text() == "mine"
