@@ -19,7 +19,7 @@ def tiny(monkeypatch):
 
 @pytest.fixture
 def printed(tmp_path, capsys):
-    bench.main(bench.Options(seconds=0.001))
+    bench.BENCHMARK.run(bench.CeilingOptions(device="cpu", seconds=0.001))
     path = tmp_path / "ceilings.jsonl"
     path.write_text(capsys.readouterr().out)
     return path
