@@ -16,7 +16,6 @@ The table follows on stderr. Exit status 1 if one of ours is wrong or fails, 2 w
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -35,6 +34,7 @@ from textlock.engine.provenance import commit, device_name, versions
 
 TIME_LIMIT = "time limit"  # why a candidate has no figures
 CPU = torch.device("cpu")
+NO_LIMIT = 1e6  # seconds: of a benchmark that takes no --limit
 
 Outcome = dict[str, Any]  # figures of a candidate by name, or `absent`, `wrong` or `failed` with the reason
 
@@ -87,13 +87,18 @@ class Line:
     outcome: Outcome
     shown: tuple[str, ...] | None = ()  # cells of the table before the candidate's name; None: not in the table
 
+    def told(self) -> dict[str, Any]:
+        """Return what is printed of it, but for the machine."""
+        about = {"part": self.part, "operation": self.operation, "case": self.case, "candidate": self.candidate}
+        return about | self.outcome
+
 
 @dataclass
 class Session:
     """One run of a benchmark."""
 
     device: torch.device
-    end: float = math.inf  # on the monotonic clock
+    end: float  # on the monotonic clock
     notes: list[str] = field(default_factory=list)  # sentences to print below the table
 
     def seconds_left(self) -> float:
@@ -143,22 +148,22 @@ class Report:
     def add(self, line: Line) -> None:
         """Print what is known of a candidate."""
         name, outcome, shown = line.candidate, line.outcome, line.shown
-        about = {"part": line.part, "operation": line.operation, "case": line.case, "candidate": name}
-        print(json.dumps(about | outcome | self.machine), flush=True)
+        print(json.dumps(line.told() | self.machine), flush=True)
         if "absent" in outcome:
             self._absent.setdefault(outcome["absent"], set()).add(name)
             return
         if is_ours(name) and ("wrong" in outcome or outcome.get("failed", TIME_LIMIT) != TIME_LIMIT):
             why = outcome.get("failed", f"wrong, its relative errors are {outcome.get('wrong')}")
             self._faults.append(f"{', '.join(dict.fromkeys([line.operation, *(shown or ()), name]))}: {why}")
+        if shown is None:
+            return
         if has_figures(outcome):
             cells = [column.cell(outcome) for column in self._columns]
         elif "wrong" in outcome:
             cells = [f"wrong: {max(outcome['wrong'].values()):.0e}"]
         else:
             cells = [outcome["failed"]]
-        if shown is not None:
-            self._table.add_row(*map(escape, (*shown, name, *cells)))
+        self._table.add_row(*map(escape, (*shown, name, *cells)))
 
     def close(self, notes: Iterable[str] = ()) -> None:
         """Print the table, ``notes``, what was left out and faults of ours; exit status 1 if there are any."""
@@ -182,7 +187,7 @@ class Benchmark(Generic[O]):
 
     about: str | None  # the docstring of its module: the text above --help
     options: type[O]
-    check: Callable[[O], None]  # raises ValueError for what cannot be, before anything slow
+    check: Callable[[O], object]  # raises ValueError for what cannot be, before anything slow
     lines: Callable[[O, Session], Iterator[Line]]
     before: tuple[str, ...]  # names of the columns before the candidate's, filled by `Line.shown`
     columns: tuple[Column, ...]
@@ -192,7 +197,7 @@ class Benchmark(Generic[O]):
         """Measure and print; raises ValueError for bad options, SystemExit(1) where one of ours is wrong or fails."""
         self.check(options)
         device = device_of(getattr(options, "device", "cpu"))
-        session = Session(device, time.monotonic() + getattr(options, "limit", math.inf))
+        session = Session(device, time.monotonic() + getattr(options, "limit", NO_LIMIT))
         report = Report(device, self.before, self.columns, self.title(options))
         for line in self.lines(options, session):
             report.add(line)

@@ -1,6 +1,6 @@
-"""Files of figures: what benchmarks print, gathered by `textlock.bench.suite` and read by `textlock.bench.report`.
+"""Files of figures: what benchmarks print, gathered by `textlock.bench.suite` and read by `textlock.bench.readme`.
 
-A line is one candidate's figures (see `textlock.bench.figures`). A file is an object of what was measured on and how,
+A line is one candidate's figures (see `textlock.bench.entry`). A file is an object of what was measured on and how,
 with all lines under "figures", one to a line of text. This module imports nothing that has to be installed.
 """
 
@@ -135,11 +135,11 @@ class Contest:
             case "loss":
                 return f"{case['b']:,} x {case['B']:,} x {case['d']}"
             case "loader":
-                beside = f", {case['tower']} training" if case["tower"] else ""
-                return f"{case['width']} x {case['height']} pixels{beside}"
+                training = f", {case['tower']} training" if case["tower"] else ""
+                return f"{case['width']} x {case['height']} pixels{training}"
             case "step" | "profile":
-                pictures = f", JPEGs of {case['pictures']} pixels" if case.get("pictures") else ""
-                return f"{case['local_batch']:,} of {case['texts']:,}{pictures}"
+                jpegs = f", JPEGs of {case['pictures']} pixels" if case.get("pictures") else ""
+                return f"{case['local_batch']:,} of {case['texts']:,}{jpegs}"
             case "large_batch":
                 return f"{case['batch']:,} images"
             case "ceilings":
@@ -168,7 +168,7 @@ COMPARED = (
 
 
 def comparison_table(lines: Iterable[Line]) -> str:
-    """Return a table of our fastest beside the floor and the fastest peer, in Markdown."""
+    """Return a table of our fastest next to the floor and the fastest peer, in Markdown."""
     rows = []
     for contest in contests(lines):
         if contest.part in ("ceilings", "profile", "plan"):

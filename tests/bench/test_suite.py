@@ -1,4 +1,4 @@
-"""The suite: shares of time, what is cut off, crashes, lacks or fails, and every benchmark of it at a tiny size."""
+"""The suite: time, what is cut off, crashes, lacks or fails, and every benchmark of it at a tiny size."""
 
 import importlib
 import json
@@ -17,11 +17,14 @@ from textlock.bench import suite
 from textlock.bench.suite import Command, Part
 
 ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
 
 # Stands for a benchmark: prints figures, then does what its first argument says.
 FAKE = """
 import json, subprocess, sys, time
 what, *names = sys.argv[1:]
+names, flags = [name for name in names if len(name) == 1 or name == "copy"], names[1:]
+print("told", *flags, file=sys.stderr)
 times = {"ms": 1.0, "quartiles_ms": [1.0, 1.0], "tflops": 1.0}
 for name in names:
     part = "ceilings" if what == "ceilings" else "loss"
@@ -66,13 +69,35 @@ def run(tmp_path, monkeypatch, capfd):
     return run
 
 
-def test_lines_are_gathered_and_other_output_is_passed_on(fake, run):
-    status, found, printed = run({"loss": Part(1, (fake("print", "a", "b"),))})
-    assert status == 0
-    assert [line["operation"] for line in found["figures"]] == ["a", "b"]
+@pytest.mark.parametrize(
+    ("parts", "status", "states", "operations", "told"),
+    [
+        ({"loss": [("print", "a", "b")]}, 0, {"loss": "complete"}, ["a", "b"], "| a "),
+        (
+            {"loss": [("crash", "a"), ("print", "b")], "tower": [("print", "c")]},
+            1,
+            {"loss": "exit status 7; complete", "tower": "complete"},
+            ["a", "b", "c"],
+            "fault: loss: fake_benchmark crash a ended with exit status 7",
+        ),
+        (
+            {"loss": [("wrong", "a")]},
+            1,
+            {"loss": "complete"},
+            ["a", "o"],
+            "fault: loss: o, ours is wrong: {'loss': 1.0}",
+        ),
+    ],
+    ids=["right", "a crash, and the rest goes on", "ours wrong"],
+)
+def test_lines_are_gathered_and_faults_told(parts, status, states, operations, told, fake, run):
+    parts = {name: Part(1, tuple(fake(*arguments) for arguments in commands)) for name, commands in parts.items()}
+    found_status, found, printed = run(parts)
+    assert found_status == status and told in printed.out
+    assert [line["operation"] for line in found["figures"]] == operations
+    assert {name: part["status"] for name, part in found["parts"].items()} == states
     assert "device" not in found["figures"][0] and found["device"] and found["versions"]["torch"]
-    assert found["parts"]["loss"]["status"] == "complete" and found["parts"]["loss"]["commit"]
-    assert printed.err.count("{not of ours}") == 2 and "| a " in printed.out
+    assert found["parts"]["loss"]["commit"] and "{not of ours}" in printed.err
 
 
 def test_what_hangs_is_killed_with_its_children_and_keeps_what_it_had(fake, run, monkeypatch):
@@ -87,19 +112,6 @@ def test_what_hangs_is_killed_with_its_children_and_keeps_what_it_had(fake, run,
     assert found["parts"]["tower"]["status"] == "complete"
     child = int(printed.err.split("child ")[1].split()[0])
     assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
-
-
-def test_a_crash_is_a_fault_and_the_rest_goes_on(fake, run):
-    parts = {"loss": Part(1, (fake("crash", "a"), fake("print", "b"))), "tower": Part(1, (fake("print", "c"),))}
-    status, found, printed = run(parts)
-    assert status == 1 and "fault: loss: fake_benchmark crash a ended with exit status 7" in printed.out
-    assert found["parts"]["loss"]["status"] == "exit status 7; complete"
-    assert [line["operation"] for line in found["figures"]] == ["a", "b", "c"]
-
-
-def test_ours_wrong_is_a_fault(fake, run):
-    status, _, printed = run({"loss": Part(1, (fake("wrong", "a"),))})
-    assert status == 1 and "fault: loss: o, ours is wrong: {'loss': 1.0}" in printed.out
 
 
 def test_a_signal_to_end_kills_what_runs_and_keeps_what_it_had(fake, tmp_path):
@@ -143,20 +155,16 @@ def test_what_is_missing_is_named_and_its_part_left_out(fake, run, monkeypatch):
     assert "missing: no-such-program (the clocks)" in printed.out
 
 
-def test_without_ceilings_nothing_that_takes_them_is_run(fake, run):
-    taking = Command("fake_benchmark", ("print", "a"), takes=("ceilings",))
-    parts = {"ceilings": Part(1, (fake("crash"),)), "loss": Part(1, (taking,))}
+def test_one_part_is_run_without_the_others_but_for_the_ceilings_that_it_takes(fake, run):
+    parts = {"ceilings": Part(1, (fake("ceilings", "copy"),)), "loss": Part(1, (fake("print", "b"),))}
+    assert [line["operation"] for line in run(parts, "--only", "loss")[1]["figures"]] == ["b"]
+    parts["loss"] = Part(1, (Command("fake_benchmark", ("print", "b"), takes=("device", "ceilings", "limit")),))
+    _, found, printed = run(parts, "--only", "loss")
+    assert {line["part"] for line in found["figures"]} == {"ceilings", "loss"}
+    assert "told --device cpu --ceilings " in printed.err and " --limit " in printed.err
+    parts["ceilings"] = Part(1, (fake("crash"),))
     status, found, _ = run(parts, "--only", "loss")
     assert status == 1 and found["parts"]["loss"]["status"] == "left out: there are no ceilings"
-    parts["ceilings"] = Part(1, (fake("ceilings", "copy"),))
-    _, found, _ = run(parts, "--only", "loss")
-    assert {line["part"] for line in found["figures"]} == {"ceilings", "loss"}
-
-
-def test_one_part_is_run_without_the_others(fake, run):
-    parts = {"ceilings": Part(1, (fake("print", "a"),)), "loss": Part(1, (fake("print", "b"),))}
-    _, found, _ = run(parts, "--only", "loss")
-    assert [line["operation"] for line in found["figures"]] == ["b"]
 
 
 def test_time_that_is_left_over_is_shared_out_again(monkeypatch):
@@ -299,21 +307,17 @@ COMMANDS = [command for parts in suite.PARTS.values() for part in parts.values()
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join((command.module, *command.arguments))[14:60])
 def test_every_command_is_one_that_its_benchmark_takes(command):
     module = importlib.import_module(command.module)
-    flags = [*command.arguments]
-    for name, value in (("ceilings", "c.jsonl"), ("limit", "9"), ("profile", "trace.json.gz")):
-        flags += [f"--{name}", value] * (name in command.takes)
-    options = tyro.cli(module.Options, args=flags)
-    chosen = [getattr(options, name, ()) for name in ("losses", "candidates", "loaders")]
-    if command.module.endswith(".step"):
-        chosen.append(options.only)
-    known = set(getattr(module, "CANDIDATES", ()))
-    if command.module.endswith(".block"):
-        setting = module.setting_of(options.tower, 1, torch.device("cpu"), 0)
-        parts = ("gemm", "kernels", "block", "tower")
-        known = {
-            name for part in parts for comparison in module.comparisons(part, setting) for name in comparison.candidates
-        }
-    assert {name for names in chosen for name in names} <= known
+    told = {"device": "cpu", "ceilings": "c.jsonl", "limit": "9", "profile": "trace.json.gz"}
+    flags = [*command.arguments, *(word for name in command.takes for word in (f"--{name}", told[name]))]
+    if hasattr(module, "BENCHMARK"):
+        texts = ["--texts", "65536"] if command.module.endswith(".step") else []
+        module.BENCHMARK.check(tyro.cli(module.BENCHMARK.options, args=[*flags, *texts]))
+        return
+    options, setting = tyro.cli(module.Options, args=flags), module.setting_of(module.Options.tower, 1, CPU, 0)
+    parts = ("gemm", "kernels", "block", "tower")
+    assert set(options.candidates) <= {
+        name for p in parts for c in module.comparisons(p, setting) for name in c.candidates
+    }
 
 
 def test_every_part_names_tests_that_there_are():
@@ -338,7 +342,7 @@ def test_the_gpu_suite_fits_its_time():
 # What makes each benchmark of the GPU small enough for a CPU; everything else of its command stays as it is.
 TINY = {
     "ceilings": "--seconds 0.001",
-    "contrastive": "--batch 24 --width 16 --seconds 0.001",
+    "losses": "--batch 24 --width 16 --seconds 0.001",
     "block": "--tower eva02_micro_patch8_32 --micro-batch 2 --seconds 0.001",
     "step": "--tower eva02_micro_patch8_32 --local-batches 4 --texts 8 --micro-batch 2 --workers 1 --seconds 0.001",
     "loader": "--samples 200 --batch 16 --workers 1 --seconds 0.1 --sizes 256",
@@ -374,7 +378,6 @@ def test_every_benchmark_of_a_gpu_runs_from_end_to_end(run, monkeypatch, tmp_pat
         ("step", name) for name in ("ours", "gradcache_fused", "checkpoints_eager", "open_clip_eager")
     }
     assert len(measured["profile"]) > 5
-    pictures = {line["case"]["pictures"] for line in found["figures"] if line["part"] == "step"}
-    assert pictures == {None, 256, 512}
+    assert {line["case"]["pictures"] for line in found["figures"] if line["part"] == "step"} == {None, 256, 512}
     assert [path.name.endswith(".trace.json.gz") for path in (tmp_path / "out").iterdir()].count(True) == 1
     assert "times faster" in printed.out and "% of the step" in printed.out
