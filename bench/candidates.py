@@ -119,4 +119,5 @@ def speedup(ours: list[float], theirs: list[float]) -> float:
 
 
 def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype as lines tell it: float32."""
     return str(dtype).removeprefix("torch.")

@@ -102,6 +102,7 @@ class Session:
     notes: list[str] = field(default_factory=list)  # sentences to print below the table
 
     def seconds_left(self) -> float:
+        """Return how long the session still has, below zero once it is over."""
         return self.end - time.monotonic()
 
     def outcome_of(self, work: Callable[[], Outcome]) -> Outcome:
@@ -122,6 +123,7 @@ class Session:
 
 
 def has_figures(outcome: Outcome) -> bool:
+    """Return whether a candidate was measured."""
     return outcome.keys().isdisjoint(("absent", "wrong", "failed"))
 
 

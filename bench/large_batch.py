@@ -41,6 +41,8 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class LargeBatchOptions:
+    """Options of the command."""
+
     batch: int = 65536
     """Images, and as many texts."""
     tower: str = "eva02_micro_patch8_32"
@@ -208,6 +210,7 @@ def lines(options: LargeBatchOptions, session: Session) -> Iterator[Line]:
 
 
 def check(options: LargeBatchOptions) -> None:
+    """Raise ValueError for what cannot be."""
     require_positive(options, "batch", "micro_batch")
     require_known("tower", [options.tower], VISION_CONFIGS)
     if options.check < 0:

@@ -2,8 +2,6 @@
 
     python -m textlock.bench.loader                                    # every loader that this machine can run
     python -m textlock.bench.loader --candidates ours_cpu webdataset_pil --sizes 256 > loaders.jsonl
-    python -m textlock.bench.loader --tower eva02_base_patch16_224     # while that tower trains on the batches
-    python -m textlock.bench.loader --memory-samples 200000            # is the memory of a long run flat?
 
 Drawn images, a few of them cut short, are packed into shards in a temporary folder. Every loader makes batches of
 random crops of 224 pixels, with as many threads or processes as `--workers`. Each is first compared with Pillow on
@@ -50,8 +48,7 @@ from textlock.bench.records import is_ours
 from textlock.data.images import decode_image
 from textlock.data.loader import DataConfig, Loader, open_loader
 from textlock.data.shards import index_shards
-from textlock.engine.step import autocast_for
-from textlock.models.vision import IMAGE_MEAN, IMAGE_STD, VISION_CONFIGS, build_vision_tower
+from textlock.models.vision import IMAGE_MEAN, IMAGE_STD
 
 # Width and height of the images, by the short side that names them.
 SIZES = {256: (320, 256), 512: (512, 384)}
@@ -66,6 +63,8 @@ TOLERANCE = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions(entry.Options):
+    """Options of the command."""
+
     sizes: tuple[int, ...] = (256, 512)
     """Which images: 256 are 320 x 256 pixels, 512 are 512 x 384."""
     samples: int = 2000
@@ -76,11 +75,6 @@ class LoaderOptions(entry.Options):
     """Images of a batch."""
     workers: int = os.cpu_count() or 1
     """Threads of our loader, processes of the others."""
-    tower: str | None = None
-    """Image tower that goes forward and backward over every batch: the rates are those of both at once. Left out: the
-    loaders alone."""
-    memory_samples: int = 0
-    """Instead of rates: read so many samples of small images with ours and tell the memory of the process."""
     seconds: float = 10.0
     """Time spent on each figure."""
 
@@ -106,12 +100,11 @@ Decoder = Literal["cpu", "dali"]
 
 @dataclass(frozen=True)
 class LoaderCandidate:
-    """A loader: how it is opened with a scale of crops, how its images become levels [b, S, S, 3], and a tower's."""
+    """A loader: how it is opened with a scale of crops, and how its images become grey levels [b, S, S, 3]."""
 
     open: Callable[[Shards, LoaderOptions, tuple[float, float]], Batches]
     decodes_by: Decoder
     levels: Callable[[Tensor], Tensor] = lambda images: images.float()
-    for_tower: Callable[[Tensor], Tensor] = lambda images: images
 
 
 def draw(rng: np.random.Generator, width: int, height: int) -> bytes:
@@ -161,6 +154,7 @@ def config_of(shards: Shards, options: LoaderOptions, scale: tuple[float, float]
 
 
 def open_ours(config: DataConfig, options: LoaderOptions) -> Loader:
+    """Open our loader; raises Unavailable without DALI."""
     try:
         return open_loader(config, rank=0, world_size=1, device=device_of(options.device))
     except ValueError as error:
@@ -170,6 +164,7 @@ def open_ours(config: DataConfig, options: LoaderOptions) -> Loader:
 
 
 def ours(shards: Shards, options: LoaderOptions, scale: tuple[float, float], *, decoder: Decoder) -> Batches:
+    """Yield the batches of our loader."""
     with open_ours(config_of(shards, options, scale, decoder), options) as loader:
         for batch in loader:
             yield batch.images, batch.keys
@@ -260,20 +255,16 @@ def levels_of_normalised(images: Tensor) -> Tensor:
     )
 
 
-def pixels_of_planes(images: Tensor) -> Tensor:
-    return images.permute(0, 2, 3, 1).contiguous()
-
-
 def levels_of_planes(images: Tensor) -> Tensor:
-    return pixels_of_planes(images).float()
+    return images.permute(0, 2, 3, 1).float()
 
 
 CANDIDATES: dict[str, LoaderCandidate] = {
     "ours_cpu": LoaderCandidate(partial(ours, decoder="cpu"), "cpu"),
     "ours_dali": LoaderCandidate(partial(ours, decoder="dali"), "dali"),
     "webdataset_pil": LoaderCandidate(webdataset_pil, "cpu", levels_of_normalised),
-    "webdataset_torchvision": LoaderCandidate(webdataset_torchvision, "cpu", levels_of_planes, pixels_of_planes),
-    "webdataset_nvjpeg": LoaderCandidate(webdataset_nvjpeg, "dali", levels_of_planes, pixels_of_planes),
+    "webdataset_torchvision": LoaderCandidate(webdataset_torchvision, "cpu", levels_of_planes),
+    "webdataset_nvjpeg": LoaderCandidate(webdataset_nvjpeg, "dali", levels_of_planes),
 }
 
 
@@ -297,22 +288,15 @@ def rates_of(name: str, shards: Shards, options: LoaderOptions) -> Outcome:
     """Return the rates of a loader, and its memory, over ``seconds`` after two batches that do not count."""
     device = device_of(options.device)
     batches = CANDIDATES[name].open(shards, options, (0.9, 1.0))
-    train = trainer_of(options.tower, device)
-
-    def take() -> int:
-        images, keys = next(batches)
-        train(CANDIDATES[name].for_tower(images))
-        return len(keys)
-
     for _ in range(2):
-        take()
+        next(batches)
     wait_for(device)
     used, taken = cpu_seconds(), 0
     spans: list[float] = []  # seconds of a batch, over a window each: single batches come in bursts
     for _ in range(WINDOWS):
         start, images = time.perf_counter(), 0
         while images == 0 or time.perf_counter() - start < options.seconds / WINDOWS:
-            images += take()
+            images += len(next(batches)[1])
         wait_for(device)
         spans.append((time.perf_counter() - start) / images * options.batch)
         taken += images
@@ -347,15 +331,18 @@ def decoding_alone(decoder: Decoder, shards: Shards, options: LoaderOptions) -> 
 
 
 def on_gpu(decoder: Decoder, options: LoaderOptions) -> bool:
+    """Return whether a decoder runs on the GPU."""
     return decoder == "dali" and device_of(options.device).type == "cuda"
 
 
 def decode_in_threads(workers: int) -> Callable[[list[bytes]], object]:
+    """Return what decodes JPEGs as the cpu decoder does, in so many threads."""
     pool = ThreadPoolExecutor(workers)
     return lambda jpegs: list(pool.map(decode_image, jpegs))
 
 
 def decode_on_gpu(workers: int) -> Callable[[list[bytes]], object]:
+    """Return what decodes JPEGs by DALI on the GPU."""
     from nvidia.dali import Pipeline, fn, types
 
     pipeline = Pipeline(DALI_BATCH, workers, device_id=torch.cuda.current_device())
@@ -370,26 +357,6 @@ def decode_on_gpu(workers: int) -> Callable[[list[bytes]], object]:
         torch.cuda.synchronize()
 
     return decode
-
-
-def trainer_of(name: str | None, device: torch.device) -> Callable[[Tensor], None]:
-    """Return what goes forward and backward over images, and keeps the host at most one batch ahead of a GPU."""
-    if name is None:
-        return lambda images: None
-    tower = build_vision_tower(name, image_size=CROP).to(device)
-    autocast = autocast_for(device, "auto")
-    last: list[torch.cuda.Event] = []
-
-    def train(images: Tensor) -> None:
-        with autocast:
-            embeddings = tower(images.to(device, non_blocking=True))
-        embeddings.float().square().mean().backward()
-        if device.type == "cuda":
-            for event in last:
-                event.synchronize()
-            last[:] = [torch.cuda.current_stream(device).record_event()]
-
-    return train
 
 
 def device_bytes(device: torch.device) -> int | None:
@@ -418,9 +385,7 @@ def published(name: str, shards: Shards, options: LoaderOptions, floor: float | 
 def in_a_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """Run in a process of its own: no loader inherits the threads or the memory of another."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(
-        ["textlock.data.loader", "textlock.models.vision"]
-    )  # seconds of imports, once for all
+    context.set_forkserver_preload(["textlock.data.loader"])  # seconds of imports, once for all
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(function, *arguments).result()
@@ -438,6 +403,7 @@ def family() -> list[Path]:
 
 
 def cpu_seconds() -> float:
+    """Return the processor time of this process and its children."""
     ticks = 0
     for process in family():
         fields = (process / "stat").read_text().rpartition(")")[2].split()
@@ -451,10 +417,6 @@ def host_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def skipped_share(name: str, shards: Shards, options: LoaderOptions) -> float | None:
     """Return the part of one epoch that our loader replaced; the others do not say."""
     if not is_ours(name):
@@ -465,31 +427,15 @@ def skipped_share(name: str, shards: Shards, options: LoaderOptions) -> float | 
         return loader.skipped_by_kind.total() / loader.samples_per_epoch
 
 
-def memory_of_a_long_run(name: str, shards: Shards, options: LoaderOptions) -> list[dict[str, int]]:
-    """Return the resident memory after each tenth of ``memory_samples``."""
-    config = replace(config_of(shards, options, (0.9, 1.0), CANDIDATES[name].decodes_by), image_size=32)
-    marks: list[dict[str, int]] = []
-    with open_ours(config, options) as loader:
-        for batch in loader:
-            if batch.position * 10 >= options.memory_samples * (len(marks) + 1):
-                marks.append({"samples": batch.position, "resident_bytes": resident_bytes()})
-            if len(marks) == 10:
-                return marks
-    raise AssertionError("the loader is endless")
-
-
 def lines(options: LoaderOptions, session: Session) -> Iterator[Line]:
     """Measure every loader on images of every size."""
     names = [name for name in CANDIDATES if not options.candidates or name in options.candidates]
-    if options.memory_samples:
-        yield from lines_of_memory([name for name in names if is_ours(name)], options, session)
-        return
     for width, height in (SIZES[size] for size in options.sizes):
         with tempfile.TemporaryDirectory() as folder:
             shards = write_shards(Path(folder), options.samples, width, height, options.bad)
             kilobytes = sum(map(len, shards.jpegs.values())) / len(shards.jpegs) / 1000
-            case: dict[str, Any] = {"width": width, "height": height, "kilobytes": kilobytes, "batch": options.batch}
-            case |= {"workers": options.workers, "tower": options.tower}
+            case = {"width": width, "height": height, "kilobytes": kilobytes, "batch": options.batch}
+            case |= {"workers": options.workers}
             floor_of = cache(partial(floor_in_a_process, shards, options))
 
             def work(name: str, shards: Shards = shards, floor_of: Any = floor_of) -> Outcome:
@@ -503,18 +449,8 @@ def lines(options: LoaderOptions, session: Session) -> Iterator[Line]:
 
 
 def floor_in_a_process(shards: Shards, options: LoaderOptions, decoder: Decoder) -> float | None:
+    """As `decoding_alone`, in a process of its own."""
     return in_a_process(decoding_alone, decoder, shards, options)
-
-
-def lines_of_memory(names: list[str], options: LoaderOptions, session: Session) -> Iterator[Line]:
-    """Tell the resident memory of long runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        shards = write_shards(Path(folder), options.samples, 64, 48, options.bad)
-        for name in names:
-            marks = in_a_process(memory_of_a_long_run, name, shards, options)
-            yield Line("loader", "memory", {"samples": options.memory_samples}, name, {"memory": marks}, None)
-            mebibytes = ", ".join(f"{mark['resident_bytes'] / 2**20:.1f}" for mark in marks)
-            session.notes.append(f"{name}, MiB after each tenth of {options.memory_samples:,} samples: {mebibytes}")
 
 
 def check(options: LoaderOptions) -> None:
@@ -524,7 +460,6 @@ def check(options: LoaderOptions) -> None:
         raise ValueError(f"--bad is {options.bad:g}, must be at least 0 and below 1")
     require_known("candidates", options.candidates, CANDIDATES)
     require_known("sizes", options.sizes, SIZES)
-    require_known("tower", [] if options.tower is None else [options.tower], VISION_CONFIGS)
 
 
 BENCHMARK = Benchmark(

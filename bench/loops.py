@@ -285,18 +285,20 @@ CANDIDATES = {
 
 
 def plan_of(rank: Rank) -> Plan:
+    """Return the plan of ours, as train.py makes it."""
     setting, tower = rank.setting, rank.tower
-    beside = fixed_bytes(tower, rank.autocast, local_batch=rank.case.b, global_batch=rank.case.B)
+    other_bytes = fixed_bytes(tower, rank.autocast, local_batch=rank.case.b, global_batch=rank.case.B)
     return choose_plan(
         costs=tier_costs(tower, rank.autocast),
         local_batch=rank.case.b,
         micro_batch=rank.micro_batch,
         keep="auto",
-        memory_bytes=available_bytes(setting.device, setting.memory_gib, fixed_bytes=beside),
+        memory_bytes=available_bytes(setting.device, setting.memory_gib, fixed_bytes=other_bytes),
     )
 
 
 def our_loop(rank: Rank, plan: Plan) -> Loop:
+    """Return the step of train.py."""
     step = LargeBatchStep(
         rank.tower,
         rank.objective,

@@ -43,12 +43,14 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-1}
 SIZES = {"cpu": ((2048, 1), (4096, 2)), "cuda": ((4096, 16), (16384, 1), (65536, 1))}
 WIDTHS = {"cpu": (128, 768), "cuda": (768,)}
 
-# Logits whose dense reference a GPU still holds beside their gradients.
+# Logits whose dense reference a GPU still holds next to their gradients.
 DENSE_BYTES = 2**33
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossOptions(ceilings.Options):
+    """Options of the command."""
+
     batch: tuple[int, ...] = ()
     """Images of one rank; left out: sizes that fit the device."""
     world: int = 1
@@ -92,7 +94,7 @@ Result = dict[str, Tensor]  # "loss" and the gradient of what it depends on
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LossCandidate:
     """A loss of one case, the dtype of its matrix products, and what float64 says."""
 
     loss: Loss
@@ -107,6 +109,7 @@ class Candidate:
 
 
 def make_case(b: int, world: int, d: int, scale: float, seed: int, device: torch.device) -> Case:
+    """Draw the embeddings of all ranks."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def noise() -> Tensor:
@@ -209,7 +212,8 @@ def other_ranks(case: Case, mode: contrastive.Mode) -> Tensor:
     return torch.stack(messages).sum(0)
 
 
-def ours(case: Case, *, mode: contrastive.Mode) -> Candidate:
+def ours(case: Case, *, mode: contrastive.Mode) -> LossCandidate:
+    """`contrastive_loss` in one of its modes, as the first of all ranks."""
     dtype = dtype_of_tiles(case) if mode in ("store", "recompute") else torch.float32
     if mode == "reference" and case.b * case.B * 4 > DENSE_BYTES:
         raise Unavailable("its dense logits and their gradients do not fit")
@@ -226,16 +230,17 @@ def ours(case: Case, *, mode: contrastive.Mode) -> Candidate:
             with collectives(lambda values: values.add_(message)):
                 return contrastive.contrastive_loss(image, case.text, scale, group=dist.group.WORLD, mode=mode)
 
-    return Candidate(loss, dtype, partial(contrastive_truth, case))
+    return LossCandidate(loss, dtype, partial(contrastive_truth, case))
 
 
-def our_sigmoid(case: Case, *, mode: Literal["chunked", "fused"]) -> Candidate:
+def our_sigmoid(case: Case, *, mode: Literal["chunked", "fused"]) -> LossCandidate:
+    """`sigmoid_loss` in one of its modes."""
     dtype = dtype_of_tiles(case) if mode == "fused" else torch.float32
 
     def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return sigmoid_loss(image, case.text, scale, bias, mode=mode)
 
-    return Candidate(loss, dtype, partial(sigmoid_truth, case))
+    return LossCandidate(loss, dtype, partial(sigmoid_truth, case))
 
 
 def dtype_of_tiles(case: Case) -> torch.dtype:
@@ -246,6 +251,7 @@ def dtype_of_tiles(case: Case) -> torch.dtype:
 
 
 def open_clip_losses() -> Any:
+    """Import open_clip's losses; raises Unavailable."""
     try:
         import open_clip.loss
     except ImportError:
@@ -262,7 +268,7 @@ def peers_autocast(case: Case) -> AbstractContextManager[object]:
     return torch.autocast("cuda", peers_dtype(case)) if case.text.is_cuda else nullcontext()
 
 
-def open_clip(case: Case, *, compiled: bool) -> Candidate:
+def open_clip(case: Case, *, compiled: bool) -> LossCandidate:
     """ClipLoss as its training command uses it: bfloat16 autocast on a GPU, local against gathered embeddings."""
     losses = open_clip_losses()
     clip_loss = losses.ClipLoss(local_loss=True, gather_with_grad=True, world_size=case.world)
@@ -278,10 +284,10 @@ def open_clip(case: Case, *, compiled: bool) -> Candidate:
         with mock.patch.object(losses, "gather_features", gather), peers_autocast(case):
             return clip_loss(image, case.text[: case.b], scale)
 
-    return Candidate(loss, peers_dtype(case), partial(contrastive_share_truth, case))
+    return LossCandidate(loss, peers_dtype(case), partial(contrastive_share_truth, case))
 
 
-def open_clip_sigmoid(case: Case, *, chunk_size: int | None = None) -> Candidate:
+def open_clip_sigmoid(case: Case, *, chunk_size: int | None = None) -> LossCandidate:
     """SigLipLoss with the texts of the other ranks arriving where it exchanges them."""
     losses = open_clip_losses()
     settings = {} if chunk_size is None else {"chunk_size": chunk_size}
@@ -295,10 +301,10 @@ def open_clip_sigmoid(case: Case, *, chunk_size: int | None = None) -> Candidate
         with exchange, peers_autocast(case):
             return siglip_loss(image, case.text[: case.b], scale, bias)
 
-    return Candidate(loss, peers_dtype(case), partial(sigmoid_truth, case))
+    return LossCandidate(loss, peers_dtype(case), partial(sigmoid_truth, case))
 
 
-def linear_cross_entropy(case: Case) -> Candidate:
+def linear_cross_entropy(case: Case) -> LossCandidate:
     """PyTorch's chunked projection and cross entropy, once a direction.
 
     It has one direction only, so the logits are computed twice, and on many ranks the second call needs all image
@@ -317,10 +323,10 @@ def linear_cross_entropy(case: Case) -> Candidate:
         text_to_image = function(text[: case.b], everyone, labels, options=settings())
         return (image_to_text + text_to_image) / 2
 
-    return Candidate(loss, dtype, partial(contrastive_share_truth, case))
+    return LossCandidate(loss, dtype, partial(contrastive_share_truth, case))
 
 
-CANDIDATES: dict[str, Callable[[Case], Candidate]] = {
+CANDIDATES: dict[str, Callable[[Case], LossCandidate]] = {
     "ours_reference": partial(ours, mode="reference"),
     "ours_chunked": partial(ours, mode="chunked"),
     "ours_recompute": partial(ours, mode="recompute"),
@@ -361,7 +367,8 @@ def comparisons(case: Case) -> Iterator[Comparison]:
         )
 
 
-def prepare(make: Callable[[Case], Candidate], case: Case) -> Ready:
+def prepare(make: Callable[[Case], LossCandidate], case: Case) -> Ready:
+    """Make a candidate for a case and run it."""
     return make(case).ready(case)
 
 
@@ -377,11 +384,13 @@ def lines(options: LossOptions, session: Session) -> Iterator[Line]:
 
 
 def check(options: LossOptions) -> None:
+    """Raise ValueError for what cannot be."""
     require_positive(options, "batch", "width", "world", "scale", "seconds", "limit")
     require_known("candidates", options.candidates, CANDIDATES)
 
 
 def error_of(name: str) -> Column:
+    """Return the column of an error, empty for a loss that has none of this name."""
     return Column({"loss": "errors: loss"}.get(name, name), lambda outcome: outcome["errors"].get(name), ".0e")
 
 

@@ -31,6 +31,8 @@ CONTEXT_GIB = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
+    """Options of the command."""
+
     gpus: tuple[Literal["h100", "h200"], ...] = ("h100", "h200")
     """The H100 with 80 GB, the H200 with 141 GB."""
     tower: str = "eva02_base_patch16_224"
@@ -54,6 +56,7 @@ class Costs:
 
     @classmethod
     def of(cls, name: str) -> "Costs":
+        """Count the costs of a tower."""
         autocast = torch.autocast("cpu", torch.bfloat16)
 
         def build(block: Implementation) -> VisionTower:
@@ -133,11 +136,13 @@ def lines(options: PlanOptions, session: Session) -> Iterator[Line]:
 
 
 def check(options: PlanOptions) -> None:
+    """Raise ValueError for what cannot be."""
     require_positive(options, "local_batches", "texts", "micro_batch")
     require_known("tower", [options.tower], VISION_CONFIGS)
 
 
 def tiers_of(outcome: Outcome) -> str:
+    """Return how many micro-batches keep what."""
     return ", ".join(f"{count} {tier}" for tier, count in outcome["tiers"].items())
 
 

@@ -83,6 +83,7 @@ class Source:
 
     @cached_property
     def lines(self) -> list[Line]:
+        """Every line of the file."""
         return read_figures(self.path)
 
     def contest(self, part: str, operation: str, **case: Any) -> Contest:
@@ -116,6 +117,7 @@ def newest(folder: Path, *, gpu: bool) -> Source | None:
 
 
 def paragraph(text: str) -> str:
+    """Return text as lines of at most 120 characters."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -126,6 +128,8 @@ def of_candidates(contest: Contest, figure: str, columns: tuple[str, ...], cells
 
 
 def times_and_memory(contest: Contest, figure: str) -> str:
+    """Return a table of times, spread, floor and memory."""
+
     def cells(line: Line) -> list[str]:
         floor = f"{line['percent_of_floor']:.0f}"
         return [time_of(line), spread_of(line), floor, f"{line['peak_bytes'] / 2**20:,.0f}"]
@@ -199,7 +203,7 @@ def loader(source: Source) -> str:
         return [f"{rates[0]:,.0f}", spread_of(line), f"{line['percent_of_floor']:.0f}", f"{rates[1]:,.0f}"]
 
     def table(width: int, height: int) -> str:
-        contest = source.contest("loader", "loader", width=width, tower=None)
+        contest = source.contest("loader", "loader", width=width)
         columns = ("images/s", "± %", "% of floor", "images/CPU-s")
         return of_candidates(contest, f"{width} x {height}", columns, cells)
 
@@ -273,6 +277,7 @@ def gpu_claim(source: Source | None) -> str:
 
 
 def plot_of(source: Source) -> str:
+    """Return the plot of a file, as bench/RESULTS.md shows it."""
     return f"![times as multiples of the floor on {source.device}](results/{source.path.stem}.svg)"
 
 
@@ -314,7 +319,7 @@ def written(path: Path, texts: Mapping[str, str]) -> str:
 
 
 def draw(source: Source, path: Path) -> None:
-    """Draw the times of a file's contests as multiples of their floors, ours beside every peer."""
+    """Draw the times of a file's contests as multiples of their floors, ours next to every peer."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter

@@ -21,6 +21,7 @@ RUN_BY = {"gemm": "ceilings", "kernels": "block", "profile": "step"}
 
 
 def is_ours(name: str) -> bool:
+    """Return whether a candidate is of this project."""
     return name.startswith("ours")
 
 
@@ -135,8 +136,7 @@ class Contest:
             case "loss":
                 return f"{case['b']:,} x {case['B']:,} x {case['d']}"
             case "loader":
-                training = f", {case['tower']} training" if case["tower"] else ""
-                return f"{case['width']} x {case['height']} pixels{training}"
+                return f"{case['width']} x {case['height']} pixels"
             case "step" | "profile":
                 jpegs = f", JPEGs of {case['pictures']} pixels" if case.get("pictures") else ""
                 return f"{case['local_batch']:,} of {case['texts']:,}{jpegs}"
@@ -216,12 +216,14 @@ def profile_table(lines: Iterable[Line]) -> str:
 
 
 def why_none(line: Line) -> str:
+    """Return why a candidate has no figures, for people."""
     if "wrong" in line:
         return f"{line['candidate']} is wrong"
     return f"{line['candidate']}: {line.get('failed') or line.get('absent')}"
 
 
 def time_of(line: Line) -> str:
+    """Return the median in milliseconds, for people."""
     return number(line["ms"])
 
 

@@ -1,6 +1,6 @@
 """Predicts the training step on 8 to 4,096 GPUs from measured parts.
 
-    python -m textlock.bench.scaling --steps bench/results/STEPS.json --plot scaling.png   # figures of bench.step
+    python -m textlock.bench.scaling --steps bench/results/STEPS.json   # figures of textlock.bench.step
     python -m textlock.bench.scaling --parts parts.json                  # an object of the fields of Parts below
 
 For P ranks of b images, B = P·b texts, d wide:
@@ -30,18 +30,13 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from textlock.bench.entry import Benchmark, Column, Line, Session, require_positive
 from textlock.bench.records import read_figures
-from textlock.data.publish import publish_text, published_file
 from textlock.models.vision import VisionTower, build_vision_tower
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 RANKS = tuple(2**n for n in range(3, 13))  # 8 to 4,096
 
@@ -112,6 +107,7 @@ class Prediction:
 
     @property
     def step(self) -> float:
+        """Of the whole step."""
         return sum(self.seconds.values())
 
     @property
@@ -227,6 +223,8 @@ def sizes(tower: VisionTower, dtype: torch.dtype) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastOptions:
+    """Options of the command."""
+
     parts: Path | None = None
     """JSON file of measured parts; this or --steps."""
     steps: Path | None = None
@@ -239,10 +237,6 @@ class ForecastOptions:
     """Images of one rank where the local batch is fixed."""
     ranks: tuple[int, ...] = RANKS
     """GPUs to predict."""
-    plot: Path | None = None
-    """Plot to write, in the format of its name's ending."""
-    save_parts: Path | None = None
-    """File to write the parts to."""
 
 
 ASSUMPTIONS: dict[str, Callable[[Parts], str]] = {
@@ -273,6 +267,7 @@ def assumptions(parts: Parts) -> list[str]:
 
 
 def is_measured(parts: Parts, local_batch: int) -> bool:
+    """Return whether the tower was measured at this local batch or around it."""
     return min(parts.tower) <= local_batch <= max(parts.tower)
 
 
@@ -298,86 +293,26 @@ def lines(options: ForecastOptions, session: Session) -> Iterator[Line]:
     """Predict both regimes."""
     parts = parts_for(options)
     session.notes += [f"predicted from {parts.source}; the last columns are % of the step", *assumptions(parts)]
-    found: dict[str, list[Prediction]] = {}
     for regime, cases in regimes(options).items():
-        found[regime] = [predict(parts, ranks, local_batch) for ranks, local_batch in cases]
-        for prediction in found[regime]:
-            # Against one rank with the same local batch and nobody to wait for.
-            alone = predict(parts, 1, prediction.local_batch)
-            measured = is_measured(parts, prediction.local_batch)
+        for ranks, local_batch in cases:
+            prediction, measured = predict(parts, ranks, local_batch), is_measured(parts, local_batch)
+            alone = predict(parts, 1, local_batch)  # one rank with the same local batch and nobody to wait for
             outcome = {
                 "step_ms": 1e3 * prediction.step,
                 "images_per_second_of_each": prediction.images_per_second,
                 "efficiency": prediction.images_per_second / alone.images_per_second,
                 "tower_is_measured": measured,
-                "text_bytes": prediction.ranks * prediction.local_batch * parts.row_bytes,
+                "text_bytes": ranks * local_batch * parts.row_bytes,
                 "seconds": prediction.seconds,
                 "parts": asdict(parts),
             }
-            case = {"ranks": prediction.ranks, "local_batch": prediction.local_batch, "fixed": regime}
-            shown = (regime, f"{prediction.ranks:,}", f"{prediction.local_batch:,}{'' if measured else '*'}")
+            case = {"ranks": ranks, "local_batch": local_batch, "fixed": regime}
+            shown = (regime, f"{ranks:,}", f"{local_batch:,}{'' if measured else '*'}")
             yield Line("forecast", "step", case, "ours", outcome, shown)
-    if options.plot is not None:
-        plot_predictions(options.plot, parts, found)
-    if options.save_parts is not None:
-        save_parts(options.save_parts, parts)
-
-
-def draw(regime: str, predictions: list[Prediction], above: "Axes", below: "Axes", line: str) -> None:
-    """Draw a regime: images a second of each GPU, and what its step is made of."""
-    ranks = [p.ranks for p in predictions]
-    above.plot(ranks, [p.images_per_second for p in predictions], line, marker="o", color="black", label=regime)
-    bottom = [0.0] * len(ranks)
-    for number, cost in enumerate(COSTS):
-        shares = [100 * p.seconds[cost] / p.step for p in predictions]
-        places = range(len(ranks))
-        below.bar(places, shares, bottom=bottom, color=f"C{number}", label=cost, width=0.8)
-        bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
-    below.set_xticks(range(len(ranks)), [f"{n:,}" for n in ranks], rotation=45)
-    below.set_title(f"{regime}: share of the step", fontsize=10)
-    below.set_xlabel("GPUs")
-    below.set_ylim(0, 100)
-
-
-def plot_predictions(path: Path, parts: Parts, found: dict[str, list[Prediction]]) -> None:
-    """Draw the predictions of all regimes."""
-    from matplotlib.figure import Figure  # half a second, for a plot only
-
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    above, *below = figure.subplots(1, 1 + len(found))
-    for number, (regime, predictions) in enumerate(found.items()):
-        draw(regime, predictions, above, below[number], ("-", "--")[number])
-    above.set_xscale("log", base=2)
-    ticks = sorted({p.ranks for predictions in found.values() for p in predictions})
-    above.set_xticks(ticks, [f"{n:,}" for n in ticks], rotation=45)
-    above.set_ylim(bottom=0)
-    above.set_xlabel("GPUs")
-    above.set_title("images/s of each GPU, predicted", fontsize=10)
-    above.grid(alpha=0.3)
-    above.legend(frameon=False)
-    below[0].set_ylabel("%")
-    below[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(parts.source, fontsize=10)
-    save(figure, path)
-
-
-def save_parts(path: Path, parts: Parts) -> None:
-    publish_text(path, json.dumps(asdict(parts), indent=1) + "\n")
-
-
-def require_plot(path: Path | None) -> None:
-    """Raise ValueError for a name whose ending is that of no format."""
-    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {path}: choose a name that ends in .png, .svg or .pdf")
-
-
-def save(figure: "Figure", path: Path) -> None:
-    """Write a plot, whole or not at all."""
-    with published_file(path) as file:
-        figure.savefig(file, format=path.suffix.removeprefix("."), dpi=120)
 
 
 def share_of(cost: str) -> Column:
+    """Return the column of a cost, in percent of the step."""
     return Column(cost, lambda outcome: 100 * outcome["seconds"][cost] / sum(outcome["seconds"].values()), ".1f")
 
 
@@ -386,7 +321,6 @@ def check(options: ForecastOptions) -> None:
     if (options.parts is None) == (options.steps is None):
         raise ValueError("give --parts or --steps, one of them")
     require_positive(options, "global_batch", "local_batch", "ranks", "loader")
-    require_plot(options.plot)
 
 
 BENCHMARK = Benchmark(

@@ -1,6 +1,6 @@
 """Compares the predictions of `textlock.bench.scaling` with whole steps of real processes on this CPU.
 
-    python -m textlock.bench.scaling_check --plot check.png              # 1, 2 and 4 gloo processes
+    python -m textlock.bench.scaling_check                               # 1, 2 and 4 gloo processes
     python -m textlock.bench.scaling_check --save-parts parts.json       # what scaling --parts predicts from
 
 Processes measure the parts of a step and then whole steps of 1, 2 and 4 ranks: compute alone and how far it slows down
@@ -26,18 +26,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from textlock.bench.entry import CPU, Benchmark, Column, Line, Session, require_known, require_positive
-from textlock.bench.scaling import (
-    COSTS,
-    Link,
-    Parts,
-    Prediction,
-    assumptions,
-    predict,
-    require_plot,
-    save,
-    save_parts,
-    sizes,
-)
+from textlock.bench.scaling import COSTS, Link, Parts, assumptions, predict, sizes
+from textlock.data.publish import publish_text
 from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World, join_world
 from textlock.engine.objective import Objective
@@ -54,6 +44,8 @@ MEASURED = ("tower", "ranks", "local_batch", "micro_batch", "rounds", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
+    """Options of the command."""
+
     tower: str = "eva02_micro_patch8_32"
     """Name of the image tower."""
     ranks: tuple[int, ...] = (1, 2, 4)
@@ -68,8 +60,6 @@ class CheckOptions:
     """Of weights and data."""
     limit: float = 600.0
     """Seconds that the processes may take."""
-    plot: Path | None = None
-    """Plot to write, in the format of its name's ending."""
     save_parts: Path | None = None
     """File to write the parts to, for `textlock.bench.scaling --parts`."""
 
@@ -132,10 +122,12 @@ class Process:
         return step
 
     def loss_of(self, images: int) -> Callable[[], object]:
+        """Return the loss and its gradient alone, on one rank."""
         embeddings, text = self.text[:images].clone().requires_grad_(), self.text[:images]
         return lambda: contrastive_loss(embeddings, text, torch.tensor(1 / 0.07)).backward()
 
     def optimizer_step(self) -> Callable[[], object]:
+        """Return clipping and AdamW alone."""
         tower = build_vision_tower(self.measured.tower)
         gradients = FlatGradients(tower.parameters())
         optimizer = torch.optim.AdamW(tower.parameters(), lr=0.0, fused=True)
@@ -272,43 +264,16 @@ def run_process() -> None:
         world.close()
 
 
-def plot_check(path: Path, parts: Parts, found: list[tuple[Prediction, list[float]]]) -> None:
-    """Draw what was predicted, by its parts, and the true steps."""
-    from matplotlib.figure import Figure  # half a second, for a plot only
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    bottom = [0.0] * len(found)
-    for number, cost in enumerate(COSTS):
-        heights = [1e3 * prediction.seconds[cost] for prediction, _ in found]
-        if any(heights):
-            axes.bar(range(len(found)), heights, bottom=bottom, label=cost, color=f"C{number}", width=0.6)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    for place, (_, times) in enumerate(found):
-        low, middle, high = (1e3 * t for t in quantiles(times, n=4, method="inclusive"))
-        error = [[middle - low], [high - middle]]
-        label = "true, with quartiles" if place == 0 else None
-        axes.errorbar([place], [middle], yerr=error, fmt="o", color="black", capsize=6, label=label)
-    axes.set_xticks(range(len(found)), [f"{p.ranks:,}" for p, _ in found])
-    axes.set_xlabel("processes")
-    axes.set_ylabel("ms a step")
-    axes.set_title(f"predicted by parts, and true\n{parts.source}", fontsize=10)
-    axes.legend(frameon=False)
-    save(figure, path)
-
-
 def lines(options: CheckOptions, session: Session) -> Iterator[Line]:
     """Predict the steps of real processes from their parts, and tell the true ones."""
     times = start_processes(options)
     parts = parts_of_times(times, options)
     session.notes += [f"whole steps of real processes: {parts.source}, {options.local_batch} images each"]
     session.notes += assumptions(parts)
-    found = []
     for ranks in options.ranks:
         prediction = predict(parts, ranks, options.local_batch)
         true = [max(each) for each in times[f"true {ranks}"]]
         low, middle, high = quantiles(true, n=4, method="inclusive")
-        found.append((prediction, true))
         outcome = {
             "predicted_ms": 1e3 * prediction.step,
             "true_ms": 1e3 * middle,
@@ -319,17 +284,14 @@ def lines(options: CheckOptions, session: Session) -> Iterator[Line]:
         }
         case = {"ranks": ranks, "local_batch": options.local_batch, "tower": options.tower}
         yield Line("check", "step", case, "ours", outcome, (str(ranks),))
-    if options.plot is not None:
-        plot_check(options.plot, parts, found)
     if options.save_parts is not None:
-        save_parts(options.save_parts, parts)
+        publish_text(options.save_parts, json.dumps(asdict(parts), indent=1) + "\n")
 
 
 def check(options: CheckOptions) -> None:
     """Raise ValueError for what cannot be."""
     require_positive(options, "ranks", "local_batch", "micro_batch", "limit")
     require_known("tower", [options.tower], VISION_CONFIGS)
-    require_plot(options.plot)
     if options.rounds < 2:
         raise ValueError(f"--rounds is {options.rounds}, must be at least 2")
     if options.local_batch % 4:
@@ -337,6 +299,7 @@ def check(options: CheckOptions) -> None:
 
 
 def milliseconds_of(cost: str) -> Column:
+    """Return the column of a cost."""
     return Column(cost, lambda outcome: 1e3 * outcome["seconds"][cost], ".2f")
 
 

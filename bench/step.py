@@ -99,6 +99,8 @@ TOWERS = {"cpu": "eva02_micro_patch8_32", "cuda": "eva02_base_patch16_224"}
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions(ceilings.Options):
+    """Options of the command."""
+
     tower: str | None = None
     """Name of the image tower; left out: one that fits the device, like all sizes below."""
     local_batches: tuple[int, ...] = ()
@@ -329,10 +331,12 @@ def shape_of(setting: StepSetting, local_batch: int) -> dict[str, Any]:
 
 
 def share_of(phase: Phase) -> Column:
+    """Return the column of a phase, in percent of the step."""
     return Column(f"% {phase.replace('_', ' ')}", lambda outcome: 100 * outcome["shares"][phase], ".1f")
 
 
 def title(options: StepOptions) -> str:
+    """Return what stands above the table."""
     setting = setting_of(options)
     return f"{setting.tower}, {setting.texts:,} texts, {name_of(setting.dtype)}"
 

@@ -94,6 +94,7 @@ class Part:
 
 
 def command(line: str, **settings: Any) -> Command:
+    """Make a command of what follows `python -m textlock.bench.`."""
     module, *arguments = line.split()
     return Command(f"textlock.bench.{module}", tuple(arguments), **settings)
 
@@ -369,6 +370,7 @@ class Suite:
             self.faults.append(f"the tests ended with {ended}")
 
     def take_test(self, line: Line) -> None:
+        """Note how a test ended, for its part."""
         owner = next(
             (name for name, part in self.parts.items() for path in part.tests if line["test"].startswith(path)), None
         )
@@ -379,6 +381,7 @@ class Suite:
             say(f"failed: {line['test']}: {line['reason']}")
 
     def summary(self, part: str, ended: Ended) -> dict[str, Any]:
+        """Return what the file tells of the tests of a part."""
         found = self.outcomes.get(part, [])
         return {
             "passed": sum(line["outcome"] == "passed" for line in found),
@@ -492,6 +495,7 @@ def say(what: str) -> None:
 
 
 def noted(state: str) -> str:
+    """Print a state and return it."""
     say(state)
     return state
 
@@ -526,6 +530,7 @@ def ceilings_file(folder: Path) -> Iterator[Path]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exit status 2 for a part that the device does not have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", choices=tuple(PARTS), required=True, help="what to measure on")
     names = [name for kind in PARTS.values() for name in kind if name != "ceilings"]
@@ -546,6 +551,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite and return its exit status."""
     options = parse(arguments)
     if options.on == "gpu" and not torch.cuda.is_available():
         print("error: torch sees no NVIDIA GPU on this machine; make bench measures what a CPU can", file=sys.stderr)

@@ -10,7 +10,6 @@ import torch
 
 from textlock.bench import loader as bench
 from textlock.bench.measure import Unavailable, Wrong
-from textlock.models.vision import build_vision_tower
 
 TINY = bench.LoaderOptions(
     device="cpu", sizes=(256,), samples=200, batch=16, workers=1, seconds=0.2, candidates=("ours_cpu",)
@@ -37,32 +36,6 @@ def test_the_loader_is_measured_in_a_process_of_its_own(measure):
     assert line["images_per_second"] == pytest.approx(16e3 / line["ms"]) and line["runs"] == bench.WINDOWS
     assert line["percent_of_floor"] == pytest.approx(100 * line["floor_ms"] / line["ms"])
     assert 0 < line["skipped"] < 0.05 and line["errors"]["grey_levels"] < 0.1
-
-
-class Probe(torch.nn.Module):
-    """Stands for a tower: remembers what it is given."""
-
-    def __init__(self, seen):
-        super().__init__()
-        self.seen, self.weight = seen, torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, images):
-        self.seen.append(images)
-        return self.weight * images.float().mean(dim=(1, 2, 3))
-
-
-@pytest.mark.parametrize("name", ["ours_cpu", *PEERS])
-def test_a_tower_trains_on_what_comes(name, shards, monkeypatch):
-    """Images of every loader are in a form that a tower takes, and each batch goes through it."""
-    if name != "ours_cpu":
-        pytest.importorskip("webdataset")
-    seen = []
-    probe = Probe(seen)
-    monkeypatch.setattr(bench, "build_vision_tower", lambda *arguments, **settings: probe)
-    outcome = bench.rates_of(name, shards, replace(TINY, tower="eva02_micro_patch8_32"))
-    assert len(seen) > 2 and probe.weight.grad != 0
-    assert outcome["images_per_second"] > 0 and outcome["device_bytes"] is None
-    build_vision_tower("eva02_micro_patch8_32", image_size=bench.CROP)._check(seen[0])
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -112,10 +85,3 @@ def test_decoding_alone_decodes_every_image(shards, monkeypatch):
     monkeypatch.setattr(bench, "decode_image", decoded.append)
     assert bench.decoding_alone("cpu", shards, replace(TINY, seconds=0.01)) > 0
     assert set(decoded) == {*list(shards.jpegs.values())[: bench.DALI_BATCH]}
-
-
-def test_memory_is_marked_ten_times(measure):
-    (line,), table = measure(bench.BENCHMARK, replace(TINY, memory_samples=400))
-    assert [mark["samples"] for mark in line["memory"]] == [48, 80, 128, 160, 208, 240, 288, 320, 368, 400]
-    assert all(mark["resident_bytes"] > 2**20 for mark in line["memory"])
-    assert "ours_cpu, MiB after each tenth of 400 samples: " in table
