@@ -97,20 +97,23 @@ def compared(
             yield line(name, why_not)
     if not ready:
         return
+    seconds = min(seconds, max(0.0, session.seconds_left()) / len(ready))
+    times: dict[str, list[float]] = {}
     try:
-        seconds = min(seconds, max(0.0, session.seconds_left()) / len(ready))
         times = interleaved_times({name: each.run for name, each in ready.items()}, seconds, device)
-        found = {
-            name: figures_of(comparison, each, Spread.of(times[name]), ceilings, device) for name, each in ready.items()
-        }
-    except torch.OutOfMemoryError as error:
-        yield from (line(name, {"failed": one_line(error)}) for name in ready)
-        return
-    for name in ready:
-        others = [other for other in ready if not is_ours(other)]
-        if is_ours(name) and others:
-            found[name]["speedup"] = {other: speedup(times[name], times[other]) for other in others}
-        yield line(name, found[name])
+    except torch.OutOfMemoryError:  # of all together; each may fit by itself
+        release(device)
+    for name, each in ready.items():
+        try:
+            own = times[name] if times else interleaved_times({name: each.run}, seconds, device)[name]
+            outcome = figures_of(comparison, each, Spread.of(own), ceilings, device)
+        except torch.OutOfMemoryError as error:
+            outcome = {"failed": one_line(error)}
+            release(device)
+        others = [other for other in times if not is_ours(other)]
+        if "failed" not in outcome and is_ours(name) and others:
+            outcome["speedup"] = {other: speedup(times[name], times[other]) for other in others}
+        yield line(name, outcome)
 
 
 def speedup(ours: list[float], theirs: list[float]) -> float:

@@ -92,6 +92,17 @@ def test_runs_take_turns_and_only_those_that_are_chosen(measure):
     assert ran[:8] == ["ours", "peer"] * 4
 
 
+def test_where_not_all_fit_together_each_is_timed_by_itself(measure, monkeypatch):
+    def interleaved(runs, seconds, device):
+        if len(runs) > 1 or "peer" in runs:
+            raise torch.OutOfMemoryError("much text")
+        return {name: [2e-3, 2e-3] for name in runs}
+
+    monkeypatch.setattr(candidates, "interleaved_times", interleaved)
+    lines, _ = measure(benchmark(), Options(device="cpu", candidates=("ours", "peer")))
+    assert lines[0]["ms"] == 2 and "speedup" not in lines[0] and lines[1]["failed"] == "out of memory"
+
+
 @pytest.mark.parametrize(
     ("ours", "fault"),
     [
