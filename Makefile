@@ -44,9 +44,9 @@ gpu-check:
 bench: $(VENV)/.installed-test
 	$(RUN) -m textlock.bench.suite --on cpu $(ARGS)
 
-# The figures and pictures of the README, from the files of figures.
+# The figures of README.md and bench/RESULTS.md and their plots, from the files of figures.
 report: $(VENV)/.installed-test
-	$(RUN) -m textlock.bench.report
+	$(RUN) -m textlock.bench.readme
 
 # The stamp is newer than what decides the environment, or the environment is made again. The second Triton is the
 # oldest supported one: the tests compile every kernel with both.

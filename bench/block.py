@@ -31,8 +31,7 @@ from textlock.bench.block_kernels import KERNELS, compare_kernel, compare_produc
 from textlock.bench.block_tower import compare_block, compare_tower
 from textlock.bench.ceilings import ceilings_for
 from textlock.bench.comparison import Comparison, Part, Setting, measure, name_of
-from textlock.bench.figures import Outcome, Report, cell, timing_cells
-from textlock.bench.measure import device_of_this_machine
+from textlock.bench.entry import ERROR, FLOOR, PEAK, TIMING, Column, Line, Outcome, Report, device_of
 from textlock.models.vision import VISION_CONFIGS
 
 # Images of one forward and backward pass, by part.
@@ -45,6 +44,8 @@ DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}  # of products
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
+    device: Literal["cpu", "cuda"] | None = None
+    """What to measure on; left out: the GPU, if there is one."""
     only: tuple[Literal["gemm", "kernels", "block", "tower"], ...] = ()
     """Parts to measure, after the ceilings; left out: all."""
     tower: str = "eva02_base_patch16_224"
@@ -86,14 +87,14 @@ def main(options: Options) -> None:
         raise ValueError("micro_batch, seconds and limit must be positive")
     if options.tower not in VISION_CONFIGS:
         raise ValueError(f"vision tower {options.tower!r} is unknown: choose from {', '.join(VISION_CONFIGS)}")
-    device = device_of_this_machine()
+    device = device_of(options.device)
     parts = MICRO_BATCHES[device.type]
     any_setting = setting_of(options.tower, 1, device, options.seed)
     known = {name for part in parts for c in comparisons(part, any_setting) for name in c.candidates}
     if unknown := set(options.candidates) - known:
         raise ValueError(f"no candidate is named {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")
     ceilings = ceilings_for(options.ceilings, device, options.seconds)
-    report = Report(device, COLUMNS, cells)
+    report = Report(device, ("operation", "images"), COLUMNS, "")
     ratios: list[str] = []
     for part in options.only or parts:
         end = time.monotonic() + options.limit
@@ -103,7 +104,7 @@ def main(options: Options) -> None:
                 names = [name for name in comparison.candidates if name in (options.candidates or known)]
                 before = (comparison.operation, f"{micro_batch} images")
                 for name, outcome in measure(comparison, names, ceilings, options.seconds, end):
-                    report.add(part, comparison.operation, shape_of(setting), name, outcome, *before)
+                    report.add(Line(part, comparison.operation, shape_of(setting), name, outcome, before))
                     if part == "tower":
                         where = f"{setting.tower}, {micro_batch} images: {name}"
                         faster = outcome.get("speedup", {}).items()
@@ -122,25 +123,15 @@ def shape_of(setting: Setting) -> dict[str, Any]:
     }
 
 
+def least_speedup(outcome: Outcome) -> float | None:
+    return min(outcome["speedup"].values()) if outcome.get("speedup") else None
+
+
 COLUMNS = (
-    *("operation", "images", "candidate", "ms", "± %", "% floor", "GB/s", "TFLOP/s", "images/s", "MFU %"),
-    *("peak MiB", "error", "x best peer"),
+    *(*TIMING, FLOOR, Column("GB/s", "gigabytes_per_second", ".0f"), Column("TFLOP/s", "tflops", ".3g")),
+    *(Column("images/s", "images_per_second", ".4g"), Column("MFU %", "mfu_percent", ".1f"), PEAK, ERROR),
+    Column("x best peer", least_speedup, ".2f"),
 )
-
-
-def cells(outcome: Outcome) -> list[str]:
-    """Return the cells of the table from `ms` on."""
-    return [
-        *timing_cells(outcome),
-        cell(outcome, "percent_of_floor", ".0f"),
-        cell(outcome, "gigabytes_per_second", ".0f"),
-        cell(outcome, "tflops", ".3g"),
-        cell(outcome, "images_per_second", ".4g"),
-        cell(outcome, "mfu_percent", ".1f"),
-        cell(outcome, "peak_bytes", ".0f", 2**20),
-        f"{max(outcome['errors'].values()):.0e}",
-        f"{min(outcome['speedup'].values()):.2f}" if outcome.get("speedup") else "",
-    ]
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ rate, whichever takes longer. Data is random: zeros run faster. Every copy and p
 give. One JSON line a ceiling on stdout, a table on stderr.
 """
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
-from textlock.bench.figures import Outcome, Report, cell, timing_cells
-from textlock.bench.measure import Wrong, device_of_this_machine, relative_error, time_of
+from textlock.bench import entry
+from textlock.bench.entry import TIMING, Benchmark, Column, Line, Session, require_positive
+from textlock.bench.measure import Wrong, relative_error, time_of
 from textlock.bench.records import read_figures
 from textlock.engine.provenance import device_name
 
@@ -36,7 +35,19 @@ PREFIX = "matrix_"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(entry.Options):
+    """Options of benchmarks whose floors come from ceilings."""
+
+    ceilings: Path | None = None
+    """What `textlock.bench.ceilings` printed on this device; left out: measured first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CeilingOptions:
+    """Options of this module's own command."""
+
+    device: Literal["cpu", "cuda"] | None = None
+    """What to measure on; left out: the GPU, if there is one."""
     seconds: float = 1.0
     """Time spent on each ceiling, at least three runs."""
 
@@ -113,24 +124,20 @@ def measure_ceilings(device: torch.device, seconds: float) -> Iterator[tuple[str
         yield name, spread.published() | rates
 
 
-def main(options: Options) -> None:
-    if options.seconds <= 0:
-        raise ValueError("seconds must be positive")
-    device = device_of_this_machine()
-    report = Report(device, ("ceiling", "by", "ms", "± %", "GB/s", "TFLOP/s"), cells)
-    for name, figures in measure_ceilings(device, options.seconds):
-        report.add("ceilings", name, {}, "torch", figures, name)
-    report.close()
+def lines(options: CeilingOptions, session: Session) -> Iterator[Line]:
+    """Measure every ceiling of the device."""
+    for name, figures in measure_ceilings(session.device, options.seconds):
+        yield Line("ceilings", name, {}, "torch", figures, (name,))
 
 
-def cells(outcome: Outcome) -> list[str]:
-    """Return the cells of the table from `ms` on."""
-    return [*timing_cells(outcome), cell(outcome, "gigabytes_per_second", ".4g"), cell(outcome, "tflops", ".4g")]
-
+BENCHMARK = Benchmark(
+    about=__doc__,
+    options=CeilingOptions,
+    check=lambda options: require_positive(options, "seconds"),
+    lines=lines,
+    before=("ceiling",),
+    columns=(*TIMING, Column("GB/s", "gigabytes_per_second", ".4g"), Column("TFLOP/s", "tflops", ".4g")),
+)
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    BENCHMARK.command()

@@ -1,6 +1,5 @@
 """Candidates for one operation of an image tower: checked against float64, then timed in turns beside a floor."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from textlock.bench.ceilings import TOLERANCE, Ceilings
-from textlock.bench.figures import Outcome, one_line, outcome_of
+from textlock.bench.entry import Outcome, Session, one_line
 from textlock.bench.measure import (
     Spread,
     Wrong,
@@ -198,7 +197,7 @@ def measure(
         return {}
 
     for name in names:
-        if why_not := outcome_of(partial(prepare, name), device, end - time.monotonic()):
+        if why_not := Session(device, end).outcome_of(partial(prepare, name)):
             yield name, why_not
 
     try:

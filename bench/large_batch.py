@@ -3,46 +3,46 @@
     python -m textlock.bench.large_batch --batch 65536 --tower eva02_micro_patch8_32
     python -m textlock.bench.large_batch --check 4096     # compares a smaller step with float64
 
-Symmetric InfoNCE of random images against random text rows, through the step that training takes, without optimiser.
-The peak is that of the process, interpreter and libraries included. `--check` then runs a smaller batch with the same
-tiers and as many micro-batches, and once more as one float64 graph with dense logits: another attention, another loss,
-no micro-batches. A result that is off, or images that ran forward more or less often than the plan says, print no
-figure. One JSON line on stdout, the same for people on stderr.
+Symmetric InfoNCE of random images against random text embeddings, through the training step, without optimiser. The
+peak is that of the process, interpreter and libraries included. `--check` then runs a smaller batch with the same tiers
+and as many micro-batches, and once more as one float64 graph with dense logits: another attention, another loss, no
+micro-batches. A result that is off, or images that ran forward more or less often than the plan says, print no figure.
+One JSON line on stdout, a table on stderr; exit status 1 without a figure.
 """
 
-import json
-import math
 import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
+from textlock.bench.candidates import Ready, judged
+from textlock.bench.entry import CPU, Benchmark, Column, Line, Outcome, Session, require_known, require_positive
 from textlock.bench.measure import Wrong, relative_error
 from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
 from textlock.engine.objective import Objective
 from textlock.engine.optim import FlatGradients
 from textlock.engine.plan import Plan, Tier, available_bytes, choose_plan, tier_costs
-from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import LargeBatchStep, StepResult, autocast_for
 from textlock.models.pooling import AttentionPooling
-from textlock.models.vision import VisionTower, build_vision_tower
-
-CPU = torch.device("cpu")
+from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
 
 # Largest relative error, in the Euclidean norm over all of it, that still counts as right in float32.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class LargeBatchOptions:
+    """Options of the command."""
+
     batch: int = 65536
     """Images, and as many texts."""
     tower: str = "eva02_micro_patch8_32"
@@ -61,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Data:
-    """Random images and the unit text rows that they belong to."""
+    """Random images and the unit text embeddings that they belong to."""
 
     images: Tensor  # [B, S, S, 3] uint8
     text: Tensor  # [B, d]
@@ -77,7 +77,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Stepped:
     """What one step gave."""
 
     result: StepResult
@@ -85,7 +85,7 @@ class Outcome:
     seconds: float
 
 
-def make_tower(options: Options) -> VisionTower:
+def make_tower(options: LargeBatchOptions) -> VisionTower:
     """Build the tower; the pooling's latent starts at zero, where gradients vanish, and is moved away from there."""
     torch.manual_seed(options.seed)
     tower = build_vision_tower(options.tower)
@@ -107,7 +107,7 @@ def gradients_of(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
 
-def one_step(tower: VisionTower, plan: Plan, data: Data, seed: int) -> Outcome:
+def one_step(tower: VisionTower, plan: Plan, data: Data, seed: int) -> Stepped:
     """Run and time one step. Raises Wrong when images ran forward another number of times than the plan says."""
     objective = make_objective(tower, len(data.text))
     parameters = parameters_of(tower, objective)
@@ -136,10 +136,10 @@ def one_step(tower: VisionTower, plan: Plan, data: Data, seed: int) -> Outcome:
     planned = round(len(data.images) * (1 + plan.second_forwards))
     if not counted == result.images_forward == planned:
         raise Wrong("the number of images that ran forward", {"counted": counted, "planned": planned})
-    return Outcome(result, gradients_of(parameters), seconds)
+    return Stepped(result, gradients_of(parameters), seconds)
 
 
-def dense_step(tower: VisionTower, data: Data, options: Options) -> tuple[Tensor, dict[str, Tensor]]:
+def dense_step(tower: VisionTower, data: Data, options: LargeBatchOptions) -> tuple[Tensor, dict[str, Tensor]]:
     """Return loss and gradients of a step in one float64 graph with dense logits."""
     twin = build_vision_tower(options.tower, block="plain")
     twin.load_state_dict(tower.state_dict())
@@ -152,7 +152,7 @@ def dense_step(tower: VisionTower, data: Data, options: Options) -> tuple[Tensor
     return loss.detach(), gradients_of(parameters_of(twin, objective))
 
 
-def check(tower: VisionTower, plan: Plan, options: Options) -> dict[str, Any]:
+def comparison_of(tower: VisionTower, plan: Plan, options: LargeBatchOptions) -> Outcome:
     """Compare loss and gradients of ``options.check`` images with float64. Raises Wrong when they differ."""
     data = Data.random(options.check, tower, options.seed + 1)
     found = one_step(tower, replace(plan, micro_batch=options.check // len(plan.tiers)), data, options.seed)
@@ -161,15 +161,12 @@ def check(tower: VisionTower, plan: Plan, options: Options) -> dict[str, Any]:
         torch.cat([every[name].flatten().double() for name in true]) for every in (found.gradients, true)
     )
     errors = {"loss": relative_error(found.result.loss, loss), "gradients": relative_error(flat, flat_true)}
-    if not max(errors.values()) <= TOLERANCE or not all(map(math.isfinite, errors.values())):
-        raise Wrong("the step", errors)
+    errors = judged("the step", Ready(lambda: None, errors, TOLERANCE, torch.float32)).errors
     return {"batch": options.check, "micro_batch": options.check // len(plan.tiers), "errors": errors}
 
 
-def main(options: Options) -> None:
-    if min(options.batch, options.micro_batch) <= 0 or options.check < 0:
-        raise ValueError("batch and micro-batch must be positive, check positive or 0")
-    tower = make_tower(options)
+def plan_of(tower: VisionTower, options: LargeBatchOptions) -> Plan:
+    """Return the plan of the step; raises ValueError where there is none, or none that can be compared."""
     plan = choose_plan(
         costs=tier_costs(tower, autocast_for(CPU, "fp32")),
         local_batch=options.batch,
@@ -179,39 +176,45 @@ def main(options: Options) -> None:
     )
     if options.check % len(plan.tiers):
         raise ValueError(f"--check {options.check} is no multiple of the {len(plan.tiers)} micro-batches of the plan")
-    print(plan, file=sys.stderr)
+    return plan
 
+
+def figures_of(tower: VisionTower, plan: Plan, options: LargeBatchOptions) -> Outcome:
+    """Run the step, then the comparison if one is asked for."""
     data = Data.random(options.batch, tower, options.seed)
     before = peak_resident_bytes()
-    outcome = one_step(tower, plan, data, options.seed)
+    stepped = one_step(tower, plan, data, options.seed)
     peak = peak_resident_bytes()
-    rate = options.batch / outcome.seconds
-    twice = outcome.result.images_forward - options.batch
-    print(
-        f"{options.batch:,} images in {outcome.seconds:.1f} s, {rate:,.0f} images/s, {twice:,} forward twice; "
-        f"peak resident memory {peak / 2**30:.2f} GiB, {before / 2**30:.2f} GiB of it before the step",
-        file=sys.stderr,
-    )
-    line: dict[str, Any] = {
-        "part": "large_batch",
-        "operation": "one_step",
-        "case": {name: getattr(options, name) for name in ("batch", "tower", "micro_batch", "keep", "memory_gib")},
-        "candidate": "ours",
-        "ms": 1e3 * outcome.seconds,
+    compared = {"check": comparison_of(tower, plan, options)} if options.check else {}
+    return {
+        "ms": 1e3 * stepped.seconds,
         "runs": 1,
         "tiers": Counter(plan.tiers),
-        "images_per_second": rate,
-        "images_forward": outcome.result.images_forward,
+        "images_per_second": options.batch / stepped.seconds,
+        "images_forward": stepped.result.images_forward,
         "peak_resident_bytes": peak,
         "resident_bytes_before": before,
         "planned_activation_bytes": plan.activation_bytes,
-        "loss": outcome.result.loss.item(),
-    }
-    if options.check:
-        line["check"] = check(tower, plan, options)
-        print(f"relative errors against float64: {line['check']['errors']}", file=sys.stderr)
-    machine = {"device": device_name(CPU), "versions": versions(), "commit": commit()}
-    print(json.dumps(line | machine), flush=True)
+        "loss": stepped.result.loss.item(),
+    } | compared
+
+
+def lines(options: LargeBatchOptions, session: Session) -> Iterator[Line]:
+    """Measure the one step."""
+    tower = make_tower(options)
+    plan = plan_of(tower, options)
+    session.notes.append(str(plan))
+    case = {name: getattr(options, name) for name in ("batch", "tower", "micro_batch", "keep", "memory_gib")}
+    outcome = session.outcome_of(partial(figures_of, tower, plan, options))
+    yield Line("large_batch", "one_step", case, "ours", outcome, (f"{options.batch:,}",))
+
+
+def check(options: LargeBatchOptions) -> None:
+    """Raise ValueError for what cannot be."""
+    require_positive(options, "batch", "micro_batch")
+    require_known("tower", [options.tower], VISION_CONFIGS)
+    if options.check < 0:
+        raise ValueError(f"--check is {options.check}, must be positive or 0")
 
 
 def peak_resident_bytes() -> int:
@@ -220,9 +223,20 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+BENCHMARK = Benchmark(
+    about=__doc__,
+    options=LargeBatchOptions,
+    check=check,
+    lines=lines,
+    before=("images",),
+    columns=(
+        *(Column("ms", "ms", ",.0f"), Column("images/s", "images_per_second", ",.0f")),
+        Column("images forward", "images_forward", ",.0f"),
+        Column("peak resident GiB", "peak_resident_bytes", ".2f", 2**30),
+        Column("of it before", "resident_bytes_before", ".2f", 2**30),
+        Column("error", lambda o: max(o["check"]["errors"].values()) if "check" in o else None, ".0e"),
+    ),
+)
+
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError, Wrong) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    BENCHMARK.command()

@@ -1,29 +1,25 @@
-"""Images a second of the loader, beside those of other projects, on the same shards with the same crop.
+"""Images a second of the loader, next to those of other projects, on the same shards with the same crop.
 
     python -m textlock.bench.loader                                    # every loader that this machine can run
-    python -m textlock.bench.loader --loaders ours_cpu webdataset_pil --sizes 256 > loaders.jsonl
-    python -m textlock.bench.loader --tower eva02_base_patch16_224     # while that tower trains on the batches
-    python -m textlock.bench.loader --memory-samples 200000            # is the memory of a long run flat?
+    python -m textlock.bench.loader --candidates ours_cpu webdataset_pil --sizes 256 > loaders.jsonl
 
-Drawn pictures, a few of them cut short, are packed into shards in a temporary folder. Every loader makes batches of
+Drawn images, a few of them cut short, are packed into shards in a temporary folder. Every loader makes batches of
 random crops of 224 pixels, with as many threads or processes as `--workers`. Each is first compared with Pillow on
-whole pictures; one that is wrong prints no figure. The floor is decoding alone: whole pictures from memory, by
+whole images; one that is wrong prints no figure. The floor is decoding alone: whole images from memory, by
 libjpeg-turbo in as many threads, or on the GPU by DALI for what decodes there; no crop, no batch. One JSON line a
 loader on stdout, a table on stderr; exit status 1 if ours is wrong or fails. Images a CPU-second count the time of all
 processes: on a machine that does other work too they are the steadier figure.
 """
 
 import io
-import json
 import os
-import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -31,55 +27,56 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 
-from textlock.bench.figures import Outcome, Report, cell, outcome_of, timing_cells
-from textlock.bench.measure import Spread, TimeUp, Unavailable, Wrong, device_of_this_machine, importable
+from textlock.bench import entry
+from textlock.bench.entry import (
+    FLOOR,
+    TIMING,
+    Benchmark,
+    Column,
+    Line,
+    Outcome,
+    Session,
+    device_of,
+    require_known,
+    require_positive,
+)
+from textlock.bench.measure import Spread, TimeUp, Unavailable, Wrong, importable
 from textlock.bench.records import is_ours
 from textlock.data.images import decode_image
 from textlock.data.index import index_shards
 from textlock.data.loader import DataConfig, Loader, open_loader
-from textlock.engine.provenance import commit, device_name, versions
-from textlock.engine.step import autocast_for
-from textlock.models.vision import VISION_CONFIGS, build_vision_tower
+from textlock.models.vision import IMAGE_MEAN, IMAGE_STD
 
-# Width and height of the pictures, by the short side that names them.
+# Width and height of the images, by the short side that names them.
 SIZES = {256: (320, 256), 512: (512, 384)}
 CROP = 224
 RATIO = (0.75, 1.3333333)
-COMPARED = 64  # pictures of a batch that are compared with Pillow, at most
+COMPARED = 64  # images of a batch that are compared with Pillow, at most
 WINDOWS = 8  # of a measurement, whose spread is published
 DALI_BATCH = 128
-# Mean difference from Pillow's bicubic, in grey levels, that still counts as the same picture: DALI's is 0.2.
+# Mean difference from Pillow's bicubic, in grey levels, that still counts as the same image: DALI's is 0.2.
 TOLERANCE = 1.0
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class LoaderOptions(entry.Options):
+    """Options of the command."""
+
     sizes: tuple[int, ...] = (256, 512)
-    """Which pictures: 256 are 320 x 256 pixels, 512 are 512 x 384."""
-    loaders: tuple[str, ...] = ()
-    """Names as in the table; left out: all."""
+    """Which images: 256 are 320 x 256 pixels, 512 are 512 x 384."""
     samples: int = 2000
-    """Pictures in the shards."""
+    """Images in the shards."""
     bad: float = 0.01
     """Part of them that are cut short."""
     batch: int = 64
-    """Pictures of a batch."""
+    """Images of a batch."""
     workers: int = os.cpu_count() or 1
     """Threads of our loader, processes of the others."""
     seconds: float = 10.0
     """Time spent on each figure."""
-    limit: float = 300.0
-    """Seconds after which nothing more is started."""
-    tower: str | None = None
-    """Image tower that goes forward and backward over every batch: the rates are those of both side by side. Left out:
-    the loaders alone."""
-    memory_samples: int = 0
-    """Instead of rates: read so many samples of small pictures and print the memory of the process on the way."""
 
 
 Result = TypeVar("Result")
@@ -87,28 +84,27 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Shards:
-    """A folder of shards and the pictures in it, by key."""
+    """A folder of shards and the whole JPEGs in it, by key."""
 
     folder: Path
-    pictures: dict[str, bytes]
+    jpegs: dict[str, bytes]
 
     @property
     def paths(self) -> list[str]:
         return sorted(map(str, self.folder.glob("*.tar")))
 
 
-Batches = Iterator[tuple[Tensor, list[str]]]  # pictures and keys
+Batches = Iterator[tuple[Tensor, list[str]]]  # images and keys
 Decoder = Literal["cpu", "dali"]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A loader: how it is opened with a scale of crops, how its pictures become levels [b, S, S, 3], and a tower's."""
+class LoaderCandidate:
+    """A loader: how it is opened with a scale of crops, and how its images become grey levels [b, S, S, 3]."""
 
-    open: Callable[[Shards, Options, tuple[float, float]], Batches]
+    open: Callable[[Shards, LoaderOptions, tuple[float, float]], Batches]
     decodes_by: Decoder
     levels: Callable[[Tensor], Tensor] = lambda images: images.float()
-    for_tower: Callable[[Tensor], Tensor] = lambda images: images
 
 
 def draw(rng: np.random.Generator, width: int, height: int) -> bytes:
@@ -122,29 +118,29 @@ def draw(rng: np.random.Generator, width: int, height: int) -> bytes:
 
 
 def write_shards(folder: Path, samples: int, width: int, height: int, bad: float) -> Shards:
-    """Draw a hundred pictures and pack them again and again, evenly into eight shards."""
+    """Draw a hundred images and pack them repeatedly, evenly into eight shards."""
     rng = np.random.default_rng(0)
     drawn = [draw(rng, width, height) for _ in range(100)]
-    pictures = {}
+    jpegs = {}
     shards = max(1, min(8, samples // 100))
     spoilt = set(rng.choice(samples, round(bad * samples), replace=False).tolist())
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in range(shard * samples // shards, (shard + 1) * samples // shards):
-                key, picture = f"{number:09d}", drawn[number % len(drawn)]
+                key, jpeg = f"{number:09d}", drawn[number % len(drawn)]
                 if number in spoilt:
-                    picture = picture[: len(picture) // 2]
+                    jpeg = jpeg[: len(jpeg) // 2]
                 else:
-                    pictures[key] = picture
-                for name, content in ((f"{key}.jpg", picture), (f"{key}.txt", f"picture {number}".encode())):
+                    jpegs[key] = jpeg
+                for name, content in ((f"{key}.jpg", jpeg), (f"{key}.txt", f"image {number}".encode())):
                     member = tarfile.TarInfo(name)
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     index_shards(folder)
-    return Shards(folder, pictures)
+    return Shards(folder, jpegs)
 
 
-def config_of(shards: Shards, options: Options, scale: tuple[float, float], decoder: Decoder) -> DataConfig:
+def config_of(shards: Shards, options: LoaderOptions, scale: tuple[float, float], decoder: Decoder) -> DataConfig:
     return DataConfig(
         shards=str(shards.folder),
         batch_size=options.batch,
@@ -157,25 +153,27 @@ def config_of(shards: Shards, options: Options, scale: tuple[float, float], deco
     )
 
 
-def open_ours(config: DataConfig) -> Loader:
+def open_ours(config: DataConfig, options: LoaderOptions) -> Loader:
+    """Open our loader; raises Unavailable without DALI."""
     try:
-        return open_loader(config, rank=0, world_size=1, device=device_of_this_machine())
+        return open_loader(config, rank=0, world_size=1, device=device_of(options.device))
     except ValueError as error:
         if "not installed" in str(error):
             raise Unavailable("DALI is not installed (pip install 'textlock[gpu]')") from error
         raise
 
 
-def ours(shards: Shards, options: Options, scale: tuple[float, float], *, decoder: Decoder) -> Batches:
-    with open_ours(config_of(shards, options, scale, decoder)) as loader:
+def ours(shards: Shards, options: LoaderOptions, scale: tuple[float, float], *, decoder: Decoder) -> Batches:
+    """Yield the batches of our loader."""
+    with open_ours(config_of(shards, options, scale, decoder), options) as loader:
         for batch in loader:
             yield batch.images, batch.keys
 
 
 def webdataset_loader(
-    shards: Shards, options: Options, decode: Callable[[bytes], Tensor], collate: Callable[[list[Any]], Any]
+    shards: Shards, options: LoaderOptions, decode: Callable[[bytes], Tensor], collate: Callable[[list[Any]], Any]
 ) -> Iterator[Any]:
-    """Batches of what ``decode`` makes of each picture, in processes; what it raises on is left out without a word."""
+    """Batches of what ``decode`` makes of each JPEG, in processes; what it raises on is left out without a word."""
     try:
         import webdataset
     except ImportError:
@@ -202,7 +200,7 @@ def stacked(samples: list[Any]) -> tuple[Tensor, list[str]]:
     return torch.stack([image for image, _ in samples]), [key for _, key in samples]
 
 
-def webdataset_pil(shards: Shards, options: Options, scale: tuple[float, float]) -> Batches:
+def webdataset_pil(shards: Shards, options: LoaderOptions, scale: tuple[float, float]) -> Batches:
     """Decode with Pillow, crop and normalise with torchvision, as open_clip and contrastors train."""
     from torchvision import transforms
 
@@ -210,7 +208,7 @@ def webdataset_pil(shards: Shards, options: Options, scale: tuple[float, float])
         [
             transforms.RandomResizedCrop(CROP, scale, RATIO, interpolation=transforms.InterpolationMode.BICUBIC),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(IMAGE_MEAN, IMAGE_STD),
         ]
     )
     return webdataset_loader(
@@ -218,7 +216,7 @@ def webdataset_pil(shards: Shards, options: Options, scale: tuple[float, float])
     )
 
 
-def webdataset_torchvision(shards: Shards, options: Options, scale: tuple[float, float]) -> Batches:
+def webdataset_torchvision(shards: Shards, options: LoaderOptions, scale: tuple[float, float]) -> Batches:
     """Take the fastest of torchvision on a CPU: libjpeg-turbo, and an antialiased resize of uint8."""
     from torchvision import io as images
     from torchvision.transforms import v2
@@ -232,7 +230,7 @@ def webdataset_torchvision(shards: Shards, options: Options, scale: tuple[float,
     return webdataset_loader(shards, options, decode, stacked)
 
 
-def webdataset_nvjpeg(shards: Shards, options: Options, scale: tuple[float, float]) -> Batches:
+def webdataset_nvjpeg(shards: Shards, options: LoaderOptions, scale: tuple[float, float]) -> Batches:
     """Read in processes; decode a batch at once with torchvision's nvJPEG, crop and resize on the GPU."""
     if not torch.cuda.is_available():
         raise Unavailable("torchvision's nvJPEG needs a GPU")
@@ -252,62 +250,53 @@ def webdataset_nvjpeg(shards: Shards, options: Options, scale: tuple[float, floa
 
 
 def levels_of_normalised(images: Tensor) -> Tensor:
-    return ((images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255).permute(0, 2, 3, 1)
-
-
-def pixels_of_planes(images: Tensor) -> Tensor:
-    return images.permute(0, 2, 3, 1).contiguous()
+    return ((images * torch.tensor(IMAGE_STD).view(3, 1, 1) + torch.tensor(IMAGE_MEAN).view(3, 1, 1)) * 255).permute(
+        0, 2, 3, 1
+    )
 
 
 def levels_of_planes(images: Tensor) -> Tensor:
-    return pixels_of_planes(images).float()
+    return images.permute(0, 2, 3, 1).float()
 
 
-CANDIDATES: dict[str, Candidate] = {
-    "ours_cpu": Candidate(partial(ours, decoder="cpu"), "cpu"),
-    "ours_dali": Candidate(partial(ours, decoder="dali"), "dali"),
-    "webdataset_pil": Candidate(webdataset_pil, "cpu", levels_of_normalised),
-    "webdataset_torchvision": Candidate(webdataset_torchvision, "cpu", levels_of_planes, pixels_of_planes),
-    "webdataset_nvjpeg": Candidate(webdataset_nvjpeg, "dali", levels_of_planes, pixels_of_planes),
+CANDIDATES: dict[str, LoaderCandidate] = {
+    "ours_cpu": LoaderCandidate(partial(ours, decoder="cpu"), "cpu"),
+    "ours_dali": LoaderCandidate(partial(ours, decoder="dali"), "dali"),
+    "webdataset_pil": LoaderCandidate(webdataset_pil, "cpu", levels_of_normalised),
+    "webdataset_torchvision": LoaderCandidate(webdataset_torchvision, "cpu", levels_of_planes),
+    "webdataset_nvjpeg": LoaderCandidate(webdataset_nvjpeg, "dali", levels_of_planes),
 }
 
 
-def check(name: str, shards: Shards, options: Options) -> float:
-    """Return the usual difference from Pillow on whole pictures; raises Unavailable, or Wrong when it is too large."""
+def grey_levels_off(name: str, shards: Shards, options: LoaderOptions) -> float:
+    """Return the usual difference from Pillow on whole images; raises Unavailable, or Wrong when it is too large."""
     few = replace(options, workers=1, batch=min(options.batch, COMPARED))
     batches = CANDIDATES[name].open(shards, few, (1.0, 1.0))
     differences = []
     for images, keys in islice(batches, 2):
-        for picture, key in zip(CANDIDATES[name].levels(images.cpu()), keys, strict=True):
-            whole = Image.open(io.BytesIO(shards.pictures[key])).resize((CROP, CROP), Image.Resampling.BICUBIC)
-            differences.append((picture - torch.from_numpy(np.array(whole)).float()).abs().mean())
-    # Not the largest: a crop of the whole area may by chance be a pixel narrower than the picture.
+        for image, key in zip(CANDIDATES[name].levels(images.cpu()), keys, strict=True):
+            whole = Image.open(io.BytesIO(shards.jpegs[key])).resize((CROP, CROP), Image.Resampling.BICUBIC)
+            differences.append((image - torch.from_numpy(np.array(whole)).float()).abs().mean())
+    # Not the largest: a crop of the whole area may by chance be a pixel narrower than the image.
     difference = torch.stack(differences).median().item()
     if not difference <= TOLERANCE:
         raise Wrong(name, {"grey_levels": difference})
     return difference
 
 
-def measure(name: str, shards: Shards, options: Options) -> Outcome:
+def rates_of(name: str, shards: Shards, options: LoaderOptions) -> Outcome:
     """Return the rates of a loader, and its memory, over ``seconds`` after two batches that do not count."""
-    device = device_of_this_machine()
+    device = device_of(options.device)
     batches = CANDIDATES[name].open(shards, options, (0.9, 1.0))
-    train = trainer_of(options.tower, device)
-
-    def take() -> int:
-        images, keys = next(batches)
-        train(CANDIDATES[name].for_tower(images))
-        return len(keys)
-
     for _ in range(2):
-        take()
+        next(batches)
     wait_for(device)
     used, taken = cpu_seconds(), 0
     spans: list[float] = []  # seconds of a batch, over a window each: single batches come in bursts
     for _ in range(WINDOWS):
         start, images = time.perf_counter(), 0
         while images == 0 or time.perf_counter() - start < options.seconds / WINDOWS:
-            images += take()
+            images += len(next(batches)[1])
         wait_for(device)
         spans.append((time.perf_counter() - start) / images * options.batch)
         taken += images
@@ -325,13 +314,14 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def decoding_alone(decoder: Decoder, shards: Shards, options: Options) -> float | None:
+def decoding_alone(decoder: Decoder, shards: Shards, options: LoaderOptions) -> float | None:
     """Return the images a second that are decoded, whole, from memory; None where nothing here decodes on the GPU."""
-    if on_gpu(decoder) and not importable("nvidia.dali"):
+    gpu = on_gpu(decoder, options)
+    if gpu and not importable("nvidia.dali"):
         return None
-    pictures, decoded = list(shards.pictures.values()), 0
-    decode = decode_on_gpu(options.workers) if on_gpu(decoder) else decode_in_threads(options.workers)
-    some = [pictures[number % len(pictures)] for number in range(DALI_BATCH)]
+    jpegs, decoded = list(shards.jpegs.values()), 0
+    decode = decode_on_gpu(options.workers) if gpu else decode_in_threads(options.workers)
+    some = [jpegs[number % len(jpegs)] for number in range(DALI_BATCH)]
     decode(some)
     start = time.perf_counter()
     while (elapsed := time.perf_counter() - start) < options.seconds / 2:
@@ -340,16 +330,19 @@ def decoding_alone(decoder: Decoder, shards: Shards, options: Options) -> float 
     return decoded / elapsed
 
 
-def on_gpu(decoder: Decoder) -> bool:
-    return decoder == "dali" and torch.cuda.is_available()
+def on_gpu(decoder: Decoder, options: LoaderOptions) -> bool:
+    """Return whether a decoder runs on the GPU."""
+    return decoder == "dali" and device_of(options.device).type == "cuda"
 
 
 def decode_in_threads(workers: int) -> Callable[[list[bytes]], object]:
+    """Return what decodes JPEGs as the cpu decoder does, in so many threads."""
     pool = ThreadPoolExecutor(workers)
-    return lambda pictures: list(pool.map(decode_image, pictures))
+    return lambda jpegs: list(pool.map(decode_image, jpegs))
 
 
 def decode_on_gpu(workers: int) -> Callable[[list[bytes]], object]:
+    """Return what decodes JPEGs by DALI on the GPU."""
     from nvidia.dali import Pipeline, fn, types
 
     pipeline = Pipeline(DALI_BATCH, workers, device_id=torch.cuda.current_device())
@@ -358,47 +351,27 @@ def decode_on_gpu(workers: int) -> Callable[[list[bytes]], object]:
         pipeline.set_outputs(fn.decoders.image(payloads, device="mixed", output_type=types.RGB))
     pipeline.build()
 
-    def decode(pictures: list[bytes]) -> None:
-        pipeline.feed_input("payloads", [np.frombuffer(picture, np.uint8) for picture in pictures])
+    def decode(jpegs: list[bytes]) -> None:
+        pipeline.feed_input("payloads", [np.frombuffer(jpeg, np.uint8) for jpeg in jpegs])
         pipeline.run()
         torch.cuda.synchronize()
 
     return decode
 
 
-def trainer_of(name: str | None, device: torch.device) -> Callable[[Tensor], None]:
-    """Return what goes forward and backward over pictures, and keeps the host at most one batch ahead of a GPU."""
-    if name is None:
-        return lambda images: None
-    tower = build_vision_tower(name, image_size=CROP).to(device)
-    autocast = autocast_for(device, "auto")
-    last: list[torch.cuda.Event] = []
-
-    def train(images: Tensor) -> None:
-        with autocast:
-            embeddings = tower(images.to(device, non_blocking=True))
-        embeddings.float().square().mean().backward()
-        if device.type == "cuda":
-            for event in last:
-                event.synchronize()
-            last[:] = [torch.cuda.current_stream(device).record_event()]
-
-    return train
-
-
 def device_bytes(device: torch.device) -> int | None:
-    """Return what is in use on the GPU, by whomever: decoders have memory of their own."""
+    """Return the memory used on the GPU by any process: decoders allocate outside of torch."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
     return total - free
 
 
-def published(name: str, shards: Shards, options: Options, floor: float | None) -> Outcome:
+def published(name: str, shards: Shards, options: LoaderOptions, floor: float | None) -> Outcome:
     """Return what is published of a loader whose decoder alone reaches ``floor`` images a second, if that is known."""
     torch.set_num_threads(1)
-    difference = check(name, shards, options)
-    rates = measure(name, shards, options)
+    difference = grey_levels_off(name, shards, options)
+    rates = rates_of(name, shards, options)
     if floor is not None:
         rates["floor_ms"] = 1e3 * options.batch / floor
         rates["percent_of_floor"] = 100 * rates["images_per_second"] / floor
@@ -412,9 +385,7 @@ def published(name: str, shards: Shards, options: Options, floor: float | None) 
 def in_a_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """Run in a process of its own: no loader inherits the threads or the memory of another."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(
-        ["textlock.data.loader", "textlock.models.vision"]
-    )  # seconds of imports, once for all
+    context.set_forkserver_preload(["textlock.data.loader"])  # seconds of imports, once for all
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(function, *arguments).result()
@@ -432,6 +403,7 @@ def family() -> list[Path]:
 
 
 def cpu_seconds() -> float:
+    """Return the processor time of this process and its children."""
     ticks = 0
     for process in family():
         fields = (process / "stat").read_text().rpartition(")")[2].split()
@@ -445,107 +417,68 @@ def host_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def skipped_share(name: str, shards: Shards, options: Options) -> float | None:
+def skipped_share(name: str, shards: Shards, options: LoaderOptions) -> float | None:
     """Return the part of one epoch that our loader replaced; the others do not say."""
     if not is_ours(name):
         return None
-    with open_ours(config_of(shards, options, (0.9, 1.0), CANDIDATES[name].decodes_by)) as loader:
+    with open_ours(config_of(shards, options, (0.9, 1.0), CANDIDATES[name].decodes_by), options) as loader:
         for _ in range(loader.samples_per_epoch // options.batch):
             next(loader)
         return loader.skipped_by_kind.total() / loader.samples_per_epoch
 
 
-def memory_of_a_long_run(name: str, shards: Shards, options: Options) -> list[dict[str, int]]:
-    """Return the resident memory after each tenth of ``memory_samples``."""
-    config = replace(config_of(shards, options, (0.9, 1.0), CANDIDATES[name].decodes_by), image_size=32)
-    marks: list[dict[str, int]] = []
-    with open_ours(config) as loader:
-        for batch in loader:
-            if batch.position * 10 >= options.memory_samples * (len(marks) + 1):
-                marks.append({"samples": batch.position, "resident_bytes": resident_bytes()})
-            if len(marks) == 10:
-                return marks
-    raise AssertionError("the loader is endless")
-
-
-def main(options: Options) -> None:
-    numbers = (options.samples, options.batch, options.workers, options.seconds, options.limit)
-    if min(numbers) <= 0 or not 0 <= options.bad < 1:
-        raise ValueError("samples, batch, workers, seconds and limit must be positive, bad a fraction below 1")
-    if unknown := set(options.loaders) - CANDIDATES.keys():
-        raise ValueError(f"no loader is named {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
-    if options.tower is not None and options.tower not in VISION_CONFIGS:
-        raise ValueError(f"no tower is named {options.tower}; choose from {', '.join(VISION_CONFIGS)}")
-    if unknown_sizes := set(options.sizes) - SIZES.keys():
-        raise ValueError(f"no pictures of size {unknown_sizes.pop()}; choose from {', '.join(map(str, SIZES))}")
-    names = options.loaders or tuple(CANDIDATES)
-    if options.memory_samples:
-        print_memory([name for name in names if is_ours(name)], options)
-        return
-    device, end = device_of_this_machine(), time.monotonic() + options.limit
-    title = f"batches of {options.batch} crops, {options.workers} workers"
-    report = Report(device, COLUMNS, cells, title=title)
-    for size in options.sizes:
-        width, height = SIZES[size]
+def lines(options: LoaderOptions, session: Session) -> Iterator[Line]:
+    """Measure every loader on images of every size."""
+    names = [name for name in CANDIDATES if not options.candidates or name in options.candidates]
+    for width, height in (SIZES[size] for size in options.sizes):
         with tempfile.TemporaryDirectory() as folder:
             shards = write_shards(Path(folder), options.samples, width, height, options.bad)
-            kilobytes = sum(map(len, shards.pictures.values())) / len(shards.pictures) / 1000
-            floors: dict[bool, float | None] = {}  # by where the decoder runs
+            kilobytes = sum(map(len, shards.jpegs.values())) / len(shards.jpegs) / 1000
+            case = {"width": width, "height": height, "kilobytes": kilobytes, "batch": options.batch}
+            case |= {"workers": options.workers}
+            floor_of = cache(partial(floor_in_a_process, shards, options))
 
-            def work(name: str, shards: Shards = shards, floors: dict[bool, float | None] = floors) -> Outcome:
+            def work(name: str, shards: Shards = shards, floor_of: Any = floor_of) -> Outcome:
                 decoder = CANDIDATES[name].decodes_by
-                if on_gpu(decoder) not in floors:
-                    floors[on_gpu(decoder)] = in_a_process(decoding_alone, decoder, shards, options)
-                return in_a_process(published, name, shards, options, floors[on_gpu(decoder)])
+                floor = floor_of(decoder if on_gpu(decoder, options) else "cpu")
+                return in_a_process(published, name, shards, options, floor)
 
-            case: dict[str, Any] = {"width": width, "height": height, "kilobytes": kilobytes, "batch": options.batch}
-            case |= {"workers": options.workers, "tower": options.tower}
             for name in names:
-                outcome = outcome_of(partial(work, name), device, end - time.monotonic())
-                before = ("loader", f"{width} x {height}", f"{kilobytes:.0f}")
-                report.add("loader", "loader", case, name, outcome, *before)
-    report.close()
+                shown = ("loader", f"{width} x {height}", f"{kilobytes:.0f}")
+                yield Line("loader", "loader", case, name, session.outcome_of(partial(work, name)), shown)
 
 
-def print_memory(names: list[str], options: Options) -> None:
-    """Print the resident memory of long runs."""
-    machine = {"device": device_name(device_of_this_machine()), "versions": versions(), "commit": commit()}
-    with tempfile.TemporaryDirectory() as folder:
-        shards = write_shards(Path(folder), options.samples, 64, 48, options.bad)
-        for name in names:
-            marks = in_a_process(memory_of_a_long_run, name, shards, options)
-            print(json.dumps({"candidate": name, "memory": marks} | machine), flush=True)
-            shown = ", ".join(f"{mark['resident_bytes'] / 2**20:.1f}" for mark in marks)
-            print(f"{name}, MiB after each tenth of {options.memory_samples:,} samples: {shown}", file=sys.stderr)
+def floor_in_a_process(shards: Shards, options: LoaderOptions, decoder: Decoder) -> float | None:
+    """As `decoding_alone`, in a process of its own."""
+    return in_a_process(decoding_alone, decoder, shards, options)
 
 
-COLUMNS = (
-    *("operation", "pictures", "KB", "candidate", "ms", "± %", "images/s", "% floor", "images/CPU-s"),
-    *("host MiB", "GPU MiB", "% skipped", "levels off"),
+def check(options: LoaderOptions) -> None:
+    """Raise ValueError for what cannot be."""
+    require_positive(options, "samples", "batch", "workers", "seconds", "limit")
+    if not 0 <= options.bad < 1:
+        raise ValueError(f"--bad is {options.bad:g}, must be at least 0 and below 1")
+    require_known("candidates", options.candidates, CANDIDATES)
+    require_known("sizes", options.sizes, SIZES)
+
+
+BENCHMARK = Benchmark(
+    about=__doc__,
+    options=LoaderOptions,
+    check=check,
+    lines=lines,
+    before=("operation", "pixels", "KB"),
+    columns=(
+        *(*TIMING, Column("images/s", "images_per_second", ",.0f"), FLOOR),
+        Column("images/CPU-s", "images_per_cpu_second", ",.0f"),
+        *(Column("host MiB", "host_bytes", ",.0f", 2**20), Column("GPU MiB", "device_bytes", ",.0f", 2**20)),
+        *(
+            Column("% skipped", "skipped", ".2f", 0.01),
+            Column("levels off", lambda o: o["errors"]["grey_levels"], ".2f"),
+        ),
+    ),
+    title=lambda options: f"batches of {options.batch} crops, {options.workers} workers",
 )
 
-
-def cells(outcome: Outcome) -> list[str]:
-    """Return the cells of the table from `ms` on."""
-    return [
-        *timing_cells(outcome),
-        cell(outcome, "images_per_second", ",.0f"),
-        cell(outcome, "percent_of_floor", ".0f"),
-        cell(outcome, "images_per_cpu_second", ",.0f"),
-        cell(outcome, "host_bytes", ",.0f", 2**20),
-        cell(outcome, "device_bytes", ",.0f", 2**20),
-        cell(outcome, "skipped", ".2f", 0.01),
-        f"{outcome['errors']['grey_levels']:.2f}",
-    ]
-
-
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    BENCHMARK.command()

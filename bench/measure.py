@@ -63,10 +63,6 @@ class Spread:
         return {"ms": self.median * 1e3, "quartiles_ms": [self.low * 1e3, self.high * 1e3], "runs": self.runs}
 
 
-def device_of_this_machine() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def importable(name: str) -> bool:
     """Return whether a package or module is there, without importing it."""
     try:

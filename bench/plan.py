@@ -4,28 +4,23 @@
     python -m textlock.bench.plan --gpus h200 --local-batches 8192
 
 Nothing is run but two small forwards on the CPU, which count bytes: this is the plan that a run makes on such a GPU,
-beside the two usual ways to save memory, under the same costs. `gradcache` keeps nothing and runs every image forward
+next to the two usual ways to save memory, under the same costs. `gradcache` keeps nothing and runs every image forward
 twice (https://arxiv.org/abs/2101.06983). `checkpoints` sends the local batch forward at once, keeps the input of every
-block and runs each block again, as the released training code does. Extra time is the share of forward and backward
-with nothing made again. Peaks are of allocated bytes: weights, gradients, optimiser, two batches of images, rows, the
-loss, and activations at their most. One JSON line a tier and a plan on stdout, a table on stderr.
+block and recomputes each block, as the released training code does. Extra time is the share of forward and backward
+with nothing recomputed. Peaks are of allocated bytes: weights, gradients, optimiser, two batches of images, embeddings,
+the loss, and activations at their most. One JSON line a tier and a plan on stdout, a table on stderr.
 """
 
-import json
-import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
-import tyro
-from rich.console import Console
-from rich.table import Table
 
+from textlock.bench.entry import Benchmark, Column, Line, Outcome, Session, require_known, require_positive
 from textlock.engine import plan as planning
 from textlock.engine.plan import Plan, Tier, TierCost, choose_plan, fixed_bytes, tier_costs
-from textlock.engine.provenance import commit, versions
 from textlock.models.block import Implementation
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
 
@@ -35,7 +30,9 @@ CONTEXT_GIB = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class PlanOptions:
+    """Options of the command."""
+
     gpus: tuple[Literal["h100", "h200"], ...] = ("h100", "h200")
     """The H100 with 80 GB, the H200 with 141 GB."""
     tower: str = "eva02_base_patch16_224"
@@ -43,7 +40,7 @@ class Options:
     local_batches: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
     """Images of one GPU in a step."""
     texts: int = 65536
-    """Text rows of the global batch."""
+    """Texts of the global batch."""
     micro_batch: int = 512
     """Images of one forward pass."""
 
@@ -59,6 +56,7 @@ class Costs:
 
     @classmethod
     def of(cls, name: str) -> "Costs":
+        """Count the costs of a tower."""
         autocast = torch.autocast("cpu", torch.bfloat16)
 
         def build(block: Implementation) -> VisionTower:
@@ -73,22 +71,22 @@ class Costs:
         """Return the bytes of weights and gradients, which are there before anything is planned."""
         return 8 * sum(parameter.numel() for parameter in self.tower.parameters())
 
-    def beside_bytes(self, local_batch: int, texts: int) -> int:
+    def other_bytes(self, local_batch: int, texts: int) -> int:
         """Return the other bytes that are no activations."""
         return fixed_bytes(self.tower, self.autocast, local_batch=local_batch, global_batch=texts)
 
 
-def plan_on(costs: Costs, gpu: str, options: Options, local_batch: int) -> dict[str, Any]:
+def plan_on(costs: Costs, gpu: str, options: PlanOptions, local_batch: int) -> dict[str, Any]:
     """Return the plan of one GPU and local batch and its peers; ``absent`` with a reason where nothing fits."""
-    weights, beside = costs.weight_bytes(), costs.beside_bytes(local_batch, options.texts)
+    weights, other = costs.weight_bytes(), costs.other_bytes(local_batch, options.texts)
     free = int((USABLE_GIB[gpu] - CONTEXT_GIB) * 2**30) - weights
-    memory = max(0, int(free * planning.SHARE_OF_FREE_MEMORY) - beside)
+    memory = max(0, int(free * planning.SHARE_OF_FREE_MEMORY) - other)
 
     def figures(plan: Plan) -> dict[str, Any]:
         return {
             "tiers": dict(Counter(plan.tiers)),
             "kept_bytes": plan.kept_bytes,
-            "peak_bytes": weights + beside + plan.activation_bytes,
+            "peak_bytes": weights + other + plan.activation_bytes,
             "extra_time": plan.extra_time,
             "second_forwards": plan.second_forwards,
             "fits": plan.activation_bytes <= memory,
@@ -103,7 +101,7 @@ def plan_on(costs: Costs, gpu: str, options: Options, local_batch: int) -> dict[
             memory_bytes=memory,
         )
     except ValueError as nothing_fits:
-        return {"absent": str(nothing_fits)}
+        return {"absent": f"{local_batch:,} images on {gpu}: {nothing_fits}"}
     twice = choose_plan(
         costs=costs.fused,
         local_batch=local_batch,
@@ -119,48 +117,13 @@ def plan_on(costs: Costs, gpu: str, options: Options, local_batch: int) -> dict[
     }
 
 
-COLUMNS = (
-    *("GPU", "local batch", "micro-batches that keep", "kept GiB", "peak GiB", "extra time"),
-    *("gradcache: peak", "extra time", "checkpoints: peak", "extra time"),
-)
-
-
-def cells(outcome: dict[str, Any]) -> list[str]:
-    """Return the cells of the table from the tiers on."""
-    if "absent" in outcome:
-        return [outcome["absent"]]
-    shares = ", ".join(f"{count} {tier}" for tier, count in outcome["tiers"].items())
-    found = [shares, f"{outcome['kept_bytes'] / 2**30:.1f}", *_peak_and_time(outcome)]
-    for peer in outcome["peers"].values():
-        found += _peak_and_time(peer) if peer["fits"] else [f"{peer['peak_bytes'] / 2**30:.0f}: too much", ""]
-    return found
-
-
-def _peak_and_time(figures: dict[str, Any]) -> list[str]:
-    return [f"{figures['peak_bytes'] / 2**30:.1f}", f"{figures['extra_time']:.1%}"]
-
-
-def main(options: Options) -> None:
-    if min(*options.local_batches, options.texts, options.micro_batch) <= 0:
-        raise ValueError("local batches, texts and micro-batch must be positive")
-    if options.tower not in VISION_CONFIGS:
-        raise ValueError(f"vision tower {options.tower!r} is unknown: choose from {', '.join(VISION_CONFIGS)}")
-    made_with = {"versions": versions(), "commit": commit()}
+def lines(options: PlanOptions, session: Session) -> Iterator[Line]:
+    """Tell what each tier costs, and the plan of every GPU and local batch."""
     costs = Costs.of(options.tower)
-    table = Table(title=f"{options.tower}, {options.texts:,} texts, micro-batches of {options.micro_batch}, bfloat16")
-    for column in COLUMNS:
-        table.add_column(column, justify="right")
     for tier, cost in costs.fused.items():
-        line = {
-            "part": "plan",
-            "operation": "tier",
-            "case": {"tower": options.tower, "tier": tier},
-            "candidate": "ours",
-        }
-        print(json.dumps(line | asdict(cost) | made_with), flush=True)
+        yield Line("plan", "tier", {"tower": options.tower, "tier": tier}, "ours", asdict(cost), None)
     for gpu in options.gpus:
         for local_batch in options.local_batches:
-            outcome = plan_on(costs, gpu, options, local_batch)
             case = {
                 "gpu": gpu,
                 "tower": options.tower,
@@ -168,15 +131,49 @@ def main(options: Options) -> None:
                 "texts": options.texts,
                 "micro_batch": min(options.micro_batch, local_batch),
             }
-            line = {"part": "plan", "operation": "plan", "case": case, "candidate": "ours"}
-            print(json.dumps(line | outcome | made_with), flush=True)
-            table.add_row(gpu, f"{local_batch:,}", *cells(outcome))
-    Console(stderr=True, width=160).print(table)
+            outcome = plan_on(costs, gpu, options, local_batch)
+            yield Line("plan", "plan", case, "ours", outcome, (gpu, f"{local_batch:,}"))
 
+
+def check(options: PlanOptions) -> None:
+    """Raise ValueError for what cannot be."""
+    require_positive(options, "local_batches", "texts", "micro_batch")
+    require_known("tower", [options.tower], VISION_CONFIGS)
+
+
+def tiers_of(outcome: Outcome) -> str:
+    """Return how many micro-batches keep what."""
+    return ", ".join(f"{count} {tier}" for tier, count in outcome["tiers"].items())
+
+
+def of_peer(name: str) -> tuple[Column, Column]:
+    """Return the columns of a peer, which may not fit."""
+
+    def peak(outcome: Outcome) -> str:
+        peer = outcome["peers"][name]
+        return f"{peer['peak_bytes'] / 2**30:.1f}" if peer["fits"] else f"{peer['peak_bytes'] / 2**30:.0f}: too much"
+
+    def extra(outcome: Outcome) -> float | None:
+        peer = outcome["peers"][name]
+        return peer["extra_time"] if peer["fits"] else None
+
+    return Column(f"{name}: peak", peak), Column("extra time", extra, ".1%")
+
+
+BENCHMARK = Benchmark(
+    about=__doc__,
+    options=PlanOptions,
+    check=check,
+    lines=lines,
+    before=("GPU", "local batch"),
+    columns=(
+        Column("micro-batches that keep", tiers_of),
+        Column("kept GiB", "kept_bytes", ".1f", 2**30),
+        *(Column("peak GiB", "peak_bytes", ".1f", 2**30), Column("extra time", "extra_time", ".1%")),
+        *(*of_peer("gradcache"), *of_peer("checkpoints")),
+    ),
+    title=lambda o: f"{o.tower}, {o.texts:,} texts, micro-batches of {o.micro_batch}, bfloat16, planned on",
+)
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    BENCHMARK.command()

@@ -29,7 +29,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rich.markup import escape
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 from triton.runtime.jit import JITFunction
@@ -38,7 +37,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from textlock.bench.block_kernels import KERNELS
 from textlock.bench.ceilings import Ceilings
 from textlock.bench.comparison import Setting
-from textlock.bench.figures import Outcome, Report, cell, has_figures
 from textlock.bench.measure import Unavailable, to_its_end
 
 LARGEST = 10
@@ -326,27 +324,3 @@ def busy(activities: Iterable[Activity]) -> float:
         total += max(0.0, activity.end - max(activity.start, reached))
         reached = max(reached, activity.end)
     return total
-
-
-COLUMNS = ("kernel", "of", "ms", "launches", "% of step", "floor ms", "% floor")
-
-
-def report(device: torch.device) -> Report:
-    return Report(device, COLUMNS, cells, title="one step")
-
-
-def add_lines(report: Report, case: dict[str, Any], found: Outcome) -> None:
-    """Print the figures of `largest`, or why there are none."""
-    for name, outcome in found.items() if has_figures(found) else [("step", found)]:
-        report.add("profile", name, case, "ours", outcome, escape(name))
-
-
-def cells(outcome: Outcome) -> list[str]:
-    """Return the cells of the table from `ms` on."""
-    return [
-        f"{outcome['ms']:.3f}",
-        cell(outcome, "launches", ".0f"),
-        f"{100 * outcome['share']:.1f}",
-        cell(outcome, "floor_ms", ".3f"),
-        cell(outcome, "percent_of_floor", ".0f"),
-    ]

@@ -1,6 +1,6 @@
-"""Files of figures: what benchmarks print, gathered by `textlock.bench.suite` and read by `textlock.bench.report`.
+"""Files of figures: what benchmarks print, gathered by `textlock.bench.suite` and read by `textlock.bench.readme`.
 
-A line is one candidate's figures (see `textlock.bench.figures`). A file is an object of what was measured on and how,
+A line is one candidate's figures (see `textlock.bench.entry`). A file is an object of what was measured on and how,
 with all lines under "figures", one to a line of text. This module imports nothing that has to be installed.
 """
 
@@ -21,6 +21,7 @@ RUN_BY = {"gemm": "ceilings", "kernels": "block", "profile": "step"}
 
 
 def is_ours(name: str) -> bool:
+    """Return whether a candidate is of this project."""
     return name.startswith("ours")
 
 
@@ -135,11 +136,10 @@ class Contest:
             case "loss":
                 return f"{case['b']:,} x {case['B']:,} x {case['d']}"
             case "loader":
-                beside = f", {case['tower']} training" if case["tower"] else ""
-                return f"{case['width']} x {case['height']} pixels{beside}"
+                return f"{case['width']} x {case['height']} pixels"
             case "step" | "profile":
-                pictures = f", JPEGs of {case['pictures']} pixels" if case.get("pictures") else ""
-                return f"{case['local_batch']:,} of {case['texts']:,}{pictures}"
+                jpegs = f", JPEGs of {case['pictures']} pixels" if case.get("pictures") else ""
+                return f"{case['local_batch']:,} of {case['texts']:,}{jpegs}"
             case "large_batch":
                 return f"{case['batch']:,} images"
             case "ceilings":
@@ -168,7 +168,7 @@ COMPARED = (
 
 
 def comparison_table(lines: Iterable[Line]) -> str:
-    """Return a table of our fastest beside the floor and the fastest peer, in Markdown."""
+    """Return a table of our fastest next to the floor and the fastest peer, in Markdown."""
     rows = []
     for contest in contests(lines):
         if contest.part in ("ceilings", "profile", "plan"):
@@ -216,12 +216,14 @@ def profile_table(lines: Iterable[Line]) -> str:
 
 
 def why_none(line: Line) -> str:
+    """Return why a candidate has no figures, for people."""
     if "wrong" in line:
         return f"{line['candidate']} is wrong"
     return f"{line['candidate']}: {line.get('failed') or line.get('absent')}"
 
 
 def time_of(line: Line) -> str:
+    """Return the median in milliseconds, for people."""
     return number(line["ms"])
 
 

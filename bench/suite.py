@@ -15,7 +15,7 @@ had. A run of some parts on the same day, device and versions replaces these and
 
     device, driver, processor, versions, missing     what was measured on; packages and programs that were not there
     parts    by name: commit, date, command, seconds, status, clocks seen (lowest, median, highest), tests
-    figures  what the benchmarks printed (textlock.bench.figures)
+    figures  what the benchmarks printed (textlock.bench.entry)
 
 Nothing but torch has to be installed for this program itself: what a part lacks is named, and it is left out. Exit
 status 1 where a test fails, ours is wrong or fails, or there is no device to run on.
@@ -75,18 +75,18 @@ PROGRAMS = {"gpu": {"nvidia-smi": "driver and clocks", "g++": "compiled peers"},
 
 @dataclass(frozen=True)
 class Command:
-    """A benchmark to run. It is told where the ceilings are, how long it has, where a trace goes: what it takes."""
+    """A benchmark to run, and what it is told: the device, where ceilings are, how long it has, where a trace goes."""
 
     module: str
     arguments: tuple[str, ...] = ()
     needs: tuple[str, ...] = ("tyro",)
-    takes: tuple[str, ...] = ("ceilings", "limit")
+    takes: tuple[str, ...] = ("device", "ceilings", "limit")
     share: float = 1.0  # of the part's time, in relation to its other commands
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured together, the tests that must pass before, and how much time it gets beside the others."""
+    """What is measured together, the tests that must pass before, and how much time it gets next to the others."""
 
     seconds: float
     commands: tuple[Command, ...] = ()
@@ -94,6 +94,7 @@ class Part:
 
 
 def command(line: str, **settings: Any) -> Command:
+    """Make a command of what follows `python -m textlock.bench.`."""
     module, *arguments = line.split()
     return Command(f"textlock.bench.{module}", tuple(arguments), **settings)
 
@@ -105,7 +106,7 @@ PARTS = {
         "ceilings": Part(
             25,
             (
-                command("ceilings --seconds 0.3", takes=()),
+                command("ceilings --seconds 0.3", takes=("device",)),
                 command("block --only gemm --micro-batch 512 --seconds 0.2"),
             ),
         ),
@@ -113,12 +114,12 @@ PARTS = {
             65,
             (
                 command(
-                    "contrastive --batch 4096 --world 16 --seconds 0.4 --losses ours_recompute ours_store"
+                    "losses --batch 4096 --world 16 --seconds 0.4 --candidates ours_recompute ours_store"
                     " ours_sigmoid_fused open_clip open_clip_sigmoid open_clip_sigmoid_256 linear_cross_entropy"
                     " open_clip_compiled"
                 ),
                 command(
-                    "contrastive --batch 16384 65536 --seconds 0.4 --losses ours_recompute ours_store"
+                    "losses --batch 16384 65536 --seconds 0.4 --candidates ours_recompute ours_store"
                     " ours_sigmoid_fused open_clip open_clip_sigmoid_256 linear_cross_entropy"
                 ),
             ),
@@ -157,14 +158,14 @@ PARTS = {
             120,
             (
                 command(
-                    "step --local-batches 4096 --only ours --pictures 256 512 --workers 14 --seconds 8",
+                    "step --local-batches 4096 --candidates ours --jpegs 256 512 --workers 14 --seconds 8",
                     needs=DECODES,
-                    takes=("ceilings", "limit", "profile"),
+                    takes=("device", "ceilings", "limit", "profile"),
                     share=1.5,
                 ),
                 command(
                     "step --local-batches 1024 4096 --seconds 3"
-                    " --only ours gradcache_fused checkpoints_eager open_clip_eager",
+                    " --candidates ours gradcache_fused checkpoints_eager open_clip_eager",
                     needs=DECODES,
                 ),
             ),
@@ -175,9 +176,9 @@ PARTS = {
             (
                 command(
                     "loader --sizes 256 512 --samples 4000 --batch 512 --seconds 2"
-                    " --loaders ours_dali ours_cpu webdataset_nvjpeg webdataset_torchvision",
+                    " --candidates ours_dali ours_cpu webdataset_nvjpeg webdataset_torchvision",
                     needs=DECODES,
-                    takes=("limit",),
+                    takes=("device", "limit"),
                 ),
             ),
             ("tests/data",),
@@ -185,12 +186,12 @@ PARTS = {
         "gather": Part(0, (), ("tests/kernels/test_gather.py",)),
     },
     "cpu": {
-        "ceilings": Part(10, (command("ceilings --seconds 2", takes=()),)),
+        "ceilings": Part(10, (command("ceilings --seconds 2", takes=("device",)),)),
         "loss": Part(
             130,
             (
                 command(
-                    "contrastive --batch 4096 --world 2 --width 768 --seconds 5 --losses ours_chunked open_clip"
+                    "losses --batch 4096 --world 2 --width 768 --seconds 5 --candidates ours_chunked open_clip"
                     " open_clip_compiled linear_cross_entropy ours_sigmoid_chunked open_clip_sigmoid"
                     " open_clip_sigmoid_256"
                 ),
@@ -199,7 +200,7 @@ PARTS = {
         "tower": Part(
             190, (command("block --only tower --micro-batch 8 --seconds 20 --candidates ours_all eager timm"),)
         ),
-        "loader": Part(120, (command("loader --seconds 8", needs=DECODES, takes=("limit",)),)),
+        "loader": Part(120, (command("loader --seconds 8", needs=DECODES, takes=("device", "limit")),)),
         "plan": Part(20, (command("plan --gpus h100", takes=()),)),
         "large_batch": Part(120, (command("large_batch --check 4096", needs=DECODES, takes=()),)),
     },
@@ -208,7 +209,7 @@ MINUTES = {"gpu": 9.0, "cpu": 10.0}
 
 SECONDS_OF_TESTS = 110.0
 SECONDS_OF_SANITIZER = 240.0
-TEST_PROCESSES = 8  # beside each other on one GPU
+TEST_PROCESSES = 8  # at the same time on one GPU
 LONG = ("tests/test_train.py", "tests/kernels/test_gather.py")  # begun first: what starts processes takes longest
 # A benchmark that was told its limit ends a candidate at it, prints its table and stops; then it is killed.
 GRACE = 8.0
@@ -332,7 +333,7 @@ class Suite:
         self.outcomes: dict[str, list[Line]] = {}  # of tests, by part
 
     def run(self, ceilings: Path) -> None:
-        """Run everything; what is left of the time is shared out again before every part."""
+        """Run everything; what is left of the time is divided anew before every part."""
         names = list(self.parts)
         weights = {name: part.seconds for name, part in self.parts.items()}
         if self.kind == "gpu":
@@ -344,7 +345,7 @@ class Suite:
             self.run_part(name, self.time_for(weights[name], rest), ceilings)
 
     def time_for(self, weight: float, rest: float) -> float:
-        """Return the seconds for what weighs so much beside the rest."""
+        """Return the seconds for what weighs so much next to the rest."""
         left = max(0.0, self.end - time.monotonic())
         return left * weight / (weight + rest) if weight else 0.0
 
@@ -357,9 +358,9 @@ class Suite:
             say("tests: left out, pytest is missing")
             return
         say(f"tests of {', '.join(name for name, part in self.parts.items() if part.tests)}: {limit:.0f} s at most")
-        beside = () if "xdist" in self.missing else ("-n", str(TEST_PROCESSES), "--dist", "loadgroup")
-        flags = ["-m", "gpu", "-q", "--continue-on-collection-errors", *beside]
-        flags += ["-p", "textlock.bench.outcomes", "-p", "no:cacheprovider"]
+        side_by_side = () if "xdist" in self.missing else ("-n", str(TEST_PROCESSES), "--dist", "loadgroup")
+        flags = ["-m", "gpu", "-q", "--continue-on-collection-errors", *side_by_side]
+        flags += ["-p", "textlock.bench.pytest_lines", "-p", "no:cacheprovider"]
         ended = run_process([sys.executable, "-m", "pytest", *flags, *paths], limit, self.take_test)
         for name, part in self.parts.items():
             if part.tests:
@@ -369,6 +370,7 @@ class Suite:
             self.faults.append(f"the tests ended with {ended}")
 
     def take_test(self, line: Line) -> None:
+        """Note how a test ended, for its part."""
         owner = next(
             (name for name, part in self.parts.items() for path in part.tests if line["test"].startswith(path)), None
         )
@@ -379,6 +381,7 @@ class Suite:
             say(f"failed: {line['test']}: {line['reason']}")
 
     def summary(self, part: str, ended: Ended) -> dict[str, Any]:
+        """Return what the file tells of the tests of a part."""
         found = self.outcomes.get(part, [])
         return {
             "passed": sum(line["outcome"] == "passed" for line in found),
@@ -437,15 +440,16 @@ class Suite:
             return noted(f"left out: {', '.join(lacking)} is missing")
         if limit < LEAST_SECONDS:
             return noted("left out: no time was left")
-        arguments = [sys.executable, "-m", command.module, *command.arguments]
-        if "ceilings" in command.takes:
-            if not ceilings.exists():
-                return noted("left out: there are no ceilings")
-            arguments += ["--ceilings", str(ceilings)]
-        if "limit" in command.takes:
-            arguments += ["--limit", f"{max(1.0, limit - GRACE):.0f}"]
-        if "profile" in command.takes:
-            arguments += ["--profile", str(self.results.path.with_suffix(".trace.json.gz"))]
+        if "ceilings" in command.takes and not ceilings.exists():
+            return noted("left out: there are no ceilings")
+        told = {
+            "device": "cuda" if self.kind == "gpu" else "cpu",
+            "ceilings": str(ceilings),
+            "limit": f"{max(1.0, limit - GRACE):.0f}",
+            "profile": str(self.results.path.with_suffix(".trace.json.gz")),
+        }
+        flags = [word for name in command.takes for word in (f"--{name}", told[name])]
+        arguments = [sys.executable, "-m", command.module, *command.arguments, *flags]
 
         def take(line: Line) -> None:
             if line["part"] == "ceilings":
@@ -491,6 +495,7 @@ def say(what: str) -> None:
 
 
 def noted(state: str) -> str:
+    """Print a state and return it."""
     say(state)
     return state
 
@@ -525,6 +530,7 @@ def ceilings_file(folder: Path) -> Iterator[Path]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; exit status 2 for a part that the device does not have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--on", choices=tuple(PARTS), required=True, help="what to measure on")
     names = [name for kind in PARTS.values() for name in kind if name != "ceilings"]
@@ -545,6 +551,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suite and return its exit status."""
     options = parse(arguments)
     if options.on == "gpu" and not torch.cuda.is_available():
         print("error: torch sees no NVIDIA GPU on this machine; make bench measures what a CPU can", file=sys.stderr)

@@ -16,9 +16,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from textlock.bench import block as bench
 from textlock.bench.ceilings import Ceilings, ceilings_for
 from textlock.bench.comparison import Comparison, Part, check, figures
-from textlock.bench.measure import Spread, Unavailable, device_of_this_machine, release, to_its_end
+from textlock.bench.entry import device_of
+from textlock.bench.measure import Spread, Unavailable, release, to_its_end
 
-DEVICE = device_of_this_machine()
+DEVICE = device_of(None)
 DEFAULTS = bench.Options()
 
 

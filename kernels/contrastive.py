@@ -31,7 +31,7 @@ Modes, by cost in passes of 2·b·B·d operations, and what they hold of the [b,
 | `chunked`   | 3      | one chunk of logits, twice, 4 bytes   | float32, or float64 (2 passes if one chunk is all)   |
 | `reference` | 3      | all, several times                    | the same, by autograd                                |
 
-The text tower's gradient is one pass more. Measure: `python -m textlock.bench.contrastive`.
+The text tower's gradient is one pass more. Measure: `python -m textlock.bench.losses`.
 """
 
 import math

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from textlock.bench.report import blocks, written
+from textlock.bench.readme import pages
 
 from .conftest import ONE_THREAD, ROOT
 
@@ -115,9 +115,11 @@ def test_its_python_names_what_there_is():
 
 
 def test_its_figures_are_those_of_the_files():
-    assert written(README, blocks(ROOT / "bench" / "results")) == README
+    for path, text in pages(ROOT).items():
+        assert path.read_text() == text, path
 
 
-def test_the_pictures_it_shows_exist():
-    for name in re.findall(r"!\[.*?\]\((.+?)\)", README):
-        assert (ROOT / name).exists(), name
+def test_what_it_links_to_exists():
+    for page in (ROOT / "README.md", ROOT / "bench" / "RESULTS.md"):
+        for name in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / name).exists(), name

@@ -44,7 +44,7 @@ def lines_of(options, capsys):
 
 @pytest.fixture
 def ceilings_file(tmp_path, capsys):
-    ceilings.main(ceilings.Options(seconds=0.001))
+    ceilings.BENCHMARK.run(ceilings.CeilingOptions(device="cpu", seconds=0.001))
     path = tmp_path / "ceilings.jsonl"
     path.write_text(capsys.readouterr().out)
     return path

@@ -1,22 +1,15 @@
 """The benchmark of the very large step at a size of no interest, and the figures that were published with it."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from textlock.bench import large_batch as bench
 from textlock.bench.records import read_figures
 
 ROOT = Path(__file__).parents[2]
-TINY = bench.Options(batch=96, micro_batch=12, check=48)
-
-
-def line_of(options, capsys):
-    bench.main(options)
-    return json.loads(capsys.readouterr().out)
+TINY = bench.LargeBatchOptions(batch=96, micro_batch=12, check=48)
 
 
 MICRO_BATCH_GIB = 12 * 160_000 / 2**30  # what one takes with everything kept
@@ -32,57 +25,51 @@ MICRO_BATCH_GIB = 12 * 160_000 / 2**30  # what one takes with everything kept
     ],
     ids=["auto", "block", "none", "little memory"],
 )
-def test_a_step_is_checked_and_measured(options, forwards, capsys):
-    line = line_of(options, capsys)
+def test_a_step_is_checked_and_measured(options, forwards, measure):
+    (line,), _ = measure(bench.BENCHMARK, options)
     assert line["case"]["batch"] == 96 and sum(line["tiers"].values()) == 8
     twice = line["tiers"].get("none", 0) * 12
     assert line["images_forward"] == 96 + twice
     if forwards is None:
-        assert 0 < twice < 96, "some are kept and some run again"
+        assert 0 < twice < 96, "some are kept and some recomputed"
     else:
         assert line["images_forward"] == forwards
     assert line["images_per_second"] == pytest.approx(96e3 / line["ms"])
     assert line["peak_resident_bytes"] >= line["resident_bytes_before"] > 2**26
     assert line["check"]["batch"] == 48 and line["check"]["micro_batch"] == 6
     assert max(line["check"]["errors"].values()) < 1e-5
-    assert line["device"] and line["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_a_wrong_gradient_prints_no_figure(capsys, monkeypatch):
+def spoil_gradient(patch):
     right = bench.Objective.of_batch
-    monkeypatch.setattr(
-        bench.Objective, "of_batch", lambda self, images, *rest, **more: right(self, images * 1.001, *rest, **more)
-    )
-    with pytest.raises(bench.Wrong, match="the step is wrong"):
-        bench.main(TINY)
-    assert not capsys.readouterr().out
+    patch.setattr(bench.Objective, "of_batch", lambda self, images, *rest, **k: right(self, images * 1.001, *rest, **k))
 
 
-def test_an_image_that_runs_too_often_prints_no_figure(capsys, monkeypatch):
+def run_twice(patch):
     right = bench.LargeBatchStep._forward
+    patch.setattr(bench.LargeBatchStep, "_forward", lambda self, *a: [right(self, *a), right(self, *a)][1])
 
-    def twice(self, *arguments):
-        right(self, *arguments)
-        return right(self, *arguments)
 
-    monkeypatch.setattr(bench.LargeBatchStep, "_forward", twice)
-    with pytest.raises(bench.Wrong, match="'counted': 192, 'planned': 96"):
-        bench.main(TINY)
-    assert not capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("spoil", "names"), [(spoil_gradient, {"loss", "gradients"}), (run_twice, {"counted", "planned"})]
+)
+def test_a_wrong_step_prints_no_figure(spoil, names, measure, monkeypatch):
+    spoil(monkeypatch)
+    (line,), _ = measure(bench.BENCHMARK, TINY, status=1)
+    assert line["wrong"].keys() == names and "ms" not in line
 
 
 @pytest.mark.parametrize(
     ("flaw", "message"),
     [
         ({"check": 50}, "--check 50 is no multiple of the 8 micro-batches"),
-        ({"batch": 0}, "must be positive"),
         ({"micro_batch": 11}, "does not divide"),
         ({"memory_gib": 0.0}, "not even one image fits"),
     ],
 )
 def test_bad_input_is_one_sentence(flaw, message):
     with pytest.raises(ValueError, match=message):
-        bench.main(replace(TINY, **flaw))
+        bench.BENCHMARK.run(replace(TINY, **flaw))
 
 
 def test_the_published_step_stays_under_four_gibibytes():

@@ -1,13 +1,12 @@
 """The table of plans: what it promises of the published tower, and that its columns follow from the same costs."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
 from textlock.bench import plan as bench
 
-MICRO = bench.Options(tower="eva02_micro_patch8_32", local_batches=(1024, 4096), texts=4096, gpus=("h100",))
+MICRO = bench.PlanOptions(tower="eva02_micro_patch8_32", local_batches=(1024, 4096), texts=4096, gpus=("h100",))
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,7 @@ def costs():
 
 
 def plan(costs, gpu, local_batch, **changes):
-    return bench.plan_on(costs, gpu, replace(bench.Options(), **changes), local_batch)
+    return bench.plan_on(costs, gpu, replace(bench.PlanOptions(), **changes), local_batch)
 
 
 def test_4096_images_on_80_gb_cost_at_most_13_percent_and_the_usual_ways_a_third(costs):
@@ -27,7 +26,7 @@ def test_4096_images_on_80_gb_cost_at_most_13_percent_and_the_usual_ways_a_third
 
 
 @pytest.mark.parametrize("gpu", bench.USABLE_GIB)
-@pytest.mark.parametrize("local_batch", bench.Options().local_batches)
+@pytest.mark.parametrize("local_batch", bench.PlanOptions().local_batches)
 def test_every_plan_fits_its_gpu_and_is_faster_than_gradcache(costs, gpu, local_batch):
     outcome = plan(costs, gpu, local_batch)
     assert sum(outcome["tiers"].values()) == local_batch // 512
@@ -53,38 +52,20 @@ def test_checkpoints_keep_the_input_of_every_block_of_the_whole_local_batch(cost
     assert not plan(costs, "h100", 16384)["peers"]["checkpoints"]["fits"]
 
 
-def test_lines_and_table_say_the_same(capsys):
-    bench.main(MICRO)
-    printed = capsys.readouterr()
-    lines = [json.loads(line) for line in printed.out.splitlines()]
+def test_lines_and_table_say_the_same(measure):
+    lines, table = measure(bench.BENCHMARK, MICRO)
     tiers = {line["case"]["tier"]: line for line in lines if line["operation"] == "tier"}
     assert list(tiers) == ["all", "no-mlp", "lean", "block", "none"]
     assert tiers["none"]["kept_bytes"] == tiers["all"]["extra_time"] == 0 < tiers["lean"]["extra_time"]
     lines = [line for line in lines if line["operation"] == "plan"]
-    assert [line["case"]["local_batch"] for line in lines] == [1024, 4096]
-    assert lines[0]["case"]["micro_batch"] == 512 and lines[0]["versions"]["torch"]
+    assert [line["case"]["local_batch"] for line in lines] == [1024, 4096] and lines[0]["case"]["micro_batch"] == 512
     for line in lines:
         assert line["extra_time"] == 0 and line["tiers"] == {"all": line["case"]["local_batch"] // 512}
-        assert f"{line['kept_bytes'] / 2**30:.1f}" in printed.err
-    assert "8 all" in printed.err
+        assert f"{line['kept_bytes'] / 2**30:.1f}" in table
+    assert "8 all" in table
 
 
-def test_where_nothing_fits_the_reason_is_told(monkeypatch, capsys):
+def test_where_nothing_fits_the_reason_is_told(monkeypatch, measure):
     monkeypatch.setitem(bench.USABLE_GIB, "h100", bench.CONTEXT_GIB + 0.01)
-    bench.main(replace(MICRO, local_batches=(512,), texts=512))
-    printed = capsys.readouterr()
-    assert (
-        "set --step.micro-batch" in json.loads(printed.out.splitlines()[-1])["absent"] or "not even one" in printed.out
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (replace(MICRO, tower="vit_huge"), "vision tower 'vit_huge' is unknown"),
-        (replace(MICRO, texts=0), "must be positive"),
-    ],
-)
-def test_wrong_options_are_errors(options, message):
-    with pytest.raises(ValueError, match=message):
-        bench.main(options)
+    lines, table = measure(bench.BENCHMARK, replace(MICRO, local_batches=(512,), texts=512))
+    assert lines[-1]["absent"].startswith("512 images on h100: ") and lines[-1]["absent"] in table

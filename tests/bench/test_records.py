@@ -74,9 +74,7 @@ def test_the_table_says_how_much_faster_and_why_there_is_nothing():
         line("open_clip", 4.0, operation="sigmoid"),
     ]
     lines += [line("torch", 1.0, part="ceilings", operation="copy", case={})]
-    first, second = [
-        [cell.strip() for cell in row.split("|")[1:-1]] for row in comparison_table(lines).splitlines()[2:]
-    ]
+    first, second = cells_of(comparison_table(lines))
     assert first[:5] == ["contrastive", "4,096 x 65,536 x 768", "ours_store", "2", "2.0"]
     assert first[6:] == ["1", "50", "open_clip", "8", "4.00"]
     assert second[2] == "none: ours_sigmoid is wrong" and second[-3:] == ["open_clip", "4", ""]

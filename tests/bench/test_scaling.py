@@ -3,11 +3,11 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from textlock.bench import scaling as bench
+from textlock.bench import scaling_check as check
 
 INSTANT = bench.Link(0.0, math.inf)
 PARTS = bench.Parts(
@@ -27,7 +27,7 @@ PARTS = bench.Parts(
     ranks_per_node=8,
     overlap=1.0,
 )
-MEASURED = bench.Measured(ranks=(1, 2), local_batch=8, micro_batch=4, rounds=2)
+MEASURED = check.CheckOptions(ranks=(1, 2), local_batch=8, micro_batch=4, rounds=2)
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,9 @@ def parts_file(tmp_path):
     return path
 
 
-def test_a_forecast_from_a_file_of_parts(parts_file, tmp_path, capsys):
-    picture, saved = tmp_path / "forecast.svg", tmp_path / "again.json"
-    options = bench.Options(
-        parts=parts_file, global_batch=128, local_batch=16, ranks=(8, 16), plot=picture, save_parts=saved
-    )
-    bench.main(options)
-    printed = capsys.readouterr()
-    lines = [json.loads(line) for line in printed.out.splitlines()]
+def test_a_forecast_from_a_file_of_parts(parts_file, measure):
+    options = bench.ForecastOptions(parts=parts_file, global_batch=128, local_batch=16, ranks=(8, 16))
+    lines, table = measure(bench.BENCHMARK, options)
     cases = [(line["case"]["ranks"], line["case"]["local_batch"]) for line in lines]
     assert cases == [(8, 16), (16, 8), (8, 16), (16, 16)]
     for line in lines:
@@ -116,9 +111,7 @@ def test_a_forecast_from_a_file_of_parts(parts_file, tmp_path, capsys):
         assert 0 < line["efficiency"] < 1 and line["tower_is_measured"]
         assert line["text_bytes"] == 8 * line["case"]["ranks"] * line["case"]["local_batch"]
     assert lines[0]["step_ms"] == pytest.approx(1e3 * bench.predict(bench.read_parts(parts_file), 8, 16).step)
-    assert "tower measured at 8 to 16 images" in printed.err
-    assert picture.read_text().lstrip().startswith("<?xml")
-    assert bench.read_parts(saved) == bench.read_parts(parts_file)
+    assert "tower measured at 8 to 16 images" in table and "128 in all" in table
 
 
 def step_line(local_batch, tower, **changes):
@@ -128,39 +121,46 @@ def step_line(local_batch, tower, **changes):
     return json.dumps(line | {"device": "a GPU"} | changes)
 
 
-def test_parts_come_from_lines_of_the_benchmark_of_steps(tmp_path, capsys):
+def test_parts_come_from_lines_of_the_benchmark_of_steps(tmp_path, measure):
     path = tmp_path / "steps.jsonl"
     lines = [step_line(16, 0.1), step_line(64, 0.5), step_line(32, 0.1, candidate="gradcache_eager")]
     path.write_text("\n".join(lines) + "\n")
-    bench.main(bench.Options(steps=path, loader=5000.0, global_batch=512, local_batch=64, ranks=(8, 64)))
-    printed = capsys.readouterr()
-    found = json.loads(printed.out.splitlines()[0])["parts"]
+    options = bench.ForecastOptions(steps=path, loader=5000.0, global_batch=512, local_batch=64, ranks=(8, 64))
+    lines, table = measure(bench.BENCHMARK, options)
+    found = lines[0]["parts"]
     assert found["tower"] == {"16": 0.1, "64": 0.5}
     assert found["loss_pair"] == pytest.approx(1e-6) and found["optimizer"] == 0.002
     assert found["loader"] == 5000 and found["deviation"] == pytest.approx(2 / 1.349 / 100)
     tower = bench.build_vision_tower("eva02_micro_patch8_32")
     assert found["gradient_bytes"] == 4 * sum(parameter.numel() for parameter in tower.parameters())
     assert 0 < found["exposed_bytes"] < found["gradient_bytes"] and found["row_bytes"] == 2 * 64
-    assert "assumed: between nodes a hop takes 25 µs and 200 GB/s" in printed.err
-    assert "8*" in printed.err  # 512 / 64 images were not measured
+    assert "assumed: between nodes a hop takes 25 µs and 200 GB/s" in table
+    assert "8*" in table  # 512 / 64 images were not measured
 
 
-def test_lines_of_another_device_are_refused(tmp_path):
-    path = tmp_path / "steps.jsonl"
-    path.write_text(step_line(16, 0.1) + "\n" + step_line(32, 0.2, device="another GPU"))
-    with pytest.raises(ValueError, match="mixes towers or devices"):
-        bench.main(bench.Options(steps=path))
-    path.write_text(step_line(16, 0.1, candidate="open_clip_eager"))
-    with pytest.raises(ValueError, match="has no figures of ours"):
-        bench.main(bench.Options(steps=path))
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("steps", step_line(16, 0.1) + "\n" + step_line(32, 0.2, device="another GPU"), "mixes towers or devices"),
+        ("steps", step_line(16, 0.1, candidate="open_clip_eager"), "has no figures of ours"),
+        *(
+            ("parts", text, r"holds no JSON object of measured parts \(source, tower, ")
+            for text in ('{"tower": 3}', "{")
+        ),
+        ("parts", "[]", "holds no JSON object of measured parts"),
+    ],
+)
+def test_a_file_that_gives_no_parts_is_an_error(name, text, message, tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        bench.BENCHMARK.run(bench.ForecastOptions(**{name: path}))
 
 
 @pytest.mark.slow
-def test_a_prediction_is_checked_on_real_processes(tmp_path, capfd):
-    picture = tmp_path / "check.png"
-    bench.main(bench.Options(check=True, processes=MEASURED, plot=picture, limit=200))
-    printed = capfd.readouterr()
-    lines = [json.loads(line) for line in printed.out.splitlines()]
+def test_a_prediction_is_checked_on_real_processes(tmp_path, measure):
+    saved = tmp_path / "parts.json"
+    lines, _ = measure(check.BENCHMARK, replace(MEASURED, save_parts=saved, limit=200))
     assert [line["case"]["ranks"] for line in lines] == [1, 2]
     for line in lines:
         assert line["predicted_ms"] > 0 and line["true_ms"] > 0
@@ -168,36 +168,10 @@ def test_a_prediction_is_checked_on_real_processes(tmp_path, capfd):
     alone, two = (line["seconds"] for line in lines)
     assert alone["coupling"] == alone["reduction"] == alone["stragglers"] == 0
     assert two["coupling"] > 0 and two["reduction"] > 0
-    assert lines[0]["parts"]["slowdown"].keys() == {"1", "2"} and lines[0]["parts"]["slowdown"]["1"] == 1
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert bench.read_parts(saved).slowdown.keys() == {1, 2} and bench.read_parts(saved).slowdown[1] == 1
 
 
 def test_processes_that_fail_are_an_error_and_none_is_left(capfd):
     with pytest.raises(ChildProcessError, match="ended with status"):
-        bench.start_processes(replace(MEASURED, ranks=(1,), tower="vit_huge"), 100)
+        check.start_processes(replace(MEASURED, ranks=(1,), tower="vit_huge", limit=100))
     assert "vit_huge" in capfd.readouterr().err
-
-
-@pytest.mark.parametrize("text", ['{"tower": 3}', "{", "[]"])
-def test_a_file_without_parts_is_an_error(tmp_path, text):
-    path = tmp_path / "parts.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"parts\.json holds no JSON object of measured parts \(source, tower, "):
-        bench.main(bench.Options(parts=path))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": Path("steps.jsonl")}, "not both"),
-        ({"check": True}, "--check measures its parts itself"),
-        ({"local_batch": 0}, "must be positive"),
-        ({"processes": replace(MEASURED, tower="vit_huge")}, "vision tower 'vit_huge' is unknown"),
-        ({"processes": replace(MEASURED, local_batch=6)}, "6 is no multiple of 4"),
-        ({"plot": Path("forecast.txt")}, "ends in .png, .svg or .pdf"),
-    ],
-)
-def test_wrong_options_are_errors(parts_file, changes, message, capsys):
-    with pytest.raises(ValueError, match=message):
-        bench.main(replace(bench.Options(parts=parts_file), **changes))
-    assert capsys.readouterr().out == ""

@@ -1,47 +1,36 @@
-"""Time and memory of the contrastive losses with their gradients, beside those of other projects, on the same data.
+"""Time and memory of the contrastive losses with their gradients, next to those of other projects, on the same data.
 
-    python -m textlock.bench.contrastive                             # the sizes that fit this device
-    python -m textlock.bench.contrastive --batch 4096 --world 16     # one rank of 16: 4,096 images, 65,536 texts
-    python -m textlock.bench.contrastive --losses ours_chunked open_clip > losses.jsonl
-    pytest bench/test_contrastive.py --benchmark-only                # the same figures through pytest-benchmark
+    python -m textlock.bench.losses                             # the sizes that fit this device
+    python -m textlock.bench.losses --batch 4096 --world 16     # one rank of 16: 4,096 images, 65,536 texts
+    python -m textlock.bench.losses --candidates ours_chunked open_clip > losses.jsonl
+    pytest bench/test_losses.py --benchmark-only                # the same figures through pytest-benchmark
 
-Rows are float32, the text rows are frozen, logit scale and bias are learnt. With `--world` the other ranks' share of
-each collective is computed beforehand and added where the collective would run, so results are exact and no
-communication is timed. Every loss is first compared with float64; one that is wrong prints no figure. One JSON line a
-candidate on stdout, a table on stderr; exit status 1 if one of ours is wrong or fails. The floor is two matrix products
-of the size of the logits in the loss's own dtype, at the rate of large products (`textlock.bench.ceilings`): no exact
-method with a gradient does less. TFLOP/s count those two products alone.
+Embeddings are float32, those of the texts frozen; logit scale and bias are learnt. With `--world` the other ranks'
+share of each collective is computed beforehand and added where the collective would run, so results are exact and no
+communication is timed. Every loss is first compared with float64; one that is wrong prints no figure. The losses of one
+operation then take turns. One JSON line a candidate on stdout, a table on stderr; exit status 1 if one of ours is wrong
+or fails. The floor is two matrix products of the size of the logits in the loss's own dtype, at the rate of large
+products (`textlock.bench.ceilings`): no exact method with a gradient does less. TFLOP/s count those two products alone.
 """
 
 import inspect
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
-from textlock.bench.ceilings import Ceilings, ceilings_for
-from textlock.bench.figures import Outcome, Report, cell, outcome_of, timing_cells
-from textlock.bench.measure import (
-    Spread,
-    Unavailable,
-    Wrong,
-    check_compiler,
-    device_of_this_machine,
-    peak_bytes,
-    relative_error,
-    time_of,
-)
+from textlock.bench import ceilings
+from textlock.bench.candidates import Comparison, Ready, compared
+from textlock.bench.ceilings import ceilings_for
+from textlock.bench.entry import FLOOR, PEAK, TIMING, Benchmark, Column, Line, Session, require_known, require_positive
+from textlock.bench.measure import Unavailable, check_compiler, relative_error
 from textlock.kernels import contrastive
 from textlock.kernels.sigmoid import sigmoid_loss
 from textlock.kernels.tiles import runs_tiles
@@ -50,39 +39,33 @@ from textlock.kernels.tiles import runs_tiles
 # products. bfloat16 rounds every logit before a loss sees it: its error, not this bound, is the figure to read there.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-1}
 
-# Image rows of one rank and ranks; widths of the embedding.
+# Images of one rank and ranks; widths of the embeddings.
 SIZES = {"cpu": ((2048, 1), (4096, 2)), "cuda": ((4096, 16), (16384, 1), (65536, 1))}
 WIDTHS = {"cpu": (128, 768), "cuda": (768,)}
 
-# Logits whose dense reference a GPU still holds beside their gradients.
+# Logits whose dense reference a GPU still holds next to their gradients.
 DENSE_BYTES = 2**33
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class LossOptions(ceilings.Options):
+    """Options of the command."""
+
     batch: tuple[int, ...] = ()
-    """Image rows of one rank; left out: sizes that fit the device."""
+    """Images of one rank; left out: sizes that fit the device."""
     world: int = 1
-    """Ranks; the text rows are batch x world."""
+    """Ranks; there are batch x world texts."""
     width: tuple[int, ...] = ()
-    """Width of the embedding; left out: 768, on a CPU also 128."""
-    losses: tuple[str, ...] = ()
-    """Names as in the table; left out: all."""
+    """Width of the embeddings; left out: 768, on a CPU also 128."""
     scale: float = 50.0
     """Logit scale."""
-    seconds: float = 2.0
-    """Time spent on each figure, at least three runs."""
-    limit: float = 300.0
-    """Seconds after which nothing more is started."""
-    ceilings: Path | None = None
-    """What `textlock.bench.ceilings` printed on this device; left out: measured first."""
     seed: int = 0
     """Of the data."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Image rows of all ranks and text rows, unit, with a mean positive cosine near 0.2; this rank is the first."""
+    """Unit embeddings of all ranks, with a mean positive cosine near 0.2; this rank is the first."""
 
     images: Tensor  # [B, d]
     text: Tensor  # [B, d]
@@ -106,20 +89,27 @@ class Case:
         return Case(self.images.double(), self.text.double(), self.scale.double(), self.bias.double(), self.b)
 
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # own image rows, scale, bias
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # own image embeddings, scale, bias
 Result = dict[str, Tensor]  # "loss" and the gradient of what it depends on
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LossCandidate:
     """A loss of one case, the dtype of its matrix products, and what float64 says."""
 
     loss: Loss
     dtype: torch.dtype
     truth: Callable[[], Result]
 
+    def ready(self, case: Case) -> Ready:
+        """Run loss and gradient, on inputs of their own, and compare them with the truth."""
+        inputs = leaves(case)
+        found = errors(evaluate(self.loss, inputs), self.truth())
+        return Ready(lambda: evaluate(self.loss, inputs), found, TOLERANCE[self.dtype], self.dtype)
+
 
 def make_case(b: int, world: int, d: int, scale: float, seed: int, device: torch.device) -> Case:
+    """Draw the embeddings of all ranks."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def noise() -> Tensor:
@@ -131,7 +121,7 @@ def make_case(b: int, world: int, d: int, scale: float, seed: int, device: torch
 
 
 def leaves(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Return own image rows, scale and bias as fresh tensors that take gradients."""
+    """Return own image embeddings, scale and bias as fresh tensors that take gradients."""
     return (
         case.images[: case.b].clone().requires_grad_(),
         case.scale.clone().requires_grad_(),
@@ -159,7 +149,7 @@ def errors(result: Result, truth: Result) -> dict[str, float]:
 
 @lru_cache(1)
 def contrastive_truth(case: Case) -> Result:
-    """Float64 loss of the global batch, its gradient for the own rows and their share of the scale gradient."""
+    """Float64 loss of the global batch, its gradient for the own images and their share of the scale gradient."""
     exact = case.double()
     image, scale = exact.images.requires_grad_(), exact.scale.requires_grad_()
     dense = case.B**2 * 8 <= 2**29
@@ -173,7 +163,7 @@ def contrastive_truth(case: Case) -> Result:
 
 @lru_cache(1)
 def contrastive_share_truth(case: Case) -> Result:
-    """Float64 truth of libraries whose ranks differentiate their own rows and columns and exchange the rest."""
+    """Float64 truth of libraries whose ranks differentiate their own images and texts and exchange the rest."""
     if case.world == 1:
         return contrastive_truth(case)
     exact = case.double()
@@ -222,7 +212,8 @@ def other_ranks(case: Case, mode: contrastive.Mode) -> Tensor:
     return torch.stack(messages).sum(0)
 
 
-def ours(case: Case, *, mode: contrastive.Mode) -> Candidate:
+def ours(case: Case, *, mode: contrastive.Mode) -> LossCandidate:
+    """`contrastive_loss` in one of its modes, as the first of all ranks."""
     dtype = dtype_of_tiles(case) if mode in ("store", "recompute") else torch.float32
     if mode == "reference" and case.b * case.B * 4 > DENSE_BYTES:
         raise Unavailable("its dense logits and their gradients do not fit")
@@ -239,26 +230,28 @@ def ours(case: Case, *, mode: contrastive.Mode) -> Candidate:
             with collectives(lambda values: values.add_(message)):
                 return contrastive.contrastive_loss(image, case.text, scale, group=dist.group.WORLD, mode=mode)
 
-    return Candidate(loss, dtype, partial(contrastive_truth, case))
+    return LossCandidate(loss, dtype, partial(contrastive_truth, case))
 
 
-def our_sigmoid(case: Case, *, mode: Literal["chunked", "fused"]) -> Candidate:
+def our_sigmoid(case: Case, *, mode: Literal["chunked", "fused"]) -> LossCandidate:
+    """`sigmoid_loss` in one of its modes."""
     dtype = dtype_of_tiles(case) if mode == "fused" else torch.float32
 
     def loss(image: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
         return sigmoid_loss(image, case.text, scale, bias, mode=mode)
 
-    return Candidate(loss, dtype, partial(sigmoid_truth, case))
+    return LossCandidate(loss, dtype, partial(sigmoid_truth, case))
 
 
 def dtype_of_tiles(case: Case) -> torch.dtype:
-    """Return the dtype our kernels round rows to, where they are compiled: interpreted ones are no measurement."""
+    """Return the dtype our kernels round embeddings to; raises Unavailable where they would be interpreted."""
     if not (case.text.is_cuda and runs_tiles(case.text)):
         raise Unavailable("its kernels need an H100 or later")
     return torch.float16
 
 
 def open_clip_losses() -> Any:
+    """Import open_clip's losses; raises Unavailable."""
     try:
         import open_clip.loss
     except ImportError:
@@ -275,13 +268,12 @@ def peers_autocast(case: Case) -> AbstractContextManager[object]:
     return torch.autocast("cuda", peers_dtype(case)) if case.text.is_cuda else nullcontext()
 
 
-def open_clip(case: Case, *, compiled: bool) -> Candidate:
-    """ClipLoss as its training command uses it: under bfloat16 autocast on a GPU, local rows against gathered ones."""
+def open_clip(case: Case, *, compiled: bool) -> LossCandidate:
+    """ClipLoss as its training command uses it: bfloat16 autocast on a GPU, local against gathered embeddings."""
     losses = open_clip_losses()
     clip_loss = losses.ClipLoss(local_loss=True, gather_with_grad=True, world_size=case.world)
     if compiled:
         check_compiler(case.text.device)
-        torch.compiler.reset()
         clip_loss = torch.compile(clip_loss, dynamic=False)
     others = case.images[case.b :]
 
@@ -292,11 +284,11 @@ def open_clip(case: Case, *, compiled: bool) -> Candidate:
         with mock.patch.object(losses, "gather_features", gather), peers_autocast(case):
             return clip_loss(image, case.text[: case.b], scale)
 
-    return Candidate(loss, peers_dtype(case), partial(contrastive_share_truth, case))
+    return LossCandidate(loss, peers_dtype(case), partial(contrastive_share_truth, case))
 
 
-def open_clip_sigmoid(case: Case, *, chunk_size: int | None = None) -> Candidate:
-    """SigLipLoss with the text rows of the other ranks arriving where it exchanges them."""
+def open_clip_sigmoid(case: Case, *, chunk_size: int | None = None) -> LossCandidate:
+    """SigLipLoss with the texts of the other ranks arriving where it exchanges them."""
     losses = open_clip_losses()
     settings = {} if chunk_size is None else {"chunk_size": chunk_size}
     if not settings.keys() <= inspect.signature(losses.SigLipLoss).parameters.keys():
@@ -309,14 +301,14 @@ def open_clip_sigmoid(case: Case, *, chunk_size: int | None = None) -> Candidate
         with exchange, peers_autocast(case):
             return siglip_loss(image, case.text[: case.b], scale, bias)
 
-    return Candidate(loss, peers_dtype(case), partial(sigmoid_truth, case))
+    return LossCandidate(loss, peers_dtype(case), partial(sigmoid_truth, case))
 
 
-def linear_cross_entropy(case: Case) -> Candidate:
+def linear_cross_entropy(case: Case) -> LossCandidate:
     """PyTorch's chunked projection and cross entropy, once a direction.
 
-    It has one direction only, so the logits are computed twice, and on many ranks the second call needs all image rows
-    gathered and their gradients reduced (neither is timed here). It knows no mask for duplicate captions.
+    It has one direction only, so the logits are computed twice, and on many ranks the second call needs all image
+    embeddings gathered and their gradients reduced (neither is timed here). It knows no mask for duplicate captions.
     """
     function, settings = getattr(F, "linear_cross_entropy", None), getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or settings is None:
@@ -331,10 +323,10 @@ def linear_cross_entropy(case: Case) -> Candidate:
         text_to_image = function(text[: case.b], everyone, labels, options=settings())
         return (image_to_text + text_to_image) / 2
 
-    return Candidate(loss, dtype, partial(contrastive_share_truth, case))
+    return LossCandidate(loss, dtype, partial(contrastive_share_truth, case))
 
 
-CANDIDATES: dict[str, Callable[[Case], Candidate]] = {
+CANDIDATES: dict[str, Callable[[Case], LossCandidate]] = {
     "ours_reference": partial(ours, mode="reference"),
     "ours_chunked": partial(ours, mode="chunked"),
     "ours_recompute": partial(ours, mode="recompute"),
@@ -349,56 +341,6 @@ CANDIDATES: dict[str, Callable[[Case], Candidate]] = {
 }
 
 
-def operation_of(name: str) -> str:
-    return "sigmoid" if "sigmoid" in name else "contrastive"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A candidate that agrees with float64 on a case."""
-
-    case: Case
-    candidate: Candidate
-    errors: dict[str, float]
-
-    def runner(self) -> Callable[[], object]:
-        """Return a function that runs loss and gradient, on inputs of its own."""
-        inputs = leaves(self.case)
-        return lambda: evaluate(self.candidate.loss, inputs)
-
-    def peak_bytes(self) -> int:
-        return peak_bytes(self.runner(), self.case.text.device)
-
-
-def check(case: Case, name: str) -> Trial:
-    """Compare a candidate with float64; raises Unavailable, or Wrong with its errors."""
-    candidate = CANDIDATES[name](case)
-    found = errors(evaluate(candidate.loss, leaves(case)), candidate.truth())
-    if not all(error <= TOLERANCE[candidate.dtype] for error in found.values()):  # nan is wrong too
-        raise Wrong(name, found)
-    return Trial(case, candidate, found)
-
-
-def figures(trial: Trial, spread: Spread, ceilings: Ceilings) -> Outcome:
-    """Return what is published of times: in percent of the floor, as useful operations, with memory and errors."""
-    case, dtype = trial.case, trial.candidate.dtype
-    operations = 4 * case.b * case.B * case.d
-    floor = ceilings.floor(dtype, operations=operations)
-    return spread.published() | {
-        "dtype": str(dtype).removeprefix("torch."),
-        "floor_ms": floor * 1e3,
-        "percent_of_floor": 100 * floor / spread.median,
-        "tflops": operations / spread.median / 1e12,
-        "peak_bytes": trial.peak_bytes(),
-        "errors": trial.errors,
-    }
-
-
-def measure(case: Case, name: str, ceilings: Ceilings, seconds: float) -> Outcome:
-    trial = check(case, name)
-    return figures(trial, time_of(trial.runner(), seconds, case.text.device), ceilings)
-
-
 @contextmanager
 def process_group() -> Iterator[None]:
     """Make the group of this one process, which stands for that of all ranks."""
@@ -410,56 +352,60 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def cases(options: Options) -> Iterator[Case]:
-    device = device_of_this_machine()
-    sizes = tuple((b, options.world) for b in options.batch) or SIZES[device.type]
-    for b, world in sizes:
-        for d in options.width or WIDTHS[device.type]:
-            yield make_case(b, world, d, options.scale, options.seed, device)
+def comparisons(case: Case) -> Iterator[Comparison]:
+    """Return the comparison of the symmetric loss and that of the sigmoid loss on the same data."""
+    for operation in ("contrastive", "sigmoid"):
+        named = {name: make for name, make in CANDIDATES.items() if ("sigmoid" in name) == (operation == "sigmoid")}
+        yield Comparison(
+            "loss",
+            operation,
+            {"b": case.b, "B": case.B, "d": case.d, "scale": case.scale.item()},
+            (operation, str(case.b), str(case.B), str(case.d)),
+            {name: partial(prepare, make, case) for name, make in named.items()},
+            operations=4 * case.b * case.B * case.d,
+            memory=True,
+        )
 
 
-def main(options: Options) -> None:
-    numbers = (options.world, options.scale, options.seconds, options.limit)
-    if min(*options.batch, *options.width, *numbers) <= 0:
-        raise ValueError("batch, width, world, scale, seconds and limit must be positive")
-    if unknown := set(options.losses) - CANDIDATES.keys():
-        raise ValueError(f"no loss is named {', '.join(sorted(unknown))}; choose from {', '.join(CANDIDATES)}")
-    device = device_of_this_machine()
-    ceilings = ceilings_for(options.ceilings, device, options.seconds)
-    end = time.monotonic() + options.limit
-    report = Report(device, COLUMNS, cells, title=f"loss and gradient, scale {options.scale:g}")
+def prepare(make: Callable[[Case], LossCandidate], case: Case) -> Ready:
+    """Make a candidate for a case and run it."""
+    return make(case).ready(case)
+
+
+def lines(options: LossOptions, session: Session) -> Iterator[Line]:
+    """Measure every loss on every case."""
+    kind, found = session.device.type, ceilings_for(options.ceilings, session.device, options.seconds)
     with process_group():
-        for case in cases(options):
-            shape = {"b": case.b, "B": case.B, "d": case.d, "scale": options.scale}
-            for name in options.losses or CANDIDATES:
-                work = partial(measure, case, name, ceilings, options.seconds)
-                outcome = outcome_of(work, device, end - time.monotonic())
-                operation = operation_of(name)
-                report.add("loss", operation, shape, name, outcome, operation, *(f"{shape[size]:g}" for size in "bBd"))
-    report.close()
+        for b, world in tuple((b, options.world) for b in options.batch) or SIZES[kind]:
+            for d in options.width or WIDTHS[kind]:
+                case = make_case(b, world, d, options.scale, options.seed, session.device)
+                for comparison in comparisons(case):
+                    yield from compared(comparison, options.candidates, found, options.seconds, session)
 
 
-COLUMNS = (
-    *("operation", "b", "B", "d", "candidate", "ms", "± %", "dtype", "% floor", "TFLOP/s", "peak MiB"),
-    *("errors: loss", "dI", "ds", "dβ"),
+def check(options: LossOptions) -> None:
+    """Raise ValueError for what cannot be."""
+    require_positive(options, "batch", "width", "world", "scale", "seconds", "limit")
+    require_known("candidates", options.candidates, CANDIDATES)
+
+
+def error_of(name: str) -> Column:
+    """Return the column of an error, empty for a loss that has none of this name."""
+    return Column({"loss": "errors: loss"}.get(name, name), lambda outcome: outcome["errors"].get(name), ".0e")
+
+
+BENCHMARK = Benchmark(
+    about=__doc__,
+    options=LossOptions,
+    check=check,
+    lines=lines,
+    before=("operation", "b", "B", "d"),
+    columns=(
+        *(*TIMING, Column("dtype", "dtype"), FLOOR, Column("TFLOP/s", "tflops", ".3g"), PEAK),
+        *map(error_of, ("loss", "image_grad", "scale_grad", "bias_grad")),
+    ),
+    title=lambda options: f"loss and gradient, scale {options.scale:g}",
 )
 
-
-def cells(outcome: Outcome) -> list[str]:
-    """Return the cells of the table from `ms` on."""
-    return [
-        *timing_cells(outcome),
-        outcome["dtype"],
-        cell(outcome, "percent_of_floor", ".0f"),
-        cell(outcome, "tflops", ".3g"),
-        cell(outcome, "peak_bytes", ".0f", 2**20),
-        *(f"{error:.0e}" for error in outcome["errors"].values()),
-    ]
-
-
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+    BENCHMARK.command()

@@ -1,11 +1,11 @@
-"""Writes the figures of the README from the files of figures, so that none is typed by hand, and draws them.
+"""Writes the figures of README.md and bench/RESULTS.md from the files of figures, so that none is typed, and plots.
 
-    python -m textlock.bench.report             # README.md and bench/results/*.svg
-    python -m textlock.bench.report --check     # exit status 1 if README.md does not say what the files say
+    python -m textlock.bench.readme             # both pages and bench/results/*.svg
+    python -m textlock.bench.readme --check     # exit status 1 if a page does not say what the files say
 
 Between `<!-- NAME figures -->` and `<!-- /NAME figures -->` stands what the function of that name below makes of the
 newest file of a GPU, of the newest of a CPU (`make gpu-check` and `make bench` write them), and of demo.json, which is
-the results.json of a `make demo`. The pictures show times as multiples of the floor, ours beside every peer.
+the results.json of a `make demo`. The plots show times as multiples of the floor, ours next to every peer.
 """
 
 import difflib
@@ -57,7 +57,7 @@ NAMES = {
     "webdataset_pil": "webdataset and PIL, as in open_clip",
     "webdataset_torchvision": "webdataset and torchvision, uint8",
 }
-MADE_AGAIN = {
+RECOMPUTED = {
     "all": "LayerNorms, SwiGLU product",
     "no-mlp": "and the first MLP projection",
     "lean": "and the qkv projection",
@@ -67,13 +67,11 @@ MADE_AGAIN = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class PageOptions:
     check: bool = False
-    """Write nothing; say whether README.md is what it should be."""
-    results: Path = ROOT / "bench" / "results"
-    """Folder of the files of figures."""
-    readme: Path = ROOT / "README.md"
-    """The page whose figures are written."""
+    """Write nothing; say whether the pages are what they should be."""
+    root: Path = ROOT
+    """Folder of README.md, bench/RESULTS.md and bench/results."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +83,7 @@ class Source:
 
     @cached_property
     def lines(self) -> list[Line]:
+        """Every line of the file."""
         return read_figures(self.path)
 
     def contest(self, part: str, operation: str, **case: Any) -> Contest:
@@ -99,6 +98,12 @@ class Source:
         """Where the figures come from, for people."""
         return f"`bench/results/{self.path.name}`"
 
+    @property
+    def device(self) -> str:
+        """What was measured on, for people."""
+        name: str = self.head["device"]
+        return name
+
 
 def newest(folder: Path, *, gpu: bool) -> Source | None:
     """Return the newest file of a GPU, or of a CPU."""
@@ -112,6 +117,7 @@ def newest(folder: Path, *, gpu: bool) -> Source | None:
 
 
 def paragraph(text: str) -> str:
+    """Return text as lines of at most 120 characters."""
     return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
 
 
@@ -122,6 +128,8 @@ def of_candidates(contest: Contest, figure: str, columns: tuple[str, ...], cells
 
 
 def times_and_memory(contest: Contest, figure: str) -> str:
+    """Return a table of times, spread, floor and memory."""
+
     def cells(line: Line) -> list[str]:
         floor = f"{line['percent_of_floor']:.0f}"
         return [time_of(line), spread_of(line), floor, f"{line['peak_bytes'] / 2**20:,.0f}"]
@@ -138,8 +146,8 @@ def demo(results: Path) -> str:
 
     return paragraph(
         f"""
-        From nothing, on two CPU cores, `make demo` reaches **{percent("zero_shot_top1")} zero-shot top-1 over 36
-        classes** of drawn pictures never seen (chance: 2.8 %), {percent("zero_shot_unseen_top1")} on the 9 pairs of
+        From nothing, on {found["device"]}, `make demo` reaches **{percent("zero_shot_top1")} zero-shot top-1 over 36
+        classes** of drawn images never seen (chance: 2.8 %), {percent("zero_shot_unseen_top1")} on the 9 pairs of
         colour and shape that no training caption holds (among all 45; chance: 2.2 %), and {percent("mean_recall@1")}
         mean recall@1 among 500 held-out pairs with distinct captions, in {found["wall_seconds"] / 60:.1f} minutes of
         training and evaluation. The run wrote these figures, with versions and commit, to `bench/results/demo.json`.
@@ -147,51 +155,73 @@ def demo(results: Path) -> str:
     )
 
 
+def claim(source: Source) -> str:
+    """Return the loss next to open_clip's, in one sentence."""
+    contest = source.contest("loss", "contrastive", B=8192)
+    case, ours, theirs = contest.case, contest.measured["ours_chunked"], contest.measured["open_clip"]
+    (ms, their_ms), (mib, their_mib) = (
+        (number(line["ms"]) for line in (ours, theirs)),
+        (f"{line['peak_bytes'] / 2**20:,.0f}" for line in (ours, theirs)),
+    )
+    return paragraph(
+        f"""
+        **Loss and gradient of {case["b"]:,} images against {case["B"]:,} texts of width {case["d"]} take {ms} ms and
+        {mib} MiB, where open_clip's `ClipLoss` takes {their_ms} ms and {their_mib} MiB** ({source.device}; both exact,
+        each first checked against float64). [bench/RESULTS.md](bench/RESULTS.md) has every figure.
+        """
+    )
+
+
 def loss(source: Source) -> str:
+    """Return every loss next to the floor."""
     contest = source.contest("loss", "contrastive", B=8192)
     sigmoid = source.contest("loss", "sigmoid", B=8192)
     case, (floor,) = contest.case, {line["floor_ms"] for line in contest.measured.values()}
     above = f"""
-        The loss on two CPU cores, one rank of two, {case["b"]:,} images against {case["B"]:,} texts of width
+        The loss on {source.device}, one rank of two, {case["b"]:,} images against {case["B"]:,} texts of width
         {case["d"]}, in float32, each first checked against float64; the two matrix products that any exact method needs
         take {number(floor)} ms at the rate of large ones:
         """
-    table = times_and_memory(Contest("loss", "", case, contest.lines + sigmoid.lines), "loss and gradient")
-    below = f"Written by `make bench` to {source.origin}, with versions and commit, like what follows of two CPU cores."
-    return "\n\n".join((paragraph(above), table, paragraph(below)))
+    both = Contest("loss", "", case, contest.lines + sigmoid.lines)
+    return f"{paragraph(above)}\n\n{times_and_memory(both, 'loss and gradient')}"
 
 
 def tower(source: Source) -> str:
+    """Return our tower next to others."""
     contest = source.contest("tower", "tower", tower=TOWER)
-    count = contest.case["micro_batch"]
-    above = f"Forward and backward of {count} images of EVA02-B/16 on two CPU cores in float32:"
+    above = (
+        f"Forward and backward of {contest.case['micro_batch']} images of EVA02-B/16 on {source.device}, in float32:"
+    )
     return f"{above}\n\n{times_and_memory(contest, 'tower')}"
 
 
 def loader(source: Source) -> str:
+    """Return our loader next to others, at two sizes of images."""
+
     def cells(line: Line) -> list[str]:
         rates = (line["images_per_second"], line["images_per_cpu_second"])
         return [f"{rates[0]:,.0f}", spread_of(line), f"{line['percent_of_floor']:.0f}", f"{rates[1]:,.0f}"]
 
     def table(width: int, height: int) -> str:
-        contest = source.contest("loader", "loader", width=width, tower=None)
+        contest = source.contest("loader", "loader", width=width)
         columns = ("images/s", "± %", "% of floor", "images/CPU-s")
         return of_candidates(contest, f"{width} x {height}", columns, cells)
 
-    above = """
-        The loader beside webdataset in DataLoader processes, two CPU cores, the same crops of 224 pixels, 1 % of the
-        JPEGs cut short; the floor is decoding alone:
+    above = f"""
+        The loader next to webdataset in DataLoader processes on {source.device}, the same crops of 224 pixels, 1 % of
+        the JPEGs cut short; the floor is decoding alone:
         """
     return "\n\n".join((paragraph(above), table(320, 256), table(512, 384)))
 
 
 def large_batch(source: Source) -> str:
+    """Return time and memory of one very large step."""
     line = source.contest("large_batch", "one_step").measured["ours"]
     peak, before = (line[key] / 2**30 for key in ("peak_resident_bytes", "resident_bytes_before"))
     return paragraph(
         f"""
         `python -m textlock.bench.large_batch` runs one exact step of {line["case"]["batch"]:,} images through a small
-        tower on two CPU cores: {peak:.2f} GiB resident at the peak, of which {before:.2f} were there before, in
+        tower on {source.device}: {peak:.2f} GiB resident at the peak, of which {before:.2f} were there before, in
         {line["ms"] / 1e3:.0f} seconds.
         """
     )
@@ -200,74 +230,96 @@ def large_batch(source: Source) -> str:
 def tiers(source: Source) -> str:
     """Return what the tiers keep and cost, and a plan of them."""
     rows = []
-    for tier, again in MADE_AGAIN.items():
+    for tier, recomputed in RECOMPUTED.items():
         (cost,) = source.contest("plan", "tier", tower=TOWER, tier=tier).lines
         kept = f"{cost['kept_bytes'] / 1e6:.1f} MB" if cost["kept_bytes"] else "nothing"
         extra = f"{100 * cost['extra_time']:.0f} %" if cost["extra_time"] else ""
-        rows.append([f"`{tier}`", kept, again, extra])
+        rows.append([f"`{tier}`", kept, recomputed, extra])
     (plan,) = source.contest("plan", "plan", tower=TOWER, gpu="h100", local_batch=4096).lines
     below = f"""
         At 4,096 images a GPU of 80 GB the plan mixes {" and ".join(f"`{tier}`" for tier in plan["tiers"])}:
         {100 * plan["extra_time"]:.0f} % (`python -m textlock.bench.plan` prints it from 1,024 to 65,536 images).
         """
-    return f"{markdown(('tier', 'kept', 'made again', 'more time'), rows)}\n\n{paragraph(below)}"
+    return f"{markdown(('tier', 'kept', 'recomputed', 'more time'), rows)}\n\n{paragraph(below)}"
+
+
+def cpu(source: Source) -> str:
+    """Return where the figures of a CPU come from, and their plot."""
+    above = f"""
+        Written by `make bench` to {source.origin}, on {source.device}, with versions and commit. Times as multiples of
+        the floor, ours next to its peers:
+        """
+    return f"{paragraph(above)}\n\n{plot_of(source)}"
 
 
 def gpu(source: Source | None) -> str:
-    """Return everything that was measured on a GPU, or that nothing was."""
+    """Return everything that was measured on a GPU."""
     if source is None:
-        return "Nothing has been measured on a GPU yet, so no GPU figure is claimed; `make gpu-check` measures them."
+        return "`make gpu-check` fills this section."
     head = source.head
     commits = {part["commit"][:12] for part in head["parts"].values() if part.get("commit")}
     tests = [part["tests"] for part in head["parts"].values() if "tests" in part]
     passed, failed = sum(test["passed"] for test in tests), sum(len(test["failed"]) for test in tests)
     above = f"""
-        On one {head["device"]} (driver {head["driver"]}, torch {head["versions"]["torch"]}, Triton
+        On one {source.device} (driver {head["driver"]}, torch {head["versions"]["torch"]}, Triton
         {head["versions"]["triton"]}, commit {", ".join(sorted(commits))}), {passed:,} GPU tests passed and {failed}
         failed. Written by `make gpu-check` to {source.origin}.
         """
     tables = (table(source.lines) for table in (ceilings_table, comparison_table, profile_table))
-    return "\n\n".join((paragraph(above), picture(source), *filter(None, tables)))
+    return "\n\n".join((paragraph(above), plot_of(source), *filter(None, tables)))
 
 
-def picture(source: Source) -> str:
-    return f"![times as multiples of the floor on {source.head['device']}](bench/results/{source.path.stem}.svg)"
+def gpu_claim(source: Source | None) -> str:
+    """Return in one sentence whether there are figures of a GPU."""
+    if source is None:
+        return "No GPU figure yet: `make gpu-check` measures them."
+    return f"Measured on one {source.device}: [bench/RESULTS.md](bench/RESULTS.md)."
 
 
-def blocks(results: Path) -> dict[str, str]:
-    """Return the text of every block of the README by name; raises ValueError where figures are missing."""
-    cpu = newest(results, gpu=False)
-    if cpu is None:
+def plot_of(source: Source) -> str:
+    """Return the plot of a file, as bench/RESULTS.md shows it."""
+    return f"![times as multiples of the floor on {source.device}](results/{source.path.stem}.svg)"
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Return what every page should be; raises ValueError where figures or the places for them are missing."""
+    results = root / "bench" / "results"
+    on_gpu, on_cpu = newest(results, gpu=True), newest(results, gpu=False)
+    if on_cpu is None:
         raise ValueError(f"{results} has no file of figures of a CPU: make bench writes one")
-    return {
-        "demo": demo(results),
-        "loss": loss(cpu),
-        "tower": tower(cpu),
-        "loader": loader(cpu),
-        "large batch": large_batch(cpu),
-        "tier": tiers(cpu),
-        "cpu": f"On two CPU cores, ours beside its peers ({cpu.origin}):\n\n{picture(cpu)}",
-        "gpu": gpu(newest(results, gpu=True)),
+    texts = {
+        root / "README.md": {"claim": claim(on_cpu), "demo": demo(results), "gpu claim": gpu_claim(on_gpu)},
+        root / "bench" / "RESULTS.md": {
+            "loss": loss(on_cpu),
+            "tier": tiers(on_cpu),
+            "large batch": large_batch(on_cpu),
+            "tower": tower(on_cpu),
+            "loader": loader(on_cpu),
+            "cpu": cpu(on_cpu),
+            "gpu": gpu(on_gpu),
+        },
     }
+    return {path: written(path, blocks) for path, blocks in texts.items()}
 
 
-def written(page: str, texts: Mapping[str, str]) -> str:
-    """Return the page with the text of every block; raises ValueError where page and texts differ in their blocks."""
+def written(path: Path, texts: Mapping[str, str]) -> str:
+    """Return a page with the text of every block; raises ValueError where page and texts differ in their blocks."""
+    page = path.read_text()
     found = re.findall(r"<!-- ([\w ]+) figures -->", page)
     if sorted(found) != sorted(texts):
-        raise ValueError(f"the page has blocks of figures {sorted(found)} and there are texts of {sorted(texts)}")
+        raise ValueError(f"{path} has blocks of figures {sorted(found)} and there are texts of {sorted(texts)}")
     for name, text in texts.items():
         first, last = f"<!-- {name} figures -->\n", f"<!-- /{name} figures -->"
         before, _, rest = page.partition(first)
         _, end, after = rest.partition(last)
         if not end:
-            raise ValueError(f"the block of {name} figures has no end: write {last} below it")
+            raise ValueError(f"{path}: the block of {name} figures has no end: write {last} below it")
         page = f"{before}{first}{text}\n{last}{after}"
     return page
 
 
 def draw(source: Source, path: Path) -> None:
-    """Draw the times of a file's contests as multiples of their floors, ours beside every peer."""
+    """Draw the times of a file's contests as multiples of their floors, ours next to every peer."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -314,24 +366,29 @@ def draw(source: Source, path: Path) -> None:
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def main(options: Options) -> None:
-    page = options.readme.read_text()
-    wanted = written(page, blocks(options.results))
+def main(options: PageOptions) -> None:
+    """Write the pages and plots, or compare the pages; raises ValueError for what is missing, SystemExit(1)."""
+    wanted = pages(options.root)
     if options.check:
-        if wanted != page:
-            lines = difflib.unified_diff(page.splitlines(True), wanted.splitlines(True), "is", "should be")
-            sys.stderr.writelines(lines)
-            raise ValueError(f"{options.readme} does not say what the files of figures say; run this without --check")
+        for path, text in wanted.items():
+            if (page := path.read_text()) != text:
+                lines = difflib.unified_diff(page.splitlines(True), text.splitlines(True), "is", "should be")
+                sys.stderr.writelines(lines)
+                print(
+                    f"error: {path} does not say what the files of figures say; make report writes it", file=sys.stderr
+                )
+                raise SystemExit(1)
         return
-    write_text_atomically(options.readme, wanted)
-    for source in (newest(options.results, gpu=True), newest(options.results, gpu=False)):
-        if source is not None:
+    for path, text in wanted.items():
+        write_text_atomically(path, text)
+    for on_gpu in (True, False):
+        if (source := newest(options.root / "bench" / "results", gpu=on_gpu)) is not None:
             draw(source, source.path.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(Options, description=__doc__))
+        main(tyro.cli(PageOptions, description=__doc__))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
