@@ -100,7 +100,7 @@ class _ShardCheck:
                 lease = index.remote.open(number)
             except FetchError as error:
                 return _CheckedShard(0, b"", [Problem(name, "", "unreadable", str(error))])
-            path = Path(f"/proc/self/fd/{lease.number}")
+            path = Path(f"/proc/self/fd/{lease.descriptor}")
         else:
             path = Path(self.address) / name
         entry, samples, problems = scan_shard(path)
