@@ -166,12 +166,12 @@ class Lease:
     """A file of the cache, open for reading; it is not removed while this object exists."""
 
     def __init__(self, descriptor: int) -> None:
-        self.number = descriptor
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
         with suppress(OSError):  # the clock of the least recent use starts now
-            _touch(self.number)
-        os.close(self.number)
+            _touch(self.descriptor)
+        os.close(self.descriptor)
 
 
 class ShardCache:
@@ -233,11 +233,11 @@ class ShardCache:
             lease = Lease(os.open(self.folder / file.local_name, os.O_RDONLY | os.O_CLOEXEC))
         except FileNotFoundError:
             return None
-        fcntl.flock(lease.number, fcntl.LOCK_SH)
-        status = os.fstat(lease.number)
+        fcntl.flock(lease.descriptor, fcntl.LOCK_SH)
+        status = os.fstat(lease.descriptor)
         if status.st_nlink == 0 or status.st_size != file.size:  # it was removed in between, or something cut it
             return None
-        _touch(lease.number)
+        _touch(lease.descriptor)
         return lease
 
     def _fetch(self, remote: RemoteFolder, file: RemoteFile, *, overrun: bool) -> Lease | None:
@@ -266,9 +266,9 @@ class ShardCache:
             remote.fetch(name, size, partial, check)
             # Locked before it has its name: another process that makes room could remove it in between.
             lease = Lease(os.open(partial, os.O_RDONLY | os.O_CLOEXEC))
-            fcntl.flock(lease.number, fcntl.LOCK_SH)
-            _touch(lease.number)
-            os.fsync(lease.number)
+            fcntl.flock(lease.descriptor, fcntl.LOCK_SH)
+            _touch(lease.descriptor)
+            os.fsync(lease.descriptor)
             partial.replace(path)
         except OSError as error:
             if _is_full(error):

@@ -12,7 +12,7 @@ two thousand. Its layout, little-endian:
              name
     records  for each sample: SAMPLE_DTYPE
 
-Shards at a URL have their index in the same place; it is written where they are files (``cache.py`` fetches both).
+Shards at a URL have their index there too: it is written while they are in a folder, and ``cache.py`` fetches it.
 """
 
 import hashlib
@@ -189,7 +189,7 @@ def _records(path: Path, samples: list[TarSample]) -> npt.NDArray[np.void]:
                 (
                     sample.image.offset,
                     sample.caption.offset if sample.caption else 0,
-                    # Sizes beyond 32 bits are far over every limit: the reader refuses them by any value that large.
+                    # Sizes beyond 32 bits are over every limit: the reader refuses the largest value as well.
                     min(sample.image.size, _MAX_U32),
                     min(sample.caption.size, _MAX_U32) if sample.caption else 0,
                     hash_key(sample.key),

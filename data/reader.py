@@ -21,16 +21,16 @@ _MAX_READ_AHEAD = 4096
 _OPEN_FILES = 256
 
 
-class _Descriptor:
+class _OpenFile:
     """An open file, closed when no thread reads from it any more."""
 
     def __init__(self, path: Path) -> None:
-        self.number = -1
-        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if self.number >= 0:
-            os.close(self.number)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ShardReader:
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
-        self._open_file = lru_cache(maxsize=_OPEN_FILES)(_Descriptor)
+        self._open_file = lru_cache(maxsize=_OPEN_FILES)(_OpenFile)
 
     def expect(self, shards: Sequence[int]) -> None:
         """Announce the shards read next, the soonest first: remote ones are fetched ahead, all others released."""
@@ -60,7 +60,7 @@ class ShardReader:
         if self._index.remote is not None:
             self._index.remote.close()
 
-    def _open(self, shard: int) -> _Descriptor | Lease:
+    def _open(self, shard: int) -> _OpenFile | Lease:
         if self._index.remote is not None:
             return self._index.remote.open(shard)
         return self._open_file(Path(self._index.address) / self._index.shard_names[shard])
@@ -85,12 +85,12 @@ class ShardReader:
         together = image_end <= caption_offset <= image_end + _MAX_READ_AHEAD
         try:
             file = self._open(shard)
-            block = _read_exactly(file.number, start, (caption_end if together else image_end) - start)
+            block = _read_exactly(file.descriptor, start, (caption_end if together else image_end) - start)
             if together:
                 caption = block[caption_offset - start :]
             else:
-                caption = _read_exactly(file.number, caption_offset, caption_size)
-            key = self._key(file.number, block[:BLOCK], image_offset, key_hash)
+                caption = _read_exactly(file.descriptor, caption_offset, caption_size)
+            key = self._key(file.descriptor, block[:BLOCK], image_offset, key_hash)
         except (OSError, OverflowError) as error:  # the latter for an offset beyond 2^63, which an index may hold
             name = self._index.shard_names[shard]
             raise BadSample("unreadable", f"{name} cannot be read at byte {image_offset}: {error}") from error
@@ -108,7 +108,9 @@ class ShardReader:
         shard = self._index.shard_of(sample)
         _, offset, _, size, _, caption_hash = self._index.samples[sample].item()
         try:
-            caption = decode_caption(_read_exactly(self._open(shard).number, offset, min(size, MAX_CAPTION_BYTES + 1)))
+            caption = decode_caption(
+                _read_exactly(self._open(shard).descriptor, offset, min(size, MAX_CAPTION_BYTES + 1))
+            )
         except (OSError, OverflowError) as error:
             name = self._index.shard_names[shard]
             raise BadSample("unreadable", f"{name} cannot be read at byte {offset}: {error}") from error

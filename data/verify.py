@@ -96,11 +96,11 @@ class _ShardCheck:
         index = _opened_index(self) if self.verification else None
         if index is not None and index.remote is not None:
             try:
-                # Held while it is read, below by the name that the system has for an open file.
+                # The lease keeps the local copy while it is read, through the path of its open file.
                 lease = index.remote.open(number)
             except FetchError as error:
                 return _CheckedShard(0, b"", [Problem(name, "", "unreadable", str(error))])
-            path = Path(f"/proc/self/fd/{lease.number}")
+            path = Path(f"/proc/self/fd/{lease.descriptor}")
         else:
             path = Path(self.address) / name
         entry, samples, problems = scan_shard(path)

@@ -1,4 +1,4 @@
-"""Throws damaged images, captions and files of stored text at what reads them: they use it or refuse it, nothing else.
+"""Gives damaged images, captions and files of stored text embeddings to what reads them, which uses or refuses them.
 
     python tests/data/fuzz.py --inputs 100000 --seed 0
 
@@ -83,7 +83,7 @@ def fuzz_images(rng: np.random.Generator) -> tuple[bytes, Callable[[], None]]:
 
     def use() -> None:
         window = whole_image(payload)
-        if window.height * window.width < 4_000_000:  # the rest would only take long: memory is what the check bounds
+        if window.height * window.width < 4_000_000:  # larger ones would only take long: the check bounds memory
             crop_and_resize(decode_image(payload), window, torch.empty(8, 8, 3, dtype=torch.uint8))
 
     return payload, use

@@ -167,7 +167,7 @@ def used(folder):
 
 
 def content(lease):
-    return os.pread(lease.number, 2**20, 0)
+    return os.pread(lease.descriptor, 2**20, 0)
 
 
 def test_batches_are_those_of_the_same_shards_in_a_folder_and_a_second_run_fetches_nothing(
@@ -340,7 +340,7 @@ shards = CachedShards(RemoteFolder(url), files, ShardCache(Path(cache), 2**30), 
 order = list(range(len(files)))
 random.Random(int(seed)).shuffle(order)
 shards.expect(order)
-content = b"".join(os.pread(shards.open(shard).number, files[shard].size, 0) for shard in range(len(files)))
+content = b"".join(os.pread(shards.open(shard).descriptor, files[shard].size, 0) for shard in range(len(files)))
 print(hashlib.sha256(content).hexdigest())
 shards.close()
 """

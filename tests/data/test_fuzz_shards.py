@@ -1,4 +1,4 @@
-"""Tars and indices that somebody has tampered with: nothing but the errors that callers expect, no hang, no other file.
+"""Tars and indices that were tampered with: nothing but the errors that callers expect, no hang, no other file.
 
 The suite tries a few thousand; TEXTLOCK_FUZZ_INPUTS=100000 tries so many of each. A failure names its input, which is a
 function of its number.
@@ -40,7 +40,7 @@ sys.addaudithook(note_opened)  # for good: there is no way to take one out
 
 @contextmanager
 def guarded(number, folder):
-    """Fail with the number of the input on any error, after some seconds, or when a file elsewhere is opened."""
+    """Fail with the number of the input at any error, after some seconds, or when a file elsewhere is opened."""
     global opened
 
     def stop(*arguments):
