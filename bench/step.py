@@ -77,7 +77,7 @@ from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
 from textlock.engine.plan import Plan, available_bytes, choose_plan, fixed_bytes, tier_costs
 from textlock.engine.provenance import device_name
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
-from textlock.models.block import ComputeCopies, Implementation, compute_dtype
+from textlock.models.block import ComputeCopies, Implementation, product_dtype
 from textlock.models.text import TextTower
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
 
@@ -187,7 +187,7 @@ class Setting:
     def dtype(self) -> torch.dtype:
         """Type of the products."""
         with self.autocast():
-            return compute_dtype(torch.empty(0, device=self.device))
+            return product_dtype(torch.empty(0, device=self.device))
 
     def build(self, block: Implementation) -> VisionTower:
         """Build the tower: the same weights whatever the blocks."""

@@ -21,7 +21,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-S = TypeVar("S")  # a frozen dataclass of plain numbers that decide shapes and types; `TowerSizes`, or an operation's own
+S = TypeVar("S")  # `TowerSizes` or an operation's own: a frozen dataclass of what decides shapes and types
 Inputs = dict[str, Any]  # arguments by name: tensors, None, and settings
 Outputs = dict[str, Tensor]
 
@@ -73,9 +73,9 @@ class Data:
 class Pass(Generic[S]):
     """One direction of an operation.
 
-    ``launch``, ``reference`` and ``baseline`` take the same arguments by name, those that ``inputs`` returns, and return
-    a NamedTuple of tensors and None. A launcher that writes into tensors that it is given, or returns something else,
-    is wrapped. Float32 inputs give float32 outputs or narrower; the reference in float64 is the truth.
+    ``launch``, ``reference`` and ``baseline`` take the arguments that ``inputs`` returns, by name, and return a
+    NamedTuple of tensors and None. A launcher that writes into tensors that it is given is wrapped. The reference in
+    float64 is the truth.
     """
 
     name: str  # in benchmarks

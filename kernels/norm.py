@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .card import Card, Data, Inputs, Pass, TowerSizes, inputs_behind
-from .rows import check_rows, row_block, runs_rows
+from .rows import check_contiguous, row_block, runs_rows
 
 _FORWARD_ROWS = 2
 
@@ -219,7 +219,7 @@ def _launch_add_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> AddNorm:
-    check_rows(x=x, branch=branch, branch_bias=branch_bias, weight=weight, bias=bias)
+    check_contiguous(x=x, branch=branch, branch_bias=branch_bias, weight=weight, bias=bias)
     width = weight.numel()
     rows = x.numel() // width
     summed = None if branch is None else torch.empty_like(x)
@@ -241,7 +241,7 @@ def _launch_add_norm_backward(
     weight: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> NormGradients:
-    check_rows(d_normed=d_normed, d_residual=d_residual, residual=residual, mean=mean, rstd=rstd, weight=weight)
+    check_contiguous(d_normed=d_normed, d_residual=d_residual, residual=residual, mean=mean, rstd=rstd, weight=weight)
     rows, width = mean.numel(), weight.numel()
     d_x = torch.empty_like(residual)
     one_gradient = branch_dtype in (None, residual.dtype)
