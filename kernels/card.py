@@ -26,6 +26,10 @@ Inputs = dict[str, Any]  # arguments by name: tensors, None, and settings
 Outputs = dict[str, Tensor]
 
 
+class Absent(Exception):
+    """A library is missing, or does not run on this device; the message says which and why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TowerSizes:
     """Plain numbers of an image tower; an operation reads those it needs, and adds its own settings in a subclass."""
@@ -88,13 +92,11 @@ class Pass(Generic[S]):
     # What benchmarks measure in place of the reference where that was written to be clear and would flatter the kernel.
     baseline: Callable[..., Any] | None = None
     # Programs of the kernel that a multiprocessor must hold at once; "grid": as many as the launcher starts for each.
-    programs: int | Literal["grid"] = 1
+    programs: Callable[[S], int] | Literal["grid"] = lambda sizes: 1
     gradients_of: "Pass[S] | None" = None  # the forward pass, of a backward pass
-
-
-# Takes the device and raises ValueError where a library is missing or does not run there; returns a function of the
-# inputs of a pass, which prepares one run and returns it.
-Library = Callable[[torch.device], Callable[..., Callable[[], Any]]]
+    # Others' functions that benchmarks compare with, by candidate: take the inputs, prepare a run and return it, or
+    # raise Absent. A run returns tensors by the names of the outputs, not all of them.
+    libraries: Mapping[str, Callable[..., Callable[[], Outputs]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,6 @@ class Card(Generic[S]):
     # The kernels multiply matrices on tensor cores: in 16 bits on a GPU; in the interpreter, whose product of bfloat16
     # is wrong, in float16 and, to see errors that float16 hides, in float32.
     multiplies: bool = False
-    libraries: Mapping[str, Mapping[str, Library]] = field(default_factory=dict)  # by pass and candidate
 
 
 def find_cards() -> Iterator[Card[Any]]:
