@@ -97,19 +97,20 @@ def _rotated_heads(qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Te
 
 
 def reference(qkv: Tensor, rope: Tensor | None = None) -> Attention:
-    """Attention by its formula in the inputs' own type, differentiable by autograd: the truth the kernels are held to.
+    """Attention by its formula in float32, differentiable by autograd: in float64 the truth the kernels are held to.
 
     Args:
         qkv: [B, T, 3, H, d], any floating-point type.
         rope: [T, d / 2, 2] or [B, T, d / 2, 2] float32, as in `rotate`, or None.
 
     Returns:
-        out [B, T, H * d] and lse [B, H, T].
+        out [B, T, H * d] in qkv's type and lse [B, H, T] in float32; in float64 for float64.
     """
-    query, key, value = _rotated_heads(qkv, rope)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    query, key, value = (x.to(wide) for x in _rotated_heads(qkv, rope))
     logits = torch.einsum("bihd,bjhd->bhij", query, key) * qkv.shape[-1] ** -0.5
     out = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), value)
-    return Attention(out.flatten(2), logits.logsumexp(-1))
+    return Attention(out.flatten(2).to(qkv.dtype), logits.logsumexp(-1))
 
 
 def _reference_backward(

@@ -21,6 +21,8 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from .device import AMPERE
+
 S = TypeVar("S")  # `TowerSizes` or an operation's own: a frozen dataclass of what decides shapes and types
 Inputs = dict[str, Any]  # arguments by name: tensors, None, and settings
 Outputs = dict[str, Tensor]
@@ -110,6 +112,7 @@ class Card(Generic[S]):
     # The kernels multiply matrices on tensor cores: in 16 bits on a GPU; in the interpreter, whose product of bfloat16
     # is wrong, in float16 and, to see errors that float16 hides, in float32.
     multiplies: bool = False
+    least: tuple[int, int] = AMPERE  # compute capability that the kernels need
 
 
 def find_cards() -> Iterator[Card[Any]]:

@@ -34,7 +34,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .card import Card, Data, Inputs, Pass, TowerSizes, inputs_behind
-from .device import multiprocessors_of
+from .device import HOPPER, multiprocessors_of
 from .rows import check_contiguous
 from .tiles import runs_tiles
 
@@ -451,5 +451,6 @@ CARDS = (
             )
         ),
         multiplies=True,
+        least=HOPPER,
     ),
 )

@@ -32,7 +32,7 @@ from .norm import layer_norm_backward, moments, through_norm
 from .rows import check_contiguous, row_block, runs_rows
 
 _FORWARD_ROWS, _BACKWARD_ROWS = 2, 1
-# The reference takes as many rows at a time: 512 KiB of float32, which a CPU's caches keep from pass to pass.
+# On a CPU the reference takes as many rows at a time: 512 KiB of float32, which the caches keep from pass to pass.
 _REFERENCE_ELEMENTS = 64 * 2048
 
 
@@ -71,7 +71,7 @@ def _swiglu_norm_backward_reference(
     d_gate_up, h = gate_up.new_empty(gate_up.shape), gate_up.new_empty(d_h.shape)
     sums = gate_up.new_zeros((4, d_h.shape[-1]), dtype=wide)  # of d_gate, d_up, d_weight, d_bias
     d_h, gate_up, d_gate_up_rows, h_rows = (t.flatten(0, -2) for t in (d_h, gate_up, d_gate_up, h))
-    part = max(1, _REFERENCE_ELEMENTS // d_h.shape[-1])
+    part = max(1, (_REFERENCE_ELEMENTS if d_h.device.type == "cpu" else d_h.numel()) // d_h.shape[-1])
     for start in range(0, len(d_h), part):
         rows = slice(start, start + part)
         gate, up = gate_up[rows].to(wide).chunk(2, dim=-1)
