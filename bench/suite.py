@@ -140,8 +140,8 @@ PARTS = {
                 ),
             ),
             (
+                "tests/kernels/test_cards.py",
                 *(
-                    "tests/kernels/test_cards.py",
                     "tests/kernels/test_attention.py",
                     "tests/kernels/test_norm.py",
                     "tests/kernels/test_swiglu.py",

@@ -3,7 +3,8 @@
     pytest bench/test_operations.py --benchmark-only
     pytest bench/test_operations.py --benchmark-only -k "attention and ours" --benchmark-json=out.json
 
-Operations, candidates and checks are those of `textlock.bench.operations`; floor, errors and memory are in `extra_info`.
+Operations, candidates and checks are those of `textlock.bench.operations`; floor, errors and memory are in
+`extra_info`.
 """
 
 from collections.abc import Iterator

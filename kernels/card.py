@@ -113,6 +113,7 @@ class Card(Generic[S]):
     # is wrong, in float16 and, to see errors that float16 hides, in float32.
     multiplies: bool = False
     least: tuple[int, int] = AMPERE  # compute capability that the kernels need
+    empty: bool = True  # a batch without images is allowed
 
 
 def find_cards() -> Iterator[Card[Any]]:

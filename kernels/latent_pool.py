@@ -436,7 +436,7 @@ CARDS = (
             "64 tokens, wide stream": _odd(8, 64, 128, 2, _F32, _F16),
             "197 tokens": _odd(1, 197, 768, 12, _F16, _F16),
             "197 tokens, wide stream, alike": _odd(1, 197, 768, 12, _F32, _F16, 3.0),
-            "197 tokens float32": _odd(7, 197, 64, 12, _F32, _F32),
+            "197 tokens float32": _odd(2, 197, 64, 12, _F32, _F32),
             "257 tokens, alike": _odd(2, 257, 128, 1, _F16, _F16, 3.0),
             "257 tokens float32": _odd(1, 257, 256, 16, _F32, _F32),
             "197 tokens bfloat16": _odd(600, 197, 768, 12, _BF16, _BF16),
@@ -452,5 +452,6 @@ CARDS = (
         ),
         multiplies=True,
         least=HOPPER,
+        empty=False,
     ),
 )

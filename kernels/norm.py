@@ -403,10 +403,10 @@ CARDS = (
             "5x64 no bias": _Sizes(tokens=5, dtype=_F16, residual=_F16, bias=None),
             "5x2048 wide stream": _Sizes(tokens=5, width=2048, dtype=_F16, residual=_F32, bias=None),
             "2x50x96 float32": _Sizes(images=2, tokens=50, width=96, dtype=_F32, residual=_F32),
-            "197x768": _Sizes(tokens=197, width=768, dtype=_F16, residual=_F16),
-            "50x768 no branch": _Sizes(tokens=50, width=768, dtype=_F16, residual=_F32, branch=False),
+            "33x768": _Sizes(tokens=33, width=768, dtype=_F16, residual=_F16),
+            "9x768 no branch": _Sizes(tokens=9, width=768, dtype=_F16, residual=_F32, branch=False),
             "130x64 wide stream, nothing behind": _Sizes(tokens=130, dtype=_F16, residual=_F32, behind=False),
-            "50x352 bfloat16": _Sizes(tokens=50, width=352, bias=_BF16),
+            "20x352 bfloat16": _Sizes(tokens=20, width=352, bias=_BF16),
         },
         compiled={
             ", ".join(filter(None, (stream, setting))): _Sizes(

@@ -318,7 +318,7 @@ CARDS = (
             "3x37 unaligned rows": _Sizes(tokens=3, hidden=37, dtype=_F16),
             "2x33x352": _Sizes(images=2, tokens=33, hidden=352, dtype=_F16),
             "130x64 float32": _Sizes(tokens=130, dtype=_F32),
-            "50x2048 float32": _Sizes(tokens=50, hidden=2048, dtype=_F32),
+            "9x2048 float32": _Sizes(tokens=9, hidden=2048, dtype=_F32),
             "20x352 bfloat16": _Sizes(tokens=20, hidden=352),
             "2x33x352 no LayerNorm": _Sizes(images=2, tokens=33, hidden=352, dtype=_F16, sub_norm=False),
             "5x2048 float32, no LayerNorm": _Sizes(tokens=5, hidden=2048, dtype=_F32, sub_norm=False),
