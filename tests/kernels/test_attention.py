@@ -296,7 +296,7 @@ def flash_attn_2():
     def forward(q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax):
         assert (dropout_p, causal, left, right, softcap, alibi_slopes) == (0.0, False, -1, -1, 0.0, None)
         assert softmax_scale == HEAD_DIM**-0.5 and not return_softmax
-        out, lse = module._sdpa(module._Heads(*(x.transpose(1, 2) for x in (q, k, v))))
+        out, lse = attention_libraries._sdpa(attention_libraries.Heads(*(x.transpose(1, 2) for x in (q, k, v))))
         return out.transpose(1, 2), lse, None, None
 
     def backward(
@@ -322,7 +322,9 @@ def flash_attn_2():
         assert softmax_scale == HEAD_DIM**-0.5 and not deterministic
         d_out, out, *heads = (x.transpose(1, 2) for x in (d_out, out, q, k, v))
         for x, gradient in zip(
-            (dq, dk, dv), module._sdpa_backward(d_out, module._Heads(*heads), out, lse), strict=True
+            (dq, dk, dv),
+            attention_libraries._sdpa_backward(d_out, attention_libraries.Heads(*heads), out, lse),
+            strict=True,
         ):
             x.copy_(gradient.transpose(1, 2))
 
@@ -334,12 +336,15 @@ def flash_attn_4():
 
     def forward(q, k, v, *, return_lse):
         assert return_lse
-        out, lse = module._sdpa(module._Heads(*(x.transpose(1, 2) for x in (q, k, v))))
+        out, lse = attention_libraries._sdpa(attention_libraries.Heads(*(x.transpose(1, 2) for x in (q, k, v))))
         return out.transpose(1, 2), lse, None, None, None
 
     def backward(q, k, v, out, dout, lse):
         d_out, out, *heads = (x.transpose(1, 2) for x in (dout, out, q, k, v))
-        return tuple(x.transpose(1, 2) for x in module._sdpa_backward(d_out, module._Heads(*heads), out, lse))
+        return tuple(
+            x.transpose(1, 2)
+            for x in attention_libraries._sdpa_backward(d_out, attention_libraries.Heads(*heads), out, lse)
+        )
 
     return {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward}
 
