@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend
 
 from textlock.kernels import attention as module
-from textlock.kernels import attention_libraries
+from textlock.kernels import attention_libraries as libraries
 from textlock.kernels.attention import attention, attention_backward, reference, rotate
 from textlock.kernels.tiles import INTERPRETED
 
@@ -225,7 +225,7 @@ NAMED = [
 def test_backends_are_as_exact_as_torch(backend, dtype, tokens):
     if backend.startswith("flash"):
         try:
-            attention_libraries.flash_attn(backend)
+            libraries.flash_attn(backend)
         except ValueError as missing:
             pytest.skip(str(missing))
     qkv, d_out = make_inputs(tokens, 2, dtype)
@@ -269,7 +269,7 @@ GPU_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 @pytest.mark.parametrize("kernel", GPU_KERNELS, ids=lambda kernel: kernel.name)
 def test_operators_of_a_gpu_take_what_they_are_given(kernel):
     """Without a GPU only types and shapes can be followed through them."""
-    with mock.patch.object(attention_libraries, "_sdpa_kernel", return_value=kernel), FakeTensorMode():
+    with mock.patch.object(libraries, "_sdpa_kernel", return_value=kernel), FakeTensorMode():
         qkv = torch.empty(2, 197, 3, 12, HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         rope = torch.empty(197, HEAD_DIM // 2, 2, device="cuda")
         out, lse = attention(qkv, rope, backend="sdpa")
@@ -296,7 +296,7 @@ def flash_attn_2():
     def forward(q, k, v, dropout_p, softmax_scale, causal, left, right, softcap, alibi_slopes, return_softmax):
         assert (dropout_p, causal, left, right, softcap, alibi_slopes) == (0.0, False, -1, -1, 0.0, None)
         assert softmax_scale == HEAD_DIM**-0.5 and not return_softmax
-        out, lse = attention_libraries._sdpa(attention_libraries.Heads(*(x.transpose(1, 2) for x in (q, k, v))))
+        out, lse = libraries._sdpa(libraries.Heads(*(x.transpose(1, 2) for x in (q, k, v))))
         return out.transpose(1, 2), lse, None, None
 
     def backward(
@@ -323,7 +323,7 @@ def flash_attn_2():
         d_out, out, *heads = (x.transpose(1, 2) for x in (d_out, out, q, k, v))
         for x, gradient in zip(
             (dq, dk, dv),
-            attention_libraries._sdpa_backward(d_out, attention_libraries.Heads(*heads), out, lse),
+            libraries._sdpa_backward(d_out, libraries.Heads(*heads), out, lse),
             strict=True,
         ):
             x.copy_(gradient.transpose(1, 2))
@@ -336,15 +336,12 @@ def flash_attn_4():
 
     def forward(q, k, v, *, return_lse):
         assert return_lse
-        out, lse = attention_libraries._sdpa(attention_libraries.Heads(*(x.transpose(1, 2) for x in (q, k, v))))
+        out, lse = libraries._sdpa(libraries.Heads(*(x.transpose(1, 2) for x in (q, k, v))))
         return out.transpose(1, 2), lse, None, None, None
 
     def backward(q, k, v, out, dout, lse):
         d_out, out, *heads = (x.transpose(1, 2) for x in (dout, out, q, k, v))
-        return tuple(
-            x.transpose(1, 2)
-            for x in attention_libraries._sdpa_backward(d_out, attention_libraries.Heads(*heads), out, lse)
-        )
+        return tuple(x.transpose(1, 2) for x in libraries._sdpa_backward(d_out, libraries.Heads(*heads), out, lse))
 
     return {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward}
 

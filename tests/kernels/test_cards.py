@@ -118,7 +118,7 @@ def test_the_backward_reference_returns_what_autograd_does(card, one, sizes):
     for name in found.keys() & outputs.keys():
         torch.testing.assert_close(found[name], outputs[name].detach(), rtol=1e-9, atol=1e-9, msg=name)
         checked.add(name)
-    assert checked == found.keys()
+    assert found.keys() - checked <= {f"d_{name}" for name, x in given.items() if x is None}
 
 
 @pytest.mark.parametrize(
