@@ -80,11 +80,16 @@ def rotate(x: Tensor, rope: Tensor, *, inverse: bool = False) -> Tensor:
     Returns:
         Like x, in x's dtype; the rotation itself is done in float32 (float64 for float64 x).
     """
-    # A complex product is one fused pass on every device; the usual form with stack and negation makes four.
-    pairs = torch.view_as_complex(x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)))
-    turns = torch.view_as_complex(rope)  # [T, d / 2] or [B, T, d / 2]
-    turns = turns.view(*turns.shape[:-1], *[1] * (x.ndim - 3), turns.shape[-1])
-    return torch.view_as_real(pairs * (turns.conj() if inverse else turns)).flatten(-2).to(x.dtype)
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    rope = rope.view(*rope.shape[:-2], *[1] * (x.ndim - 3), *rope.shape[-2:])
+    if torch.compiler.is_compiling():  # a compiler makes one pass of this, and does not fuse complex products
+        (even, odd), (cosine, sine) = pairs.unbind(-1), rope.unbind(-1)
+        sine = -sine if inverse else sine
+        turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+    else:  # a complex product is one fused pass on every device; the form above makes four
+        turns = torch.view_as_complex(rope)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * (turns.conj() if inverse else turns))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def _rotated_heads(qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +162,7 @@ def load_rows(
 ):
     """Load SIZE tokens of a head from token `first` on; without WHOLE some may lie beyond T, and are zero.
 
-    They come past L1, unless KEEP: what is left of it beside shared memory is for the table of RoPE, which is read
+    They come past L1, unless KEEP: what shared memory leaves of it is for the table of RoPE, which is read
     over and over and takes twice the bytes of a head's queries.
     """
     CACHE: tl.constexpr = "" if KEEP else ".cg"
@@ -390,7 +395,7 @@ def attention_backward_kernel(
             k = load_turned(query + WIDTH, STRIDE, rope, first, BLOCK, T, WHOLE, HEAD)
             v = load_rows(query + 2 * WIDTH, STRIDE, first, BLOCK, T, WHOLE, HEAD)
 
-    # Column sums of what was written, still in L2; in the halves above they would take registers that are not there.
+    # Column sums of what was written, still in L2; computing them in the two loops above would spill.
     tl.debug_barrier()
     for which in range(3):
         total = tl.zeros((BLOCK, HEAD), tl.float32)

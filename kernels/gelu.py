@@ -3,7 +3,7 @@
     h = x·Φ(x)        Φ: distribution function of the normal distribution, φ its density
     dx = dh·(Φ(x) + x·φ(x))
 
-The backward pass makes h again on its way, for the weight gradient of the next linear layer, and adds dx up over rows:
+The backward pass recomputes h on its way, for the weight gradient of the next linear layer, and adds dx up over rows:
 Σ dx is the gradient of the bias of the linear layer that made x. The arithmetic is float32.
 
 No sum runs along a row, so a block takes a part of the columns. Persistent programs and sums as in `rows.py`.
@@ -35,7 +35,7 @@ class GeluGradients(NamedTuple):
     """What `gelu_backward` returns."""
 
     d_fc1: Tensor  # [..., H]
-    h: Tensor  # [..., H], made again
+    h: Tensor  # [..., H], recomputed
     d_fc1_sum: Tensor  # [H] float32
 
 
@@ -145,7 +145,7 @@ def gelu_backward(
     d_h: Tensor,  # [..., H]
     fc1: Tensor,  # [..., H]
 ) -> GeluGradients:
-    """Return the gradient of `gelu`, and h again.
+    """Return the gradient of `gelu`, and h recomputed.
 
     Args:
         d_h: gradient of h.

@@ -6,16 +6,16 @@ B images, T tokens x_t of D channels, one absorbed query a_h [D] for each head:
     dS_th = P_th (dpooled_h·x_t - δ_h),  δ_h = dpooled_h·pooled_h
     dx_t = Σ_h P_th dpooled_h + dS_th a_h,  da_h = Σ dS_th x_t over tokens and images
 
-The first token goes out beside what is pooled and its gradient comes back with the other's, so that the gradient of the
+The first token is returned next to what is pooled, and its gradient is taken with the other's, so that the gradient of the
 tokens is written once: as a slice of its own it would cost a tensor of zeros and an addition over all tokens.
 
 The products are in the type of the absorbed queries, as under autocast; wider tokens are rounded to it, once, and kept
-like that for the backward pass. Softmax and sums are float32. P is made again from lse. What dS_h adds up to over an
+like that for the backward pass. Softmax and sums are float32. P is recomputed from lse. What dS_h adds up to over an
 image's tokens would be zero but for rounding, of pooled_h in δ_h above all. Times what the tokens have in common that
-is a large part of da_h, and is taken out again: da_h -= pooled_h Σ_t dS_th.
+is a large part of da_h, and is subtracted: da_h -= pooled_h Σ_t dS_th.
 
 The Triton kernels work on 64 tokens at a time, which lie in shared memory whole and are read there twice: as [tokens,
-D] for the scores, and turned over, as [D, tokens], for the sums over tokens. Tokens and channels are thus the long side
+D] for the scores, and transposed, as [D, tokens], for the sums over tokens. Tokens and channels are thus the long side
 of every product, and the heads, padded to 16, its short one. The forward softmax keeps a running maximum. Programs are
 persistent, two on a multiprocessor: one computes while the other loads. Each adds up its images' da, and a second step
 adds the programs': no atomics, the same bits in every run.
@@ -192,7 +192,7 @@ def latent_pool_backward_kernel(
             delta += tl.sum(direction * average, 1)
         row = tl.load(lse + wide * H + h, mask=h < H, other=0.0) * LOG2E
         excess = tl.zeros((BLOCK_H,), tl.float32)
-        # Without LICM here too: queries and directions are read again, from L2, where they are needed.
+        # Without LICM here too: queries and directions are reread, from L2, where they are needed.
         for block in tl.range(0, BLOCKS, disable_licm=True):
             x = load_tokens(rounded, image, block, CHUNKS, BLOCK_T, CHUNK)
             scores = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)

@@ -5,15 +5,15 @@
     z = (r - µ)·ρ        µ and ρ: mean and reciprocal deviation of the row
     n = w·z + b
 
-With g = w·dn, and dr for what comes down the residual stream from behind:
+With g = w·dn, and dr for the gradient that reaches r along the residual stream:
 
     dx = dr + ρ·(g - mean(g) - z·mean(g·z))     dy = dx
     dw = Σ dn·z     db = Σ dn     dc = Σ dx     all Σ over rows, taken while the terms are in registers
 
 A layer scale has no place here: s·(aWᵀ + c) = a(diag(s)W)ᵀ + s·c, so it belongs in the weights that made y.
 
-r is kept for the backward pass, z and n never are: `add_norm` of r without a branch makes n again, with µ and ρ, bit
-for bit. The arithmetic is float32. The residual stream may be float32 under bfloat16 branches; where r is rounded, its
+r is kept for the backward pass, z and n never are: `add_norm` of r without a branch recomputes n, µ and ρ, bit for
+bit. The arithmetic is float32. The residual stream may be float32 under bfloat16 branches; where r is rounded, its
 statistics are those of the rounded values, so that the backward pass sees the same z.
 
 Blocks of rows, persistent programs and sums as in `rows.py`.

@@ -11,7 +11,7 @@ Gate a and up u [H] lie side by side in a row [2H], as one matrix product writes
     dw = Σ dh·z          db = Σ dh          Σ over rows
     Σ da and Σ du are the gradient of the bias of the linear layer that made a and u.
 
-Only a, u, µ and ρ are kept for the backward pass, which makes h again on its way: the weight gradient of the next
+Only a, u, µ and ρ are kept for the backward pass, which recomputes h on its way: the weight gradient of the next
 linear layer needs it. The arithmetic is float32; nothing is rounded between a, u and h. Blocks of rows, persistent
 programs and sums as in `rows.py`.
 
@@ -48,7 +48,7 @@ class SwigluGradients(NamedTuple):
     """What `swiglu_norm_backward` returns; sums over rows are float32."""
 
     d_gate_up: Tensor  # [..., 2H]
-    h: Tensor  # [..., H], made again
+    h: Tensor  # [..., H], recomputed
     d_weight: Tensor | None  # [H]
     d_bias: Tensor | None  # [H]
     d_gate_up_sum: Tensor  # [2H]
@@ -255,7 +255,7 @@ def swiglu_norm_backward(
     weight: Tensor | None,  # [H]
     bias: Tensor | None,  # [H]
 ) -> SwigluGradients:
-    """Return the gradients of `swiglu_norm`, and h again.
+    """Return the gradients of `swiglu_norm`, and h recomputed.
 
     Args:
         d_h: gradient of h.

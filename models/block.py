@@ -16,14 +16,14 @@ A layer scale s is no operation of its own: s∘(a·Wᵀ + b) is a·(diag(s)·W)
 The backward pass is written by hand, because what is kept for it decides how many images fit on a GPU. Five tiers, in
 bytes for a token of D channels and hidden width M, of which the residual stream has r bytes a channel and all else c:
 
-    keep      kept of a block                            bytes (plus row statistics)           made again
+    keep      kept of a block                            bytes (plus row statistics)           recomputed
     all       x1, qkv, a, x2, g                          (2r + 4c)·D + 2cM (GELU: cM)          LayerNorms, h
     no-mlp    x1, qkv, a, x2                             (2r + 4c)·D                           also g
     lean      x1, a, x2                                  (2r + c)·D                            also qkv, g
     block     x1                                         rD                                    the block up to g
 
-(The fifth, none, is to run the whole tower again, which is its caller's affair.) What is made again has the same bits
-as before, and so have the gradients.
+The fifth tier, `none`, recomputes the whole tower; engine/step.py does that. Recomputed tensors are bit-identical, and
+so are the gradients.
 """
 
 import functools
@@ -160,7 +160,7 @@ class Block(nn.Module):
             stream: tokens [b, T, D].
             rope: [T, head_dim / 2, 2] or [b, T, head_dim / 2, 2] as in `attention`, or None for no positions.
             keep: what is kept for the backward pass, see the top of this file. Where the block is not fused, ``all``
-                leaves it to autograd and ``block`` runs the block again; it has no other tier.
+                leaves it to autograd and ``block`` recomputes the block; it has no other tier.
 
         Raises:
             ValueError: a tier that there is not; fused, on a GPU without the kernels; tensors that `attention` refuses.
@@ -316,7 +316,7 @@ class _Settings:
 
 
 class _Pieces(NamedTuple):
-    """The pieces that the forward pass is made of, and the backward pass makes again what was not kept."""
+    """The pieces that the forward pass is made of, and from which the backward pass recomputes what was not kept."""
 
     settings: _Settings
     rope: Tensor | None
@@ -488,8 +488,8 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
 def _source_of(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what is kept of a parameter for the backward pass: its copy, or where it has none what to make it from.
 
-    A copy for each forward pass between its forward and its backward would be as much memory as the weights. Only what
-    layer scale made is no weight that is there anyhow, and is kept in the smaller type.
+    A copy for each forward pass between its forward and its backward would be as much memory as the weights. Weights
+    multiplied by layer scale exist nowhere else, so they are saved, in the compute dtype.
     """
     copy: Tensor | None = getattr(parameter, "compute_copy", None)
     if copy is not None and copy.dtype == dtype:

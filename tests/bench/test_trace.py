@@ -207,11 +207,11 @@ def test_operators_of_the_host_count_without_those_they_call():
         operator(3, "inner", start=20, duration=5),
         outer,
         operator(2, "aten::mm", ("float", [2, 3]), ("float", [3, 4]), start=10, duration=30),
-        operator(4, "beside", start=10, duration=100, thread=2),
+        operator(4, "next to it", start=10, duration=100, thread=2),
         operator(5, "outer", start=100, duration=10),
     )
     assert {name: line["ms"] for name, line in found.items()} == pytest.approx(
-        {"outer": 0.08, "aten::mm": 0.025, "inner": 0.005, "beside": 0.1, "everything else": 0, "idle": 0}
+        {"outer": 0.08, "aten::mm": 0.025, "inner": 0.005, "next to it": 0.1, "everything else": 0, "idle": 0}
     )
     assert found["aten::mm"]["floor_ms"] == pytest.approx(1e3 * 48 / 1e11)
 

@@ -246,11 +246,15 @@ def test_rotation_by_its_formula_and_back():
     x = torch.randn(2, 7, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     angles = torch.rand(7, 4, generator=torch.Generator().manual_seed(1))
     rope = torch.stack((angles.cos(), angles.sin()), dim=-1)
-    turned = rotate(x, rope)
+    eager = [rotate(x, rope), rotate(x, rope, inverse=True)]
+    turned = eager[0]
     cosine, sine = (table.double()[:, None] for table in rope.unbind(-1))
     torch.testing.assert_close(turned[..., 0::2], x[..., 0::2] * cosine - x[..., 1::2] * sine)
     torch.testing.assert_close(turned[..., 1::2], x[..., 0::2] * sine + x[..., 1::2] * cosine)
     torch.testing.assert_close(rotate(turned, rope, inverse=True), x, rtol=1e-6, atol=1e-6)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):  # then it is written in real numbers
+        for inverse in (False, True):
+            torch.testing.assert_close(rotate(x, rope, inverse=inverse), eager[inverse])
 
 
 @pytest.mark.gpu
@@ -281,7 +285,7 @@ def test_operators_of_a_gpu_take_what_they_are_given(kernel):
 
 
 @pytest.mark.gpu
-def test_a_kernel_that_keeps_nothing_is_run_again():
+def test_a_kernel_that_keeps_nothing_is_recomputed():
     """As for float32 on a GPU."""
     qkv, d_out = make_inputs(50, 2, torch.float32)
     rope = make_rope(50)
