@@ -6,8 +6,8 @@ B images, T tokens x_t of D channels, one absorbed query a_h [D] for each head:
     dS_th = P_th (dpooled_h·x_t - δ_h),  δ_h = dpooled_h·pooled_h
     dx_t = Σ_h P_th dpooled_h + dS_th a_h,  da_h = Σ dS_th x_t over tokens and images
 
-The first token is returned next to what is pooled, and its gradient is taken with the other's, so that the gradient of the
-tokens is written once: as a slice of its own it would cost a tensor of zeros and an addition over all tokens.
+The first token is returned next to what is pooled, and its gradient is taken with the other's, so that the gradient of
+the tokens is written once: as a slice of its own it would cost a tensor of zeros and an addition over all tokens.
 
 The products are in the type of the absorbed queries, as under autocast; wider tokens are rounded to it, once, and kept
 like that for the backward pass. Softmax and sums are float32. P is recomputed from lse. What dS_h adds up to over an
