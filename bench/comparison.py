@@ -1,33 +1,23 @@
-"""Candidates for one operation of an image tower: checked against float64, then timed in turns beside a floor."""
+"""Operations of an image tower as a `Comparison`: what decides their data, and how wrong they may be."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from textlock.bench.ceilings import TOLERANCE, Ceilings
-from textlock.bench.entry import Outcome, Session, one_line
-from textlock.bench.measure import (
-    Spread,
-    Wrong,
-    check_compiler,
-    interleaved_times,
-    peak_bytes,
-    release,
-)
+from textlock.bench.candidates import Comparison, Ready, name_of
+from textlock.bench.ceilings import TOLERANCE
+from textlock.bench.entry import Outcome
+from textlock.bench.measure import check_compiler
 from textlock.bench.records import is_ours
-from textlock.engine.provenance import device_name
+from textlock.kernels.device import peak_rate
 from textlock.models.vision import VisionConfig
 
 Part = Literal["gemm", "kernels", "block", "tower"]
-
-# Dense bfloat16 operations a second by the makers' data sheets, which MFU is counted against.
-PEAK_RATES = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 
 # As TOLERANCE, for ours in a single operation: it rounds less often than a tower, and less than some peers, which add
 # up in 16 bits.
@@ -50,56 +40,23 @@ class Setting:
         """Tokens of all images."""
         return self.micro_batch * self.config.tokens
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of all tokens in the type of the products."""
-        return self.rows * self.config.width * self.dtype.itemsize
-
-    @property
-    def hidden_bytes(self) -> int:
-        """Bytes of the inner channels of an MLP for all tokens."""
-        return self.rows * self.config.hidden * self.dtype.itemsize
-
-    @property
-    def attention_operations(self) -> int:
-        """Operations of one product of attention, such as queries with keys, for all images."""
-        return 2 * self.rows * self.config.tokens * self.config.width
-
-    @property
-    def pooling_operations(self) -> int:
-        """Operations of one product of attention pooling, such as tokens with absorbed queries, for all images."""
-        return 2 * self.rows * self.config.heads * self.config.width
+    def case(self) -> dict[str, Any]:
+        """Return the data as lines tell it."""
+        return {
+            "tower": self.tower,
+            "micro_batch": self.micro_batch,
+            "tokens": self.config.tokens,
+            "width": self.config.width,
+            "dtype": name_of(self.dtype),
+        }
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a training step's products."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
-class Random:
-    """Draws the data of one operation, the same for every candidate."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.device, self.dtype = setting.device, setting.dtype
-        self.generator = torch.Generator(setting.device).manual_seed(setting.seed)
-
-    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        numbers = torch.randn(shape, device=self.device, dtype=dtype or self.dtype, generator=self.generator)
-        return numbers.mul_(std).add_(mean)
-
-    def weight(self, *shape: int) -> Tensor:
-        """Return a parameter: float32, a LayerNorm's or a bias where it has one dimension."""
-        return self.normal(*shape, mean=0.5, std=0.2, dtype=torch.float32)
-
-    def images(self, setting: Setting) -> Tensor:
-        """Return raw images, uint8 [b, S, S, 3]."""
-        side = setting.config.image_size
-        shape = (setting.micro_batch, side, side, 3)
-        return torch.randint(256, shape, device=self.device, dtype=torch.uint8, generator=self.generator)
-
-
 Result = dict[str, Tensor]
 Run = Callable[[], Result]
-Plain = Callable[..., Result]  # an operation in plain torch, differentiable, of tensors by name
 
 
 @dataclass(frozen=True)
@@ -110,111 +67,61 @@ class Prepared:
     result: Result
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Candidates for the same operation. Nothing is allocated before one of them is prepared."""
+def comparison_of(
+    part: Part,
+    operation: str,
+    setting: Setting,
+    candidates: Mapping[str, Callable[[], Prepared]],
+    errors: Callable[[Result], dict[str, float]],
+    *,
+    traffic: float = 0,
+    operations: float = 0,
+    many: bool = False,
+) -> Comparison:
+    """Return the comparison of an operation.
 
-    part: Part
-    operation: str
-    setting: Setting
-    candidates: dict[str, Callable[[], Prepared]]
-    errors: Callable[[Result], dict[str, float]]
-    traffic: float = 0  # bytes that have to be read or written
-    operations: float = 0  # floating-point operations that have to be done
-    many: bool = False  # operations: a block or tower, whose memory and images a second are told too
+    Args:
+        part: of the benchmark.
+        operation: its name.
+        setting: what decides its data.
+        candidates: prepared by a call, which raises Unavailable.
+        errors: of what a candidate computed, relative to float64.
+        traffic: bytes that have to be read or written.
+        operations: floating-point operations that have to be done.
+        many: a block or a tower, whose memory and images a second are told too.
+    """
 
-    def floor(self, ceilings: Ceilings) -> float:
-        """Return the seconds below which this device cannot get."""
-        return ceilings.floor(self.setting.dtype, traffic=self.traffic, operations=self.operations)
+    def ready(name: str, prepare: Callable[[], Prepared]) -> Ready:
+        prepared = prepare()
+        tolerance = TOLERANCE if many or not is_ours(name) else TOLERANCE_OF_ONE_OPERATION
+        return Ready(prepared.run, errors(prepared.result), tolerance[setting.dtype], setting.dtype)
+
+    def of_images(seconds: float) -> Outcome:
+        peak = peak_rate(setting.device)
+        return {
+            "images_per_second": setting.micro_batch / seconds,
+            "mfu_percent": None if peak is None else 100 * operations / seconds / peak,
+        }
+
+    return Comparison(
+        part,
+        operation,
+        setting.case(),
+        (operation, f"{setting.micro_batch} images"),
+        {name: partial(ready, name, prepare) for name, prepare in candidates.items()},
+        traffic=traffic,
+        operations=operations,
+        memory=many,
+        more=of_images if many else lambda seconds: {},
+    )
 
 
 def ran(run: Run) -> Prepared:
+    """Return a candidate that has run once."""
     return Prepared(run, run())
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Return a function that torch.compile makes; raises Unavailable where there is no compiler."""
     check_compiler(device)
     return torch.compile(function, dynamic=False)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def figures(
-    comparison: Comparison,
-    run: Callable[[], object],
-    errors: dict[str, float],
-    spread: Spread,
-    ceilings: Ceilings,
-) -> dict[str, Any]:
-    """Return what is published of a candidate: in percent of the floor, as rates, with errors and memory."""
-    setting, floor = comparison.setting, comparison.floor(ceilings)
-    found = spread.published() | {
-        "floor_ms": floor * 1e3,
-        "percent_of_floor": 100 * floor / spread.median,
-        "gigabytes_per_second": comparison.traffic / spread.median / 1e9,
-        "tflops": comparison.operations / spread.median / 1e12,
-        "errors": errors,
-    }
-    if comparison.many:
-        found["images_per_second"] = setting.micro_batch / spread.median
-        peak = PEAK_RATES.get(device_name(setting.device))
-        found["mfu_percent"] = None if peak is None else 100 * comparison.operations / spread.median / peak
-        found["peak_bytes"] = peak_bytes(run, setting.device)
-    return found
-
-
-def check(comparison: Comparison, name: str) -> tuple[Prepared, dict[str, float]]:
-    """Prepare a candidate and compare it with float64; raises Unavailable, or Wrong with its errors."""
-    candidate = comparison.candidates[name]()
-    errors = comparison.errors(candidate.result)
-    tolerance = TOLERANCE if comparison.many or not is_ours(name) else TOLERANCE_OF_ONE_OPERATION
-    if not all(error <= tolerance[comparison.setting.dtype] for error in errors.values()):  # nan is wrong too
-        raise Wrong(name, errors)
-    return candidate, errors
-
-
-def measure(
-    comparison: Comparison, names: list[str], ceilings: Ceilings, seconds: float, end: float
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Check and then time candidates in turns; yields name and figures, or why there are none.
-
-    What is not ready at ``end`` on the monotonic clock is given up.
-    """
-    if not names:
-        return
-    device = comparison.setting.device
-    if any("compiled" in name for name in names):
-        torch.compiler.reset()
-    release(device)
-    ready: dict[str, Callable[[], object]] = {}
-    errors: dict[str, dict[str, float]] = {}
-
-    def prepare(name: str) -> Outcome:
-        candidate, errors[name] = check(comparison, name)
-        ready[name] = candidate.run
-        return {}
-
-    for name in names:
-        if why_not := Session(device, end).outcome_of(partial(prepare, name)):
-            yield name, why_not
-
-    try:
-        times = interleaved_times(ready, seconds, device)
-        found = {
-            name: figures(comparison, run, errors[name], Spread.of(times[name]), ceilings)
-            for name, run in ready.items()
-        }
-    except torch.OutOfMemoryError as error:
-        yield from ((name, {"failed": one_line(error)}) for name in ready)
-        return
-    for name in ready:
-        if is_ours(name):
-            others = [other for other in ready if not is_ours(other)]
-            found[name]["speedup"] = {other: speedup(times[name], times[other]) for other in others}
-        yield name, found[name]
-
-
-def speedup(ours: list[float], theirs: list[float]) -> float:
-    return median(other / own for own, other in zip(ours, theirs, strict=True))

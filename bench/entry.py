@@ -101,6 +101,11 @@ class Session:
     end: float  # on the monotonic clock
     notes: list[str] = field(default_factory=list)  # sentences to print below the table
 
+    @classmethod
+    def lasting(cls, device: torch.device, seconds: float) -> "Session":
+        """Return a session that begins now and lasts so long."""
+        return cls(device, time.monotonic() + seconds)
+
     def seconds_left(self) -> float:
         """Return how long the session still has, below zero once it is over."""
         return self.end - time.monotonic()
@@ -199,7 +204,7 @@ class Benchmark(Generic[O]):
         """Measure and print; raises ValueError for bad options, SystemExit(1) where one of ours is wrong or fails."""
         self.check(options)
         device = device_of(getattr(options, "device", "cpu"))
-        session = Session(device, time.monotonic() + getattr(options, "limit", NO_LIMIT))
+        session = Session.lasting(device, getattr(options, "limit", NO_LIMIT))
         report = Report(device, self.before, self.columns, self.title(options))
         for line in self.lines(options, session):
             report.add(line)

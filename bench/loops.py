@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from textlock.bench import losses
-from textlock.bench.block_tower import jitter
 from textlock.bench.measure import check_compiler
+from textlock.bench.tower import jitter
 from textlock.data.loader import Batch, DataConfig, Loader, open_loader
 from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
@@ -24,7 +24,7 @@ from textlock.engine.objective import Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
 from textlock.engine.plan import Plan, available_bytes, choose_plan, fixed_bytes, tier_costs
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
-from textlock.models.block import ComputeCopies, Implementation, compute_dtype
+from textlock.models.block import ComputeCopies, Implementation, product_dtype
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class StepSetting:
     def dtype(self) -> torch.dtype:
         """Type of the products."""
         with self.autocast():
-            return compute_dtype(torch.empty(0, device=self.device))
+            return product_dtype(torch.empty(0, device=self.device))
 
     def build(self, block: Implementation) -> VisionTower:
         """Build the tower: the same weights whatever the blocks."""

@@ -47,11 +47,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from textlock.bench import ceilings, comparison, losses, profile
-from textlock.bench.block_tower import flat, tower_operations
+from textlock.bench import ceilings, comparison, losses, trace
 from textlock.bench.candidates import Ready, at_floor, judged, name_of
 from textlock.bench.ceilings import Ceilings, ceilings_for
-from textlock.bench.comparison import PEAK_RATES
 from textlock.bench.entry import (
     ERROR,
     FLOOR,
@@ -81,8 +79,9 @@ from textlock.bench.loops import (
 )
 from textlock.bench.measure import LEAST_RUNS, Spread, peak_bytes, relative_error
 from textlock.bench.records import profile_table
+from textlock.bench.tower import flat, tower_operations
 from textlock.engine.feed import FedBatch
-from textlock.engine.provenance import device_name
+from textlock.kernels.device import peak_rate
 from textlock.models.vision import VISION_CONFIGS
 
 # Relative error of the weight gradients against float64 that still counts as right, by the type of the products.
@@ -189,12 +188,12 @@ def figures_of(
         phases = timed(partial(prepared.step, feed), options.seconds)
     spread = Spread.of([sum(step.values()) for step in phases])
     middle = {phase: median(step[phase] for step in phases) for phase in PHASES}
-    rate, peak_rate = case.b / spread.median, PEAK_RATES.get(device_name(device))
+    rate, highest = case.b / spread.median, peak_rate(device)
     floor, operations = floor_of(setting, case, found), tower_operations(VISION_CONFIGS[setting.tower])
     figures = spread.published() | ({} if floor is None else at_floor(floor, spread.median))
     figures |= {
         "images_per_second": rate,
-        "mfu_percent": None if peak_rate is None else 100 * rate * operations / peak_rate,
+        "mfu_percent": None if highest is None else 100 * rate * operations / highest,
         "shares": {phase: seconds / sum(middle.values()) for phase, seconds in middle.items()},
         "seconds": middle,
         "peak_bytes": peak,
@@ -228,9 +227,9 @@ def profiled(
     )
     with batches(setting, case, options.shards, options.workers) as feed:
         prepared.step(feed).wait()
-        recorded = profile.record(lambda: prepared.step(feed), setting.device)
-    profile.write_trace(recorded, path)
-    return profile.largest(profile.activities(recorded, shapes, found))
+        recorded = trace.record(lambda: prepared.step(feed), setting.device)
+    trace.write_trace(recorded, path)
+    return trace.largest(trace.activities(recorded, shapes, found))
 
 
 def timed(step: Callable[[Clock | None], Clock], seconds: float) -> list[dict[Phase, float]]:

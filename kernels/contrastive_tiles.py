@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import multiprocessors_of
 from .gather import PULL_PROGRAMS, GatherProgress, wait_for_rows
 from .tiles import (
     INTERPRETED,
@@ -35,7 +36,6 @@ from .tiles import (
     TileShape,
     cosine_tile,
     descriptor,
-    multiprocessors_of,
     tile_of,
 )
 

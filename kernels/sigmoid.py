@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import multiprocessors_of
 from .gather import group_of
 from .pairs import (
     check_layout,
@@ -49,7 +50,6 @@ from .tiles import (
     TileShape,
     cosine_tile,
     descriptor,
-    multiprocessors_of,
     operand,
     product,
     tile_of,

@@ -16,14 +16,14 @@ A layer scale s is no operation of its own: s∘(a·Wᵀ + b) is a·(diag(s)·W)
 The backward pass is written by hand, because what is kept for it decides how many images fit on a GPU. Five tiers, in
 bytes for a token of D channels and hidden width M, of which the residual stream has r bytes a channel and all else c:
 
-    keep      kept of a block                            bytes (plus row statistics)           made again
+    keep      kept of a block                            bytes (plus row statistics)           recomputed
     all       x1, qkv, a, x2, g                          (2r + 4c)·D + 2cM (GELU: cM)          LayerNorms, h
     no-mlp    x1, qkv, a, x2                             (2r + 4c)·D                           also g
     lean      x1, a, x2                                  (2r + c)·D                            also qkv, g
     block     x1                                         rD                                    the block up to g
 
-(The fifth, none, is to run the whole tower again, which is its caller's affair.) What is made again has the same bits
-as before, and so have the gradients.
+The fifth tier, `none`, recomputes the whole tower; engine/step.py does that. Recomputed tensors are bit-identical, and
+so are the gradients.
 """
 
 import functools
@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.attention import attention, attention_backward
+from ..kernels.device import AMPERE, capability_of
 from ..kernels.gelu import gelu, gelu_backward
 from ..kernels.norm import AddNorm, add_norm, add_norm_backward
 from ..kernels.swiglu import Swiglu, SwigluGradients, swiglu_norm, swiglu_norm_backward
@@ -159,7 +160,7 @@ class Block(nn.Module):
             stream: tokens [b, T, D].
             rope: [T, head_dim / 2, 2] or [b, T, head_dim / 2, 2] as in `attention`, or None for no positions.
             keep: what is kept for the backward pass, see the top of this file. Where the block is not fused, ``all``
-                leaves it to autograd and ``block`` runs the block again; it has no other tier.
+                leaves it to autograd and ``block`` recomputes the block; it has no other tier.
 
         Raises:
             ValueError: a tier that there is not; fused, on a GPU without the kernels; tensors that `attention` refuses.
@@ -188,7 +189,7 @@ class Block(nn.Module):
         return Stream(x, F.linear(self.mlp.hidden(self.norm2(x)), fc2_weight), fc2_bias)
 
     def _fused(self, stream: Stream, rope: Tensor | None, keep: Keep) -> Stream:
-        if stream.x.is_cuda and (capability := torch.cuda.get_device_capability(stream.x.device)) < (8, 0):
+        if stream.x.is_cuda and (capability := capability_of(stream.x.device)) < AMPERE:
             raise ValueError(
                 "fused blocks need a GPU of compute capability 8.0 or later, this one has"
                 f" {'.'.join(map(str, capability))}: set --model.block compile"
@@ -208,7 +209,7 @@ class Block(nn.Module):
         layers = _Layers(
             self.qkv.weight, self.qkv.bias, out_weight, self.mlp.first.weight, self.mlp.first.bias, fc2_weight
         )
-        dtype = compute_dtype(self.qkv.weight)
+        dtype = product_dtype(self.qkv.weight)
         settings = _Settings(
             heads=self.heads,
             eps=self.norm1.eps,
@@ -254,7 +255,7 @@ class ComputeCopies:
             del parameter.compute_copy  # type: ignore[attr-defined]
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
+def product_dtype(weight: Tensor) -> torch.dtype:
     """Return the type of a product with this weight: autocast's where it is on and the weight float32, or its own."""
     device = weight.device.type
     if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):
@@ -315,7 +316,7 @@ class _Settings:
 
 
 class _Pieces(NamedTuple):
-    """The pieces that the forward pass is made of, and the backward pass makes again what was not kept."""
+    """The pieces that the forward pass is made of, and from which the backward pass recomputes what was not kept."""
 
     settings: _Settings
     rope: Tensor | None
@@ -487,8 +488,8 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
 def _source_of(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """Return what is kept of a parameter for the backward pass: its copy, or where it has none what to make it from.
 
-    A copy for each forward pass between its forward and its backward would be as much memory as the weights. Only what
-    layer scale made is no weight that is there anyhow, and is kept in the smaller type.
+    A copy for each forward pass between its forward and its backward would be as much memory as the weights. Weights
+    multiplied by layer scale exist nowhere else, so they are saved, in the compute dtype.
     """
     copy: Tensor | None = getattr(parameter, "compute_copy", None)
     if copy is not None and copy.dtype == dtype:

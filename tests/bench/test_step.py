@@ -14,9 +14,9 @@ from PIL import Image
 
 from textlock.bench import loops
 from textlock.bench import step as bench
-from textlock.bench.block_tower import tower_operations
 from textlock.bench.ceilings import Ceilings
 from textlock.bench.entry import CPU, Session
+from textlock.bench.tower import tower_operations
 from textlock.engine.feed import FedBatch
 from textlock.models.vision import VISION_CONFIGS
 

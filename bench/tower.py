@@ -1,4 +1,4 @@
-"""The transformer block and the whole image tower, forward and backward, with what they are compared with."""
+"""The transformer block and the whole image tower, forward and backward, with their peers."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +9,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from textlock.bench.block_kernels import layers_of, tokens_of
-from textlock.bench.comparison import Comparison, Prepared, Random, Result, Setting, compiled
+from textlock.bench.candidates import Comparison
+from textlock.bench.comparison import Prepared, Result, Setting, comparison_of, compiled
 from textlock.bench.measure import Unavailable, check_compiler, relative_error
+from textlock.kernels.card import Data
 from textlock.models.block import Block, ComputeCopies, Implementation, Keep, Stream
 from textlock.models.pooling import AttentionPooling
 from textlock.models.vision import (
@@ -26,6 +27,13 @@ from textlock.models.weights import from_timm
 
 # Images of a micro-batch whose results are compared with float64.
 COMPARED_IMAGES = 8
+
+
+def layers_of(config: VisionConfig) -> dict[str, tuple[int, int]]:
+    """Return output and input channels of the linear layers of a block."""
+    first = ("gate_up", 2 * config.hidden) if config.gated else ("fc1", config.hidden)
+    D = config.width
+    return {"qkv": (3 * D, D), "out_proj": (D, D), first[0]: (first[1], D), "fc2": (D, config.hidden)}
 
 
 def block_operations(config: VisionConfig) -> int:
@@ -143,8 +151,8 @@ def compare_block(setting: Setting) -> Comparison:
 
     @cache
     def data() -> Result:
-        random = Random(setting)
-        return {name: tokens_of(setting, random, config.width) for name in ("x", "branch", "d_x", "d_branch")}
+        draw, shape = Data(setting.device, setting.seed), (setting.micro_batch, config.tokens, config.width)
+        return {name: draw.normal(*shape, dtype=setting.dtype) for name in ("x", "branch", "d_x", "d_branch")}
 
     @cache
     def rope() -> Tensor | None:
@@ -176,7 +184,7 @@ def compare_block(setting: Setting) -> Comparison:
         truth = run(block, nullcontext(), {name: value[some].double() for name, value in data().items()})
         return relative_errors(found, truth | parameters(take_gradients(block)))
 
-    return Comparison(
+    return comparison_of(
         "block",
         "block",
         setting,
@@ -253,9 +261,11 @@ def compare_tower(setting: Setting) -> Comparison:
 
     @cache
     def data() -> Result:
-        random = Random(setting)
-        images = random.images(setting)
-        return {"images": images, "d": random.normal(setting.micro_batch, config.width)}
+        draw, side = Data(setting.device, setting.seed), config.image_size
+        return {
+            "images": draw.integers(256, setting.micro_batch, side, side, 3, dtype=torch.uint8),
+            "d": draw.normal(setting.micro_batch, config.width, dtype=setting.dtype),
+        }
 
     def run(forward: Callable[[Tensor], Tensor], copies: AbstractContextManager[None], tensors: Result) -> Result:
         with copies, setting.autocast():
@@ -318,7 +328,7 @@ def compare_tower(setting: Setting) -> Comparison:
         "timm_compiled_checkpoints": partial(of_timm, compile_it=True, checkpoints=True),
     }
     tiers: tuple[Keep | Literal["none"], ...] = (*get_args(Keep), "none")
-    return Comparison(
+    return comparison_of(
         "tower",
         "tower",
         setting,

@@ -1,4 +1,4 @@
-"""The benchmark of the block at a size of no interest: every part runs, checks itself, refuses wrong results."""
+"""The benchmark of the operations at a size of no interest: every part runs, checks itself, refuses wrong results."""
 
 import json
 import os
@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from textlock.bench import block as bench
-from textlock.bench import block_kernels, block_tower, ceilings, comparison
+from textlock.bench import ceilings, tower
+from textlock.bench import operations as bench
+from textlock.bench.candidates import compared, judged
+from textlock.bench.entry import Session
 from textlock.models.vision import VISION_CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +24,7 @@ TOWER = "eva02_micro_patch8_32"
 PARTS = ("gemm", "kernels", "block", "tower")
 OURS = ("ours", "ours_all", "ours_no-mlp", "ours_lean", "ours_block", "ours_none")
 UNCOMPILED = (*OURS, "round_and_add", "eager", "timm", "timm_checkpoints")
-TINY = bench.Options(tower=TOWER, micro_batch=(3,), candidates=UNCOMPILED, seconds=0.001)
+TINY = bench.OperationOptions(tower=TOWER, micro_batch=(3,), candidates=UNCOMPILED, seconds=0.001)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def setting(tower=TOWER, micro_batch=3):
 
 def lines_of(options, capsys):
     """Run the benchmark; return its lines but those of candidates that this machine has not."""
-    bench.main(options)
+    bench.BENCHMARK.run(options)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return [line for line in lines if "absent" not in line]
 
@@ -51,7 +53,7 @@ def ceilings_file(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_every_operation_is_checked_and_measured_beside_its_floor(part, ceilings_file, capsys):
+def test_every_operation_is_checked_and_measured_next_to_its_floor(part, ceilings_file, kernels_run, capsys):
     options = replace(TINY, only=(part,), ceilings=ceilings_file)
     lines = {(line["operation"], line["candidate"]): line for line in lines_of(options, capsys)}
     highest = ceilings.read_ceilings(ceilings_file, CPU)
@@ -62,8 +64,8 @@ def test_every_operation_is_checked_and_measured_beside_its_floor(part, ceilings
         low, high = line["quartiles_ms"]
         assert low <= line["ms"] <= high
         assert line["percent_of_floor"] == pytest.approx(100 * line["floor_ms"] / line["ms"])
-        by_traffic = line["gigabytes_per_second"] / (highest.bandwidth / 1e9)
-        by_operations = line["tflops"] / (highest.matrix_rate[torch.float32] / 1e12)
+        by_traffic = line.get("gigabytes_per_second", 0) / (highest.bandwidth / 1e9)
+        by_operations = line.get("tflops", 0) / (highest.matrix_rate[torch.float32] / 1e12)
         assert line["percent_of_floor"] == pytest.approx(100 * max(by_traffic, by_operations))
         assert line["percent_of_floor"] > 0
         assert line["errors"] and max(line["errors"].values()) < 1e-4
@@ -75,7 +77,7 @@ def test_every_operation_is_checked_and_measured_beside_its_floor(part, ceilings
 
 
 def test_every_tier_and_timm_are_compared_in_one_run(capsys):
-    bench.main(replace(TINY, only=("tower",)))
+    bench.BENCHMARK.run(replace(TINY, only=("tower",)))
     printed = capsys.readouterr()
     lines = {line["candidate"]: line for line in map(json.loads, printed.out.splitlines()) if line["part"] == "tower"}
     assert lines.keys() == {*OURS[1:], "eager", "timm", "timm_checkpoints"}
@@ -102,9 +104,9 @@ def test_operations_of_a_block_and_of_the_tower_are_those_of_the_literature():
         "gate_up": (4096, 768),
         "fc2": (768, 2048),
     }
-    assert 12 * block_tower.block_operations(config) == pytest.approx((33.46 + 1.43) * 1e9, rel=1e-3)
-    assert block_tower.tower_operations(config) == pytest.approx(106.58e9, rel=1e-4)
-    assert block_tower.block_operations(VISION_CONFIGS["vit_base_patch16_224"]) == pytest.approx(2.9e9, rel=1e-2)
+    assert 12 * tower.block_operations(config) == pytest.approx((33.46 + 1.43) * 1e9, rel=1e-3)
+    assert tower.tower_operations(config) == pytest.approx(106.58e9, rel=1e-4)
+    assert tower.block_operations(VISION_CONFIGS["vit_base_patch16_224"]) == pytest.approx(2.9e9, rel=1e-2)
 
 
 def test_products_and_the_least_traffic_add_up_to_what_a_block_does():
@@ -112,54 +114,50 @@ def test_products_and_the_least_traffic_add_up_to_what_a_block_does():
     at = setting()
     products = sum(c.operations for c in bench.comparisons("gemm", at) if c.operation.endswith("_forward"))
     attention = next(c for c in bench.comparisons("kernels", at) if c.operation == "attention").operations
-    assert products + attention == 3 * block_tower.block_operations(at.config)
+    assert products + attention == 3 * tower.block_operations(at.config)
 
 
-def spoiled(function, change):
-    def spoil(*arguments, **settings):
-        return change(function(*arguments, **settings))
-
-    return spoil
+@pytest.fixture
+def kernels_run(monkeypatch):
+    """Let kernels be launched on a CPU, in Triton's interpreter."""
+    monkeypatch.setattr(bench, "capability_of", lambda device: (9, 0))
 
 
 SPOILED = {
-    "forward": ("kernels", block_kernels, "gelu", lambda h: h * 1.0001, "gelu", "ours"),
-    "nan": ("kernels", block_kernels, "gelu", lambda h: h * torch.nan, "gelu", "ours"),
-    "last image": (
-        "kernels",
-        block_kernels,
-        "patchify",
-        lambda patches: torch.cat((patches[:-1], patches[:1])),
-        "patchify",
-        "ours",
-    ),
-    "sum over images": (
-        "kernels",
-        block_kernels,
-        "add_norm_backward",
-        lambda found: found._replace(d_bias=found.d_bias * 1.01),
-        "add_norm_backward",
-        "ours",
-    ),
+    "a factor": ("gelu", "h", lambda h: h * 1.0001),
+    "nan": ("gelu", "h", lambda h: h * torch.nan),
+    "last image": ("patchify", "patches", lambda patches: torch.cat((patches[:-1], patches[:1]))),
+    "sum over images": ("add_norm_backward", "d_bias", lambda d_bias: d_bias * 1.01),
 }
 
 
-@pytest.mark.parametrize(("part", "module", "name", "change", "operation", "candidate"), SPOILED.values(), ids=SPOILED)
-def test_a_wrong_kernel_has_no_figures(part, module, name, change, operation, candidate, capsys, monkeypatch):
-    monkeypatch.setattr(module, name, spoiled(getattr(module, name), change))
+@pytest.mark.parametrize(("operation", "output", "change"), SPOILED.values(), ids=SPOILED)
+def test_a_wrong_kernel_has_no_figures(operation, output, change, kernels_run, capsys, monkeypatch):
+    card, one = next((card, one) for card in bench.tower_cards() for one in card.passes if one.name == operation)
+
+    def wrong(**inputs):
+        found = one.launch(**inputs)
+        return found._replace(**{output: change(getattr(found, output))})
+
+    monkeypatch.setattr(bench, "tower_cards", lambda: [replace(card, passes=(replace(one, launch=wrong),))])
     with pytest.raises(SystemExit, match="1"):
-        bench.main(replace(TINY, only=(part,)))
+        bench.BENCHMARK.run(replace(TINY, only=("kernels",)))
     printed = capsys.readouterr()
-    lines = {(line["operation"], line["candidate"]): line for line in map(json.loads, printed.out.splitlines())}
-    assert "wrong" in lines[operation, candidate] and "ms" not in lines[operation, candidate]
-    assert "ms" in lines[operation, "eager"]
-    assert f"fault: {operation}, 3 images, {candidate}: wrong" in printed.err
+    lines = {line["candidate"]: line for line in map(json.loads, printed.out.splitlines()) if line["part"] == "kernels"}
+    assert "wrong" in lines["ours"] and "ms" not in lines["ours"]
+    assert "ms" in lines["eager"]
+    assert f"fault: {operation}, 3 images, ours: wrong" in printed.err
+
+
+def test_kernels_are_no_figure_of_a_cpu(capsys):
+    lines = [line for line in lines_of(replace(TINY, only=("kernels",)), capsys) if line["part"] == "kernels"]
+    assert {line["candidate"] for line in lines} == {"eager"}
 
 
 def test_a_product_that_forgets_its_main_gradient_is_wrong(capsys, monkeypatch):
-    monkeypatch.setattr(block_kernels, "weight_gradient", lambda d_y, x, main: main.copy_(d_y.mT @ x))
+    monkeypatch.setattr(bench, "weight_gradient", lambda d_y, x, main: main.copy_(d_y.mT @ x))
     with pytest.raises(SystemExit, match="1"):
-        bench.main(replace(TINY, only=("gemm",)))
+        bench.BENCHMARK.run(replace(TINY, only=("gemm",)))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     wrong = {(line["operation"], line["candidate"]) for line in lines if "wrong" in line}
     assert wrong == {(f"{layer}_d_weight", "ours") for layer in ("qkv", "out_proj", "gate_up", "fc2")}
@@ -167,16 +165,16 @@ def test_a_product_that_forgets_its_main_gradient_is_wrong(capsys, monkeypatch):
 
 @pytest.mark.parametrize("part", ["block", "tower"])
 def test_a_wrong_gradient_of_a_parameter_is_seen(part, capsys, monkeypatch):
-    take = block_tower.take_gradients
+    take = tower.take_gradients
 
     def forgetful(module):
         taken = take(module)
         fused = [m for m in module.modules() if getattr(m, "implementation", "") == "fused"]
         return {name: g * (0.9 if fused and "norm2.weight" in name else 1) for name, g in taken.items()}
 
-    monkeypatch.setattr(block_tower, "take_gradients", forgetful)
+    monkeypatch.setattr(tower, "take_gradients", forgetful)
     with pytest.raises(SystemExit, match="1"):
-        bench.main(replace(TINY, only=(part,)))
+        bench.BENCHMARK.run(replace(TINY, only=(part,)))
     lines = {line["candidate"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
     assert all("wrong" in line for name, line in lines.items() if name.startswith("ours"))
     assert "ms" in lines["eager"]
@@ -200,11 +198,11 @@ def test_a_candidate_that_crashes_or_runs_out_of_memory_costs_only_its_own_figur
     def too_large(*_, **__):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(block_tower, "TimmTower", crash)
+    monkeypatch.setattr(tower, "TimmTower", crash)
     lines = {line["candidate"]: line for line in lines_of(replace(TINY, only=("tower",)), capsys)}
     assert lines["timm"]["failed"] == "RuntimeError: no kernel image"
     assert "ms" in lines["ours_all"]
-    monkeypatch.setattr(block_tower, "TimmTower", too_large)
+    monkeypatch.setattr(tower, "TimmTower", too_large)
     lines = {line["candidate"]: line for line in lines_of(replace(TINY, only=("tower",)), capsys)}
     assert lines["timm"]["failed"] == "out of memory" and "ms" in lines["eager"]
 
@@ -215,7 +213,7 @@ def test_what_is_not_ready_in_time_is_given_up_and_the_rest_is_measured():
     stuck = replace(stuck, candidates=stuck.candidates | {"late": case.candidates["eager"]})
     low = ceilings.Ceilings(1e9, {torch.float32: 1e9}, None)
     start = time.monotonic()
-    found = dict(comparison.measure(stuck, ["eager", "ours", "late"], low, 0.001, start + 2))
+    found = {line.candidate: line.outcome for line in compared(stuck, (), low, 0.001, Session.lasting(CPU, 2))}
     assert time.monotonic() - start < 50
     assert found["ours"] == found["late"] == {"failed": "time limit"}
     assert found["eager"]["ms"] > 0
@@ -227,13 +225,13 @@ def test_a_part_that_ran_out_of_time_is_no_fault(capsys):
 
 
 def test_what_is_missing_is_named_and_left_out(capsys):
-    libraries = ("ours", "eager", "sdpa_cudnn", "sdpa_flash", "flash_attn", "flash_attn_4")
-    bench.main(replace(TINY, only=("kernels",), candidates=libraries))
+    libraries = ("eager", "sdpa_cudnn", "sdpa_flash", "flash_attn", "flash_attn_4")
+    bench.BENCHMARK.run(replace(TINY, only=("kernels",), candidates=libraries))
     printed = capsys.readouterr()
     lines = list(map(json.loads, printed.out.splitlines()))
-    assert {line["candidate"] for line in lines if "ms" in line} == {"ours", "eager"}
+    assert {line["candidate"] for line in lines if "ms" in line} == {"eager"}
     absent = {line["candidate"]: line["absent"] for line in lines if "absent" in line}
-    assert absent.keys() == {*libraries} - {"ours", "eager"} and "needs a GPU" in absent["flash_attn"]
+    assert absent.keys() == {*libraries} - {"eager"} and "needs a GPU" in absent["flash_attn"]
     assert "left out sdpa_cudnn, sdpa_flash: " in printed.err
     assert "left out flash_attn: flash-attn needs a GPU" in printed.err
 
@@ -249,15 +247,15 @@ def test_a_tower_without_a_timm_peer_is_measured_without_it(monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"candidates": ("compield",)}, "no candidate is named compield; choose from compiled, eager"),
-        ({"tower": "eva03"}, "vision tower 'eva03' is unknown"),
+        ({"candidates": ("compield",)}, "--candidates compield is unknown: choose from compiled, eager"),
+        ({"tower": "eva03"}, "--tower eva03 is unknown: choose from"),
         ({"micro_batch": (0,)}, "must be positive"),
     ],
     ids=["candidate", "tower", "size"],
 )
 def test_an_unknown_name_or_size_is_an_error(change, message):
     with pytest.raises(ValueError, match=message):
-        bench.main(replace(TINY, **change))
+        bench.BENCHMARK.run(replace(TINY, **change))
 
 
 @pytest.mark.slow
@@ -267,9 +265,9 @@ def test_the_compiled_peers_are_right_and_compiled(part, operation):
     (case,) = (c for c in bench.comparisons(part, setting()) if c.operation == operation)
     torch.compiler.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    candidate, errors = comparison.check(case, "compiled")
+    candidate = judged("compiled", case.candidates["compiled"]())
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert compiled > before and max(errors.values()) < 1e-4
+    assert compiled > before and max(candidate.errors.values()) < 1e-4
     candidate.run()
     candidate.run()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
@@ -278,25 +276,25 @@ def test_the_compiled_peers_are_right_and_compiled(part, operation):
 @pytest.mark.slow
 def test_the_same_figures_through_pytest_benchmark(tmp_path):
     script = (
-        "import sys, pytest; from textlock.bench import block as bench;"
-        f"bench.Options.__dataclass_fields__['tower'].default = bench.Options.tower = '{TOWER}';"
+        "import sys, pytest; from textlock.bench import operations as bench;"
+        f"bench.OperationOptions.__dataclass_fields__['tower'].default = bench.OperationOptions.tower = '{TOWER}';"
         "bench.MICRO_BATCHES['cpu'] = dict.fromkeys(bench.MICRO_BATCHES['cpu'], (2,));"
         "from textlock.bench import ceilings;"
         "ceilings.MATRIX_SIDE['cpu'], ceilings.COPY_BYTES['cpu'] = 64, 4096;"
         "sys.exit(pytest.main(sys.argv[1:]))"
     )
-    flags = ["bench/test_block.py", "--benchmark-only", f"--benchmark-json={tmp_path / 'out.json'}"]
+    flags = ["bench/test_operations.py", "--benchmark-only", f"--benchmark-json={tmp_path / 'out.json'}"]
     flags += [
         "--benchmark-max-time=0.01",
         "-k",
-        "gelu-2-ours or block-2-ours or flash_attn_4",
+        "gelu-2-eager or block-2-ours or flash_attn_4",
         "-p",
         "no:cacheprovider",
     ]
     outcome = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True)
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     found = {b["name"]: b for b in json.loads((tmp_path / "out.json").read_text())["benchmarks"]}
-    assert found.keys() == {"test_operation[gelu-2-ours]", "test_operation[block-2-ours]"}
+    assert found.keys() == {"test_operation[gelu-2-eager]", "test_operation[block-2-ours]"}
     for benchmark in found.values():
         extra = benchmark["extra_info"]
         assert extra["ms"] == pytest.approx(1e3 * benchmark["stats"]["median"])

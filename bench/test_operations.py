@@ -1,9 +1,10 @@
-"""The benchmark of the transformer block through pytest-benchmark, which keeps and compares runs.
+"""The benchmark of the operations of an image tower through pytest-benchmark, which keeps and compares runs.
 
-    pytest bench/test_block.py --benchmark-only
-    pytest bench/test_block.py --benchmark-only -k "attention and ours" --benchmark-json=out.json
+    pytest bench/test_operations.py --benchmark-only
+    pytest bench/test_operations.py --benchmark-only -k "attention and ours" --benchmark-json=out.json
 
-Operations, candidates and checks are those of `textlock.bench.block`; floor, errors and memory are in `extra_info`.
+Operations, candidates and checks are those of `textlock.bench.operations`; floor, errors and memory are in
+`extra_info`.
 """
 
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from textlock.bench import block as bench
+from textlock.bench import operations as bench
+from textlock.bench.candidates import Comparison, figures_of, judged
 from textlock.bench.ceilings import Ceilings, ceilings_for
-from textlock.bench.comparison import Comparison, Part, check, figures
+from textlock.bench.comparison import Part
 from textlock.bench.entry import device_of
 from textlock.bench.measure import Spread, Unavailable, release, to_its_end
 
 DEVICE = device_of(None)
-DEFAULTS = bench.Options()
+DEFAULTS = bench.OperationOptions()
 
 
 def comparisons(part: Part, micro_batch: int) -> Iterator[Comparison]:
@@ -51,11 +53,11 @@ def ceilings() -> Ceilings:
 def test_operation(part: Part, micro_batch: int, operation: str, name: str, benchmark: BenchmarkFixture) -> None:
     comparison = comparison_of(part, micro_batch, operation)
     try:
-        candidate, errors = check(comparison, name)
+        candidate = judged(name, comparison.candidates[name]())
     except Unavailable as reason:
         pytest.skip(str(reason))
     benchmark(to_its_end(candidate.run, DEVICE))
     if benchmark.stats is not None:  # None where pytest runs tests, not benchmarks
         stats = benchmark.stats.stats
         spread = Spread(stats.min, stats.q1, stats.median, stats.q3, stats.rounds)
-        benchmark.extra_info.update(figures(comparison, candidate.run, errors, spread, ceilings()))
+        benchmark.extra_info.update(figures_of(comparison, candidate, spread, ceilings(), DEVICE))
