@@ -97,8 +97,6 @@ class LargeBatchStep:
         if not self._sharded:
             with autocast:
                 self._copies = ComputeCopies(tower, compute_dtype(tower.patch_embed.weight))
-        # Of all images of this rank, and the gradient that the loss gives them: the same memory in every step.
-        self._rows = torch.empty(self._local_batch, tower.embed_dim, device=world.device)
 
     def __call__(self, step: int, images: Tensor, text: Tensor, ids: Tensor) -> StepResult:
         """Run one step.
@@ -131,22 +129,23 @@ class LargeBatchStep:
 
     def _all_then_back(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
         tiers = self._plan.tiers
-        kept: dict[int, Tensor] = {}  # rows with their graph, by micro-batch
+        embeddings = torch.empty(self._local_batch, self._tower.embed_dim, device=self._world.device)
+        kept: dict[int, Tensor] = {}  # embeddings with their graph, by micro-batch
         for number, (tier, images) in enumerate(zip(tiers, micro_batches, strict=True)):
             if tier == "none":
                 with torch.no_grad():
-                    rows = self._forward(step, number, images, self._plan.again)
+                    output = self._forward(step, number, images, self._plan.again)
             else:
-                rows = kept[number] = self._forward(step, number, images, tier)
-            self._rows_of(self._rows, number).copy_(rows.detach())
+                output = kept[number] = self._forward(step, number, images, tier)
+            self._part_of(embeddings, number).copy_(output.detach())
 
         texts, ids = candidates()
-        rows = self._rows.detach().requires_grad_()
+        embeddings.requires_grad_()
         loss = self._objective.of_batch(
-            rows, texts, ids, first_row=self._world.rank * self._local_batch, group=self._world.group
+            embeddings, texts, ids, first_row=self._world.rank * self._local_batch, group=self._world.group
         )
         loss.backward()
-        assert rows.grad is not None
+        assert embeddings.grad is not None
 
         # The plan lists tiers from the one that keeps most to none: memory is freed soonest, and a second forward finds
         # the room of all that were kept.
@@ -155,24 +154,24 @@ class LargeBatchStep:
                 output = self._forward(step, number, micro_batches[number], self._plan.again)
             else:
                 output = kept.pop(number)
-            self._back(number, output, self._rows_of(rows.grad, number))
+            self._back(number, output, self._part_of(embeddings.grad, number))
         return loss.detach()
 
     def _one_by_one(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
-        total = torch.zeros((), device=self._rows.device)
+        total = torch.zeros((), device=self._world.device)
         texts: Tensor | None = None
         ids: Tensor | None = None
         for number, images in enumerate(micro_batches):
             output = self._forward(step, number, images, self._plan.again)
             if texts is None:
                 texts, ids = candidates()  # on their way while the first micro-batch went forward
-            rows = output.detach().requires_grad_()
+            embeddings = output.detach().requires_grad_()
             first_row = self._world.rank * self._local_batch + number * self._plan.micro_batch
-            share = self._objective.of_micro_batch(rows, texts, ids, first_row=first_row)
+            share = self._objective.of_micro_batch(embeddings, texts, ids, first_row=first_row)
             share.backward()
             total += share.detach()
-            assert rows.grad is not None
-            self._back(number, output, rows.grad)
+            assert embeddings.grad is not None
+            self._back(number, output, embeddings.grad)
         if self._world.group is not None:
             dist.all_reduce(total, group=self._world.group)
         return total
@@ -198,8 +197,8 @@ class LargeBatchStep:
         assert self._world.group is not None
         self._gradients.start_reduction(self._tower.blocks[number].parameters(), self._world.group)
 
-    def _rows_of(self, rows: Tensor, number: int) -> Tensor:
-        return rows[number * self._plan.micro_batch : (number + 1) * self._plan.micro_batch]
+    def _part_of(self, embeddings: Tensor, number: int) -> Tensor:
+        return embeddings[number * self._plan.micro_batch : (number + 1) * self._plan.micro_batch]
 
 
 def _seed_of(*place: int) -> int:

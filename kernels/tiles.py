@@ -51,15 +51,15 @@ INTERPRETED_SHAPE = TileShape(32, 32, 32, num_warps=4, num_stages=1, group=2)
 
 
 @triton.jit
-def tile_of(t, rows, columns, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Return the block of rows and of columns of tile t; the walk along the columns starts at `first_column`."""
+def tile_of(t, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Return the block of rows and of columns of tile t."""
     blocks_m = tl.cdiv(rows, BLOCK_M)
     blocks_n = tl.cdiv(columns, BLOCK_N)
     group = t // (GROUP * blocks_n)
     in_group = tl.minimum(blocks_m - group * GROUP, GROUP)
     m = group * GROUP + (t % (GROUP * blocks_n)) % in_group
     n = (t % (GROUP * blocks_n)) // in_group
-    return m, (n + first_column // BLOCK_N) % blocks_n
+    return m, n
 
 
 @triton.jit
@@ -88,7 +88,10 @@ def multiprocessors_of(device: torch.device) -> int:
 def operand(rows: Tensor) -> Tensor:
     """Return rows as the kernels read them: float16, contiguous, from an address that descriptors accept."""
     rows = rows.to(torch.float16).contiguous()
-    return rows if rows.is_meta or rows.data_ptr() % 16 == 0 else rows.clone()
+    # One row is contiguous whatever its stride, which a descriptor looks at all the same.
+    if rows.is_meta or (rows.data_ptr() % 16 == 0 and rows.stride(0) == rows.shape[1]):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
