@@ -349,7 +349,7 @@ def contrastive_loss(
             gradient if it requires one (see `textlock.kernels.gather.gather_rows`).
         logit_scale: 0-dim tensor, or a number, which is a constant; already exponentiated, from 1 to 690 and more
             (limit: top of this file). At or below 0 it is refused if it lies on the CPU; on a GPU, for which the host
-            does not wait, `store` and `recompute` may then give nan.
+            does not wait, `store` and `recompute` then give nan.
         first_row: the row of `text` that matches row 0 of `image`.
         ids: [B] int64; two texts with equal ids are one caption, and neither is a negative of the other's image.
         group: the process group whose ranks hold the other images, in any order and in parts of any size.

@@ -199,7 +199,7 @@ def image_to_text_loss(
             may differ from that of `image`. float16 saves `fused` a copy in every call, float32 `chunked`.
         logit_scale: 0-dim tensor, or a number, which is a constant; already exponentiated. For `fused` at most 690,
             beyond it the loss is nan. At or below 0 it is refused if it lies on the CPU; on a GPU, for which the host
-            does not wait, `fused` may then give nan.
+            does not wait, `fused` then gives nan.
         first_row: the row of `text` that matches row 0 of `image`.
         ids: [B] int64; two texts with equal ids are one caption, and neither is a negative of the other's image.
         batch: images of the global batch; None: those given are all. Where the ranks average their gradients, as

@@ -95,15 +95,18 @@ def checked_pairs(
             f"ids must be int64 [{B}] on {image.device}, one for every text row, "
             f"not {ids.dtype} {list(ids.shape)} on {ids.device}"
         )
+    scale = as_scalar("logit_scale", logit_scale, image, text)
     if not isinstance(logit_scale, Tensor):
         check_scale(logit_scale)
-    return Pairs(image, text, as_scalar("logit_scale", logit_scale, image, text), first_row, ids, group, bank)
+    return Pairs(image, text, scale, first_row, ids, group, bank)
 
 
 def as_scalar(name: str, value: Tensor | float, image: Tensor, text: Tensor) -> Tensor:
     """Return a 0-dim tensor next to the embeddings; a number becomes a constant, without a copy from the host."""
     if isinstance(value, int | float):
         return image.new_full((), value, dtype=compute_dtype(image, text))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number or a tensor, not {type(value).__name__}")
     _check_tensor(name, value, image)
     if value.ndim != 0:
         raise ValueError(f"{name} must be a 0-dim tensor, not of shape {list(value.shape)}")
@@ -155,9 +158,7 @@ def check_settings(
     if mode == "reference" and not torch.compiler.is_compiling():  # the other modes look at it in their operators
         check_scale(pairs.logit_scale)
     if gradient_reduction not in get_args(Reduction):
-        raise ValueError(
-            f"gradient_reduction is {gradient_reduction!r}; choose one of {', '.join(get_args(Reduction))}"
-        )
+        raise ValueError(f"gradient_reduction is {gradient_reduction!r}; choose sum or mean")
 
 
 def compute_dtype(image: Tensor, text: Tensor) -> torch.dtype:
