@@ -1,7 +1,7 @@
 """What this device can do at most: the bandwidth of copies and the rate of large matrix products.
 
     python -m textlock.bench.ceilings > ceilings.jsonl
-    python -m textlock.bench.block --ceilings ceilings.jsonl     # the floors of other benchmarks come from these
+    python -m textlock.bench.operations --ceilings ceilings.jsonl     # the floors of other benchmarks come from these
 
 A floor is the least memory traffic (every tensor read or written once) over the bandwidth, or the operations over the
 rate, whichever takes longer. Data is random: zeros run faster. Every copy and product is compared with what it should

@@ -1,4 +1,4 @@
-"""Candidates for one operation of an image tower: checked against float64, then timed in turns beside a floor."""
+"""Candidates for one operation of an image tower: checked against float64, then timed in turns next to a floor."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +22,10 @@ from textlock.bench.measure import (
     release,
 )
 from textlock.bench.records import is_ours
-from textlock.engine.provenance import device_name
+from textlock.kernels.device import peak_rate
 from textlock.models.vision import VisionConfig
 
 Part = Literal["gemm", "kernels", "block", "tower"]
-
-# Dense bfloat16 operations a second by the makers' data sheets, which MFU is counted against.
-PEAK_RATES = {"NVIDIA H100 80GB HBM3": 989.4e12, "NVIDIA H200": 989.4e12}
 
 # As TOLERANCE, for ours in a single operation: it rounds less often than a tower, and less than some peers, which add
 # up in 16 bits.
@@ -51,56 +48,13 @@ class Setting:
         """Tokens of all images."""
         return self.micro_batch * self.config.tokens
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of all tokens in the type of the products."""
-        return self.rows * self.config.width * self.dtype.itemsize
-
-    @property
-    def hidden_bytes(self) -> int:
-        """Bytes of the inner channels of an MLP for all tokens."""
-        return self.rows * self.config.hidden * self.dtype.itemsize
-
-    @property
-    def attention_operations(self) -> int:
-        """Operations of one product of attention, such as queries with keys, for all images."""
-        return 2 * self.rows * self.config.tokens * self.config.width
-
-    @property
-    def pooling_operations(self) -> int:
-        """Operations of one product of attention pooling, such as tokens with absorbed queries, for all images."""
-        return 2 * self.rows * self.config.heads * self.config.width
-
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a training step's products."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
 
 
-class Random:
-    """Draws the data of one operation, the same for every candidate."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.device, self.dtype = setting.device, setting.dtype
-        self.generator = torch.Generator(setting.device).manual_seed(setting.seed)
-
-    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        numbers = torch.randn(shape, device=self.device, dtype=dtype or self.dtype, generator=self.generator)
-        return numbers.mul_(std).add_(mean)
-
-    def weight(self, *shape: int) -> Tensor:
-        """Return a parameter: float32, a LayerNorm's or a bias where it has one dimension."""
-        return self.normal(*shape, mean=0.5, std=0.2, dtype=torch.float32)
-
-    def images(self, setting: Setting) -> Tensor:
-        """Return raw images, uint8 [b, S, S, 3]."""
-        side = setting.config.image_size
-        shape = (setting.micro_batch, side, side, 3)
-        return torch.randint(256, shape, device=self.device, dtype=torch.uint8, generator=self.generator)
-
-
 Result = dict[str, Tensor]
 Run = Callable[[], Result]
-Plain = Callable[..., Result]  # an operation in plain torch, differentiable, of tensors by name
 
 
 @dataclass(frozen=True)
@@ -160,7 +114,7 @@ def figures(
     }
     if comparison.many:
         found["images_per_second"] = setting.micro_batch / spread.median
-        peak = PEAK_RATES.get(device_name(setting.device))
+        peak = peak_rate(setting.device)
         found["mfu_percent"] = None if peak is None else 100 * comparison.operations / spread.median / peak
         found["peak_bytes"] = peak_bytes(run, setting.device)
     return found

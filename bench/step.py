@@ -52,11 +52,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from textlock.bench import comparison, profile
+from textlock.bench import comparison, trace
 from textlock.bench import contrastive as losses
-from textlock.bench.block_tower import flat, jitter, tower_operations
 from textlock.bench.ceilings import Ceilings, ceilings_for
-from textlock.bench.comparison import PEAK_RATES, name_of
+from textlock.bench.comparison import name_of
 from textlock.bench.figures import Outcome, Report, cell, has_figures, outcome_of, timing_cells
 from textlock.bench.loader import write_shards
 from textlock.bench.measure import (
@@ -68,6 +67,7 @@ from textlock.bench.measure import (
     peak_bytes,
     relative_error,
 )
+from textlock.bench.tower import flat, jitter, tower_operations
 from textlock.data.loader import Batch, DataConfig, Loader, open_loader
 from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
@@ -75,9 +75,9 @@ from textlock.engine.feed import FedBatch, Feed
 from textlock.engine.objective import Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
 from textlock.engine.plan import Plan, available_bytes, choose_plan, fixed_bytes, tier_costs
-from textlock.engine.provenance import device_name
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
-from textlock.models.block import ComputeCopies, Implementation, compute_dtype
+from textlock.kernels.device import peak_rate
+from textlock.models.block import ComputeCopies, Implementation, product_dtype
 from textlock.models.text import TextTower
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
 
@@ -187,7 +187,7 @@ class Setting:
     def dtype(self) -> torch.dtype:
         """Type of the products."""
         with self.autocast():
-            return compute_dtype(torch.empty(0, device=self.device))
+            return product_dtype(torch.empty(0, device=self.device))
 
     def build(self, block: Implementation) -> VisionTower:
         """Build the tower: the same weights whatever the blocks."""
@@ -545,14 +545,14 @@ def measure(
     spread = Spread.of([sum(step.values()) for step in parts])
     middle = {part: median(step[part] for step in parts) for part in PARTS}
     rate = case.b / spread.median
-    peak_rate = PEAK_RATES.get(device_name(device))
+    highest = peak_rate(device)
     operations = tower_operations(VISION_CONFIGS[setting.tower])
     floor = floor_of(setting, case, ceilings)
     beside_floor = {} if floor is None else {"floor_ms": floor * 1e3, "percent_of_floor": 100 * floor / spread.median}
     found = spread.published() | beside_floor
     found |= {
         "images_per_second": rate,
-        "mfu_percent": None if peak_rate is None else 100 * rate * operations / peak_rate,
+        "mfu_percent": None if highest is None else 100 * rate * operations / highest,
         "shares": {part: seconds / sum(middle.values()) for part, seconds in middle.items()},
         "seconds": middle,
         "peak_bytes": peak,
@@ -586,9 +586,9 @@ def profiled(
     )
     with batches(setting, case, options.shards, options.workers) as feed:
         prepared.step(feed).wait()
-        recorded = profile.record(lambda: prepared.step(feed), setting.device)
-    profile.write_trace(recorded, path)
-    return profile.largest(profile.activities(recorded, shapes, ceilings))
+        recorded = trace.record(lambda: prepared.step(feed), setting.device)
+    trace.write_trace(recorded, path)
+    return trace.largest(trace.activities(recorded, shapes, ceilings))
 
 
 def timed(step: Callable[[Clock | None], Clock], seconds: float) -> list[dict[Part, float]]:
@@ -686,11 +686,9 @@ def main(options: Options) -> None:
                     add_pictures(errors, side)
                 if options.profile is not None:
                     work = partial(profiled, setting, local_batches[0], options.profile, options, ceilings)
-                    of_kernels = profile.report(device)
+                    of_kernels = trace.report(device)
                     open_ones.callback(of_kernels.close)
-                    profile.add_lines(
-                        of_kernels, shape_of(setting, local_batches[0]) | {"pictures": None}, in_time(work)
-                    )
+                    trace.add_lines(of_kernels, shape_of(setting, local_batches[0]) | {"pictures": None}, in_time(work))
 
 
 def shape_of(setting: Setting, local_batch: int) -> dict[str, Any]:

@@ -106,7 +106,7 @@ PARTS = {
             25,
             (
                 command("ceilings --seconds 0.3", takes=()),
-                command("block --only gemm --micro-batch 512 --seconds 0.2"),
+                command("operations --only gemm --micro-batch 512 --seconds 0.2"),
             ),
         ),
         "loss": Part(
@@ -131,15 +131,21 @@ PARTS = {
             90,
             (
                 command(
-                    "block --only kernels block --micro-batch 512 --seconds 0.2 --candidates ours ours_all ours_lean"
-                    " eager sdpa_flash sdpa_cudnn flash_attn flash_attn_4 timm"
+                    "operations --only kernels block --micro-batch 512 --seconds 0.2 --candidates ours ours_all"
+                    " ours_lean eager sdpa_flash sdpa_cudnn flash_attn flash_attn_4 timm"
                 ),
                 command(
-                    "block --only block kernels --micro-batch 512 --seconds 0.2 --candidates ours ours_all compiled"
+                    "operations --only block kernels --micro-batch 512 --seconds 0.2"
+                    " --candidates ours ours_all compiled"
                 ),
             ),
             (
-                *("tests/kernels/test_attention.py", "tests/kernels/test_norm.py", "tests/kernels/test_swiglu.py"),
+                "tests/kernels/test_cards.py",
+                *(
+                    "tests/kernels/test_attention.py",
+                    "tests/kernels/test_norm.py",
+                    "tests/kernels/test_swiglu.py",
+                ),
                 *("tests/kernels/test_gelu.py", "tests/kernels/test_patchify.py", "tests/kernels/test_latent_pool.py"),
             ),
         ),
@@ -147,7 +153,7 @@ PARTS = {
             80,
             (
                 command(
-                    "block --only tower --micro-batch 512 --seconds 1 --candidates ours_all ours_no-mlp ours_lean"
+                    "operations --only tower --micro-batch 512 --seconds 1 --candidates ours_all ours_no-mlp ours_lean"
                     " ours_block eager timm timm_compiled compiled"
                 ),
             ),
@@ -197,7 +203,7 @@ PARTS = {
             ),
         ),
         "tower": Part(
-            190, (command("block --only tower --micro-batch 8 --seconds 20 --candidates ours_all eager timm"),)
+            190, (command("operations --only tower --micro-batch 8 --seconds 20 --candidates ours_all eager timm"),)
         ),
         "loader": Part(120, (command("loader --seconds 8", needs=DECODES, takes=("limit",)),)),
         "plan": Part(20, (command("plan --gpus h100", takes=()),)),

@@ -22,14 +22,12 @@ from torch import Tensor
 
 from ..data.loader import SKIP_KINDS, Batch
 from ..data.publish import publish_text
+from ..kernels.device import peak_rate
 from ..models.vision import VisionTower
 from .checkpoint import Progress
 from .config import Config
 from .distributed import World
 from .step import StepResult
-
-# Dense 16-bit tensor-core rates of the data sheets, FLOP/s. An unknown device reports no MFU rather than a guess.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def flops_per_image(tower: VisionTower) -> int:
@@ -234,11 +232,10 @@ class Metrics:
             tracker.log(self._progress.step, record)
 
     def _mfu(self, images_per_second_per_device: float | None) -> float | None:
-        if self._world.device.type != "cuda" or images_per_second_per_device is None:
+        peak = peak_rate(self._world.device)
+        if peak is None or images_per_second_per_device is None:
             return None
-        name = torch.cuda.get_device_name(self._world.device)
-        peak = next((rate for key, rate in _PEAK_FLOPS.items() if key in name), None)
-        return None if peak is None else images_per_second_per_device * self._flops_per_image / peak
+        return images_per_second_per_device * self._flops_per_image / peak
 
 
 class _ProgressBar:

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..models.block import Block, Keep, compute_dtype, kept_bytes
+from ..models.block import Block, Keep, kept_bytes, product_dtype
 from ..models.vision import VisionTower
 
 Tier = Literal["all", "no-mlp", "lean", "block", "none"]
@@ -179,7 +179,7 @@ def tier_costs(tower: VisionTower, autocast: torch.autocast) -> dict[Tier, TierC
     of fused blocks by the formula of `kept_bytes`.
     """
     with autocast:
-        compute = compute_dtype(tower.patch_embed.weight)
+        compute = product_dtype(tower.patch_embed.weight)
     tokens = tower.tokens_in_training
     blocks = [block for block in tower.blocks if isinstance(block, Block)]
     seconds = _Seconds.of(tower, tokens, compute)
@@ -288,7 +288,7 @@ def fixed_bytes(
     with the buffers that they travel in.
     """
     with autocast:
-        compute = compute_dtype(tower.patch_embed.weight)
+        compute = product_dtype(tower.patch_embed.weight)
     parameters = sum(parameter.numel() for parameter in tower.parameters())
     copy = compute.itemsize if compute != torch.float32 else 0
     if shards == 1:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.gather import TextGather
-from ..models.block import ComputeCopies, Keep, compute_dtype
+from ..models.block import ComputeCopies, Keep, product_dtype
 from ..models.vision import VisionTower
 from .distributed import World
 from .objective import Objective
@@ -96,7 +96,7 @@ class LargeBatchStep:
         self._copies: AbstractContextManager[None] = nullcontext()
         if not self._sharded:
             with autocast:
-                self._copies = ComputeCopies(tower, compute_dtype(tower.patch_embed.weight))
+                self._copies = ComputeCopies(tower, product_dtype(tower.patch_embed.weight))
 
     def __call__(self, step: int, images: Tensor, text: Tensor, ids: Tensor) -> StepResult:
         """Run one step.

@@ -24,16 +24,19 @@ of 12 heads at 3 TB/s, against 0.21 and 0.72 µs of products (padding and repeat
 """
 
 import functools
-import importlib
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend
+
+from .attention_libraries import PEERS, Heads, Library, library_backward, library_forward, prepare_peer
+from .card import Card, Data, Inputs, Pass, TowerSizes, inputs_behind
+from .device import AMPERE, HOPPER, capability_of
 
 Backend = Literal["reference", "triton", "sdpa", "flash-attn", "flash-attn-4"]
 
@@ -49,6 +52,20 @@ BACKWARD_PART = 64  # there two tiles lie in registers at once; with 128 columns
 # Triton 3.10 no longer fuses multiplications and additions where it is not asked to.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class Attention(NamedTuple):
+    """What `attention` returns."""
+
+    out: Tensor  # [B, T, H * d]
+    lse: Tensor | None  # [B, H, T] float32
+
+
+class AttentionGradients(NamedTuple):
+    """What `attention_backward` returns."""
+
+    d_qkv: Tensor  # [B, T, 3, H, d]
+    d_qkv_sum: Tensor  # [3 * H * d] float32
 
 
 def rotate(x: Tensor, rope: Tensor, *, inverse: bool = False) -> Tensor:
@@ -79,20 +96,52 @@ def _rotated_heads(qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Te
     return query, key, value.squeeze(2)
 
 
-def reference(qkv: Tensor, rope: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention by its formula in the inputs' own type, differentiable by autograd: the truth the kernels are held to.
+def reference(qkv: Tensor, rope: Tensor | None = None) -> Attention:
+    """Attention by its formula in float32, differentiable by autograd: in float64 the truth the kernels are held to.
 
     Args:
         qkv: [B, T, 3, H, d], any floating-point type.
         rope: [T, d / 2, 2] or [B, T, d / 2, 2] float32, as in `rotate`, or None.
 
     Returns:
-        out [B, T, H * d] and lse [B, H, T].
+        out [B, T, H * d] in qkv's type and lse [B, H, T] in float32; in float64 for float64.
     """
-    query, key, value = _rotated_heads(qkv, rope)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    query, key, value = (x.to(wide) for x in _rotated_heads(qkv, rope))
     logits = torch.einsum("bihd,bjhd->bhij", query, key) * qkv.shape[-1] ** -0.5
     out = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), value)
-    return out.flatten(2), logits.logsumexp(-1)
+    return Attention(out.flatten(2).to(qkv.dtype), logits.logsumexp(-1))
+
+
+def _reference_backward(
+    d_out: Tensor, qkv: Tensor, rope: Tensor | None, out: Tensor, lse: Tensor | None
+) -> AttentionGradients:
+    with torch.enable_grad():
+        leaf = qkv.detach().requires_grad_()
+        (d_qkv,) = torch.autograd.grad(reference(leaf, rope).out, leaf, d_out)
+    return _summed(d_qkv)
+
+
+def _summed(d_qkv: Tensor) -> AttentionGradients:
+    return AttentionGradients(d_qkv, d_qkv.sum((0, 1), dtype=torch.promote_types(d_qkv.dtype, torch.float32)).flatten())
+
+
+def _by_library(backend: Library, qkv: Tensor, rope: Tensor | None) -> Attention:
+    heads = Heads(*(x.transpose(1, 2) for x in _rotated_heads(qkv, rope)))
+    out, lse = library_forward(backend, heads)
+    return Attention(out.transpose(1, 2).flatten(2), lse)
+
+
+def _by_library_backward(
+    backend: Library, d_out: Tensor, qkv: Tensor, rope: Tensor | None, out: Tensor, lse: Tensor | None
+) -> AttentionGradients:
+    heads = Heads(*(x.transpose(1, 2) for x in _rotated_heads(qkv, rope)))
+    d_rows, rows = (x.unflatten(-1, qkv.shape[-2:]).transpose(1, 2) for x in (d_out, out))
+    d_qkv = torch.empty_like(qkv)
+    for n, gradient in enumerate(library_backward(backend, d_rows, heads, rows, lse)):
+        gradient = gradient.transpose(1, 2)  # [B, T, H, d]
+        d_qkv[:, :, n] = rotate(gradient, rope, inverse=True) if rope is not None and n < 2 else gradient
+    return _summed(d_qkv)
 
 
 @triton.jit
@@ -369,7 +418,7 @@ def _rope_stride(rope: Tensor | None) -> int:
     return 0 if rope is None or rope.ndim == 3 else rope.stride(0)
 
 
-def _launch_forward(qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
+def _launch_forward(qkv: Tensor, rope: Tensor | None) -> Attention:
     batch, tokens, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(batch, tokens, heads * head_dim)
     lse = qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -387,12 +436,10 @@ def _launch_forward(qkv: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor]:
         PARTS=_column_parts(tokens, FORWARD_PART),
         **OPTIONS,
     )
-    return out, lse
+    return Attention(out, lse)
 
 
-def _launch_backward(
-    d_out: Tensor, qkv: Tensor, rope: Tensor | None, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
+def _launch_backward(d_out: Tensor, qkv: Tensor, rope: Tensor | None, out: Tensor, lse: Tensor) -> AttentionGradients:
     batch, tokens, _, heads, head_dim = qkv.shape
     d_qkv = torch.empty_like(qkv)
     d_bias = qkv.new_empty(batch, 3 * heads * head_dim, dtype=torch.float32)
@@ -414,96 +461,7 @@ def _launch_backward(
         PARTS=_column_parts(tokens, BACKWARD_PART),
         **OPTIONS,
     )
-    return d_qkv, d_bias.sum(0)
-
-
-class _Heads(NamedTuple):
-    """What a library's kernel reads, [B, H, T, d] each."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-
-
-def _sdpa_kernel(heads: _Heads) -> SDPBackend:
-    """Return the kernel that `F.scaled_dot_product_attention` runs on these."""
-    return SDPBackend(torch._fused_sdp_choice(*heads))
-
-
-def _sdpa(heads: _Heads) -> tuple[Tensor, Tensor | None]:
-    # The operators behind F.scaled_dot_product_attention, called by name: they return what a backward needs.
-    if heads.query.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads)
-    kernel = _sdpa_kernel(heads)
-    if kernel == SDPBackend.FLASH_ATTENTION:
-        return torch.ops.aten._scaled_dot_product_flash_attention(*heads)[:2]
-    if kernel == SDPBackend.CUDNN_ATTENTION:
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads, None, True)[:2]
-        return out, lse.squeeze(-1)
-    return F.scaled_dot_product_attention(*heads), None
-
-
-def _sdpa_backward(d_out: Tensor, heads: _Heads, out: Tensor, lse: Tensor | None) -> tuple[Tensor, ...]:
-    aten, tokens = torch.ops.aten, heads.query.shape[2]
-    if lse is None:  # a kernel that keeps nothing: run it again
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in heads]
-            again = F.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2])
-            return torch.autograd.grad(again, leaves, d_out)
-    if d_out.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(d_out, *heads, out, lse, 0.0, False)
-    lengths = (None, None, tokens, tokens)  # cumulative lengths are for batches of unequal ones
-    if _sdpa_kernel(heads) == SDPBackend.CUDNN_ATTENTION:
-        seed = offset = torch.empty((), dtype=torch.int64, device=d_out.device)  # of a dropout that there is not
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            d_out, *heads, out, lse.unsqueeze(-1), seed, offset, None, *lengths, 0.0, False
-        )
-    state = torch.empty(2, dtype=torch.uint64, device=d_out.device)
-    return aten._scaled_dot_product_flash_attention_backward(
-        d_out, *heads, out, lse, *lengths, 0.0, False, state, state[0]
-    )
-
-
-def _flash_attn(backend: Backend) -> ModuleType:
-    name = "flash_attn.cute.interface" if backend == "flash-attn-4" else "flash_attn.flash_attn_interface"
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"attention backend {backend!r} needs {name}, which does not import ({error}): install {backend}, or choose"
-            " triton or sdpa"
-        ) from error
-
-
-def _library_forward(backend: Backend, heads: _Heads) -> tuple[Tensor, Tensor | None]:
-    if backend == "sdpa":
-        return _sdpa(heads)
-    library = _flash_attn(backend)
-    rows = [x.transpose(1, 2) for x in heads]  # [B, T, H, d]
-    if backend == "flash-attn-4":
-        out, lse = library._flash_attn_fwd(*rows, return_lse=True)[:2]
-    else:
-        scale = rows[0].shape[-1] ** -0.5
-        out, lse = library._wrapped_flash_attn_forward(*rows, 0.0, scale, False, -1, -1, 0.0, None, False)[:2]
-    return out.transpose(1, 2), lse
-
-
-def _library_backward(
-    backend: Backend, d_out: Tensor, heads: _Heads, out: Tensor, lse: Tensor | None
-) -> tuple[Tensor, ...]:
-    if backend == "sdpa":
-        return _sdpa_backward(d_out, heads, out, lse)
-    library = _flash_attn(backend)
-    d_out, out, *rows = (x.transpose(1, 2) for x in (d_out, out, *heads))  # [B, T, H, d]
-    if backend == "flash-attn-4":
-        gradients = library._flash_attn_bwd(*rows, out, d_out, lse)[:3]
-    else:
-        gradients = tuple(torch.empty_like(x) for x in rows)
-        scale = rows[0].shape[-1] ** -0.5
-        library._wrapped_flash_attn_backward(
-            d_out, *rows, out, lse, *gradients, 0.0, scale, False, -1, -1, 0.0, None, False
-        )
-    return tuple(x.transpose(1, 2) for x in gradients)
+    return AttentionGradients(d_qkv, d_bias.sum(0))
 
 
 def _chosen(backend: str, qkv: Tensor) -> Backend:
@@ -520,8 +478,7 @@ def _chosen(backend: str, qkv: Tensor) -> Backend:
     measured = MEASURED.get((torch.cuda.get_device_name(qkv.device), qkv.shape[1]))
     if measured is not None:
         return measured
-    hopper = torch.cuda.get_device_capability(qkv.device) >= (9, 0)
-    return "triton" if hopper and not _refusal_of_triton(qkv) else "sdpa"
+    return "triton" if capability_of(qkv.device) >= HOPPER and not _refusal_of_triton(qkv) else "sdpa"
 
 
 def _refusal_of_triton(qkv: Tensor) -> str | None:
@@ -531,9 +488,9 @@ def _refusal_of_triton(qkv: Tensor) -> str | None:
     if qkv.shape[1] > LONGEST or qkv.shape[-1] != HEAD_DIM:
         wanted = f"up to {LONGEST} tokens and heads of {HEAD_DIM} channels"
         return f"takes {wanted}, not {qkv.shape[1]} and {qkv.shape[-1]}"
-    major, minor = torch.cuda.get_device_capability(qkv.device)
-    if major < 8:
-        return f"takes GPUs of compute capability 8.0 and later, not {major}.{minor}"
+    capability = capability_of(qkv.device)
+    if capability < AMPERE:
+        return f"takes GPUs of compute capability 8.0 and later, not {'.'.join(map(str, capability))}"
     return None
 
 
@@ -559,7 +516,7 @@ def attention(
     rope: Tensor | None,  # [T, d / 2, 2] or [B, T, d / 2, 2] float32
     *,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> Attention:
     """Attend from every token to every token of its image. Not recorded by autograd: `attention_backward` goes back.
 
     Args:
@@ -589,9 +546,7 @@ def attention(
             return _launch_forward(qkv, rope)
         if chosen == "reference":
             return reference(qkv, rope)
-        heads = _Heads(*(x.transpose(1, 2) for x in _rotated_heads(qkv, rope)))
-        out, lse = _library_forward(chosen, heads)
-        return out.transpose(1, 2).flatten(2), lse
+        return _by_library(chosen, qkv, rope)
 
 
 def attention_backward(
@@ -602,7 +557,7 @@ def attention_backward(
     lse: Tensor | None,  # [B, H, T]
     *,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> AttentionGradients:
     """Return the gradients of `attention` with respect to qkv and to the bias of the layer that made it.
 
     Args:
@@ -636,16 +591,159 @@ def attention_backward(
             )
         return _launch_backward(d_out, qkv, rope, out, lse)
     if chosen == "reference":
-        with torch.enable_grad():
-            leaf = qkv.detach().requires_grad_()
-            (d_qkv,) = torch.autograd.grad(reference(leaf, rope)[0], leaf, d_out)
-    else:
-        with torch.no_grad():
-            heads = _Heads(*(x.transpose(1, 2) for x in _rotated_heads(qkv, rope)))
-            d_rows, rows = (x.unflatten(-1, (heads_count, head_dim)).transpose(1, 2) for x in (d_out, out))
-            d_query, d_key, d_value = _library_backward(chosen, d_rows, heads, rows, lse)
-            d_qkv = torch.empty_like(qkv)
-            for n, gradient in enumerate((d_query, d_key, d_value)):
-                gradient = gradient.transpose(1, 2)  # [B, T, H, d]
-                d_qkv[:, :, n] = rotate(gradient, rope, inverse=True) if rope is not None and n < 2 else gradient
-    return d_qkv, d_qkv.sum((0, 1), dtype=torch.promote_types(qkv.dtype, torch.float32)).flatten()
+        return _reference_backward(d_out, qkv, rope, out, lse)
+    with torch.no_grad():
+        return _by_library_backward(chosen, d_out, qkv, rope, out, lse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes(TowerSizes):
+    table_an_image: bool = False  # of RoPE, as where images keep different patches
+
+
+def _inputs(sizes: _Sizes, data: Data) -> Inputs:
+    head_dim = sizes.width // sizes.heads
+    qkv = data.normal(sizes.images, sizes.tokens, 3, sizes.heads, head_dim, dtype=sizes.dtype)
+    if not sizes.rotary:
+        return {"qkv": qkv, "rope": None}
+    tables = (sizes.images,) if sizes.table_an_image else ()
+    angles = data.normal(*tables, sizes.tokens, head_dim // 2, dtype=torch.float32, std=2.0)
+    angles[..., 0, :] = 0  # the class token
+    return {"qkv": qkv, "rope": torch.stack((angles.cos(), angles.sin()), dim=-1)}
+
+
+def _token_bytes(sizes: _Sizes) -> float:
+    return sizes.rows * sizes.width * sizes.dtype.itemsize
+
+
+def _product(sizes: _Sizes) -> float:
+    """Return the operations of one product, such as queries with keys."""
+    return 2 * sizes.rows * sizes.tokens * sizes.width
+
+
+# Benchmarks compare with torch's own attention: the reference holds [B, H, T, T], which nobody does.
+_FORWARD = Pass[_Sizes](
+    "attention",
+    attention_kernel,
+    _launch_forward,
+    reference,
+    _inputs,
+    traffic=lambda s: 4 * _token_bytes(s),
+    operations=lambda s: 2 * _product(s),
+    baseline=partial(_by_library, "sdpa"),
+    programs=lambda s: 3 if s.tokens <= 197 else 2,
+)
+_BACKWARD = Pass[_Sizes](
+    "attention_backward",
+    attention_backward_kernel,
+    _launch_backward,
+    _reference_backward,
+    lambda sizes, data: inputs_behind(_FORWARD, _launch_backward, sizes, data),
+    traffic=lambda s: 8 * _token_bytes(s),
+    operations=lambda s: 5 * _product(s),
+    baseline=partial(_by_library_backward, "sdpa"),
+    programs=lambda s: 2,
+    gradients_of=_FORWARD,
+)
+
+
+# Libraries have no RoPE, take query, key and value apart, and return their gradients apart: what they are compared with
+# are the same kernels without RoPE, and views of what these return.
+class _Apart(NamedTuple):
+    out: Tensor  # [B, T, H, d]
+    lse: Tensor | None
+
+
+class _ApartGradients(NamedTuple):
+    d_query: Tensor  # [B, T, H, d], as the next two
+    d_key: Tensor
+    d_value: Tensor
+
+
+def _apart(run: Callable[..., Attention]) -> Callable[[Tensor], _Apart]:
+    """Return a forward pass on [B, T, 3, H, d] without RoPE."""
+
+    def attend(packed: Tensor) -> _Apart:
+        out, lse = run(packed, None)
+        return _Apart(out.unflatten(-1, packed.shape[-2:]), lse)
+
+    return attend
+
+
+def _apart_backward(run: Callable[..., AttentionGradients]) -> Callable[..., _ApartGradients]:
+    """Return its backward pass."""
+
+    def attend(d_out: Tensor, packed: Tensor, out: Tensor, lse: Tensor) -> _ApartGradients:
+        return _ApartGradients(*run(d_out.flatten(2), packed, None, out.flatten(2), lse).d_qkv.unbind(2))
+
+    return attend
+
+
+_FORWARD_APART = Pass[_Sizes](
+    "attention_without_rope",
+    None,
+    _apart(_launch_forward),
+    _apart(reference),
+    lambda sizes, data: {"packed": _inputs(sizes, data)["qkv"]},
+    traffic=_FORWARD.traffic,
+    operations=_FORWARD.operations,
+    baseline=_apart(partial(_by_library, "sdpa")),
+    libraries={name: partial(prepare_peer, name) for name in PEERS},
+)
+_BACKWARD_APART = Pass[_Sizes](
+    "attention_without_rope_backward",
+    None,
+    _apart_backward(_launch_backward),
+    _apart_backward(_reference_backward),
+    lambda sizes, data: inputs_behind(_FORWARD_APART, _apart_backward(_launch_backward), sizes, data),
+    traffic=_BACKWARD.traffic,
+    operations=_BACKWARD.operations,
+    baseline=_apart_backward(partial(_by_library_backward, "sdpa")),
+    libraries={name: partial(prepare_peer, name) for name in PEERS},
+)
+_F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def _sizes(images: int, tokens: int, heads: int, dtype: torch.dtype, tables: int) -> _Sizes:
+    """Return sizes with heads of 64 channels and 0, 1 or more tables of RoPE."""
+    return _Sizes(
+        images=images,
+        tokens=tokens,
+        width=heads * HEAD_DIM,
+        heads=heads,
+        dtype=dtype,
+        rotary=tables > 0,
+        table_an_image=tables > 1,
+    )
+
+
+CARDS = (
+    Card(
+        (_FORWARD, _BACKWARD),
+        _Sizes,
+        odd={
+            f"{tokens} tokens, heads: {heads}, {dtype}, RoPE tables: {tables}": _sizes(2, tokens, heads, dtype, tables)
+            for tokens, heads, dtype, tables in (
+                *((5, 1, _F16, 1), (5, 3, _F32, 2), (17, 12, _F16, 0), (50, 3, _F32, 1), (64, 1, _F16, 1)),
+                *((65, 2, _F32, 0), (65, 2, _F16, 1), (70, 1, _F16, 2), (113, 1, _F32, 1), (113, 1, _F16, 0)),
+                *((197, 3, _F16, 1), (197, 2, _F32, 2), (256, 1, _F16, 1), (256, 1, _F32, 0), (256, 1, _BF16, 1)),
+                (197, 2, _BF16, 1),
+            )
+        },
+        compiled={
+            f"{tokens} tokens, {dtype}, RoPE tables: {tables}": _sizes(512, tokens, 12, dtype, tables)
+            for tokens, tables, dtype in (
+                *((197, 1, _BF16), (197, 512, _BF16), (197, 0, _BF16), (197, 1, _F16), (192, 512, _BF16)),
+                *((50, 0, _BF16), (65, 1, _BF16), (256, 1, _BF16)),
+            )
+        },
+        multiplies=True,
+    ),
+    Card(
+        (_FORWARD_APART, _BACKWARD_APART),
+        _Sizes,
+        odd={"65 tokens": _sizes(2, 65, 2, _F16, 0)},
+        compiled={},
+        multiplies=True,
+    ),
+)

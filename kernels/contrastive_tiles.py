@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import multiprocessors_of
 from .tiles import (
     INTERPRETED,
     INTERPRETED_SHAPE,
@@ -34,7 +35,6 @@ from .tiles import (
     TileShape,
     cosine_tile,
     descriptor,
-    multiprocessors_of,
     tile_of,
 )
 

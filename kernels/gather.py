@@ -42,6 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import AMPERE, capability_of
+
 Transport = Literal["none", "collective", "symmetric"]
 
 _PULL_PROGRAMS = 16  # few, so that the image tower keeps its multiprocessors; they still fill NVLink
@@ -345,7 +347,7 @@ def _key_of(text: str) -> int:
 
 def _can_read(device: torch.device, peers: list[int]) -> bool:
     """Whether a kernel on this device can read the memory of all peers, which are given by `_device_key`."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+    if capability_of(device) < AMPERE:
         return False
     visible = {_device_key(torch.device("cuda", index)): index for index in range(torch.cuda.device_count())}
     own = _device_key(device)

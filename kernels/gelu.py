@@ -19,9 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import RowBlock, check_rows, runs_rows
+from .card import Card, Data, Inputs, Pass, TowerSizes, inputs_behind
+from .rows import RowBlock, check_contiguous, runs_rows
 
 _BLOCK = RowBlock(rows=2, columns=512, num_warps=2)
+
+
+class Gelu(NamedTuple):
+    """What the launcher and the reference of `gelu` return."""
+
+    h: Tensor  # [..., H]
 
 
 class GeluGradients(NamedTuple):
@@ -32,8 +39,8 @@ class GeluGradients(NamedTuple):
     d_fc1_sum: Tensor  # [H] float32
 
 
-def _gelu_reference(fc1: Tensor) -> Tensor:
-    return F.gelu(fc1)
+def _gelu_reference(fc1: Tensor) -> Gelu:
+    return Gelu(F.gelu(fc1))
 
 
 def _gelu_backward_reference(d_h: Tensor, fc1: Tensor) -> GeluGradients:
@@ -97,19 +104,19 @@ def gelu_backward_kernel(
     tl.store(sums + tl.program_id(0) * D + j, total, mask=j < D)
 
 
-def _launch_gelu(fc1: Tensor) -> Tensor:
-    check_rows(fc1=fc1)
+def _launch_gelu(fc1: Tensor) -> Gelu:
+    check_contiguous(fc1=fc1)
     hidden = fc1.shape[-1]
     rows = fc1.numel() // hidden
     h = torch.empty_like(fc1)
     column_blocks = triton.cdiv(hidden, _BLOCK.columns)
     grid = (_BLOCK.programs(rows, fc1.device, column_blocks), column_blocks)
     gelu_kernel[grid](fc1, h, rows, D=hidden, **_BLOCK.settings())
-    return h
+    return Gelu(h)
 
 
 def _launch_gelu_backward(d_h: Tensor, fc1: Tensor) -> GeluGradients:
-    check_rows(d_h=d_h, fc1=fc1)
+    check_contiguous(d_h=d_h, fc1=fc1)
     hidden = fc1.shape[-1]
     rows = fc1.numel() // hidden
     d_fc1, h = torch.empty_like(fc1), torch.empty_like(fc1)
@@ -130,7 +137,8 @@ def gelu(
     Raises:
         ValueError: a tensor on a GPU that is not contiguous.
     """
-    return _launch_gelu(fc1) if runs_rows(fc1) else _gelu_reference(fc1)
+    run = _launch_gelu if runs_rows(fc1) else _gelu_reference
+    return run(fc1).h
 
 
 def gelu_backward(
@@ -152,3 +160,43 @@ def gelu_backward(
     """
     run = _launch_gelu_backward if runs_rows(fc1) else _gelu_backward_reference
     return run(d_h, fc1)
+
+
+def _inputs(sizes: TowerSizes, data: Data) -> Inputs:
+    return {"fc1": data.normal(sizes.images, sizes.tokens, sizes.hidden, dtype=sizes.dtype, std=2.0)}
+
+
+_FORWARD = Pass[TowerSizes](
+    "gelu",
+    gelu_kernel,
+    _launch_gelu,
+    _gelu_reference,
+    _inputs,
+    traffic=lambda s: 2 * s.rows * s.hidden * s.dtype.itemsize,
+    programs="grid",
+)
+_BACKWARD = Pass[TowerSizes](
+    "gelu_backward",
+    gelu_backward_kernel,
+    _launch_gelu_backward,
+    _gelu_backward_reference,
+    lambda sizes, data: inputs_behind(_FORWARD, _launch_gelu_backward, sizes, data),
+    traffic=lambda s: 4 * s.rows * s.hidden * s.dtype.itemsize,
+    programs="grid",
+    gradients_of=_FORWARD,
+)
+_F16, _F32 = torch.float16, torch.float32
+CARDS = (
+    Card(
+        (_FORWARD, _BACKWARD),
+        TowerSizes,
+        odd={
+            "33x513 unaligned, a last block of one column": TowerSizes(tokens=33, hidden=513, dtype=_F16),
+            "5x64 float32": TowerSizes(tokens=5, dtype=_F32),
+            "2x50x768": TowerSizes(images=2, tokens=50, hidden=768, dtype=_F16),
+            "7x3072 float32": TowerSizes(tokens=7, hidden=3072, dtype=_F32),
+            "20x352 bfloat16": TowerSizes(tokens=20, hidden=352),
+        },
+        compiled={"": TowerSizes(images=512, tokens=197, hidden=3072)},
+    ),
+)

@@ -24,6 +24,7 @@ Floor: memory traffic, in 16 bits 2 T D bytes an image forward and 4 T D backwar
 that each. At T = 197, D = 768 that is 0.10 and 0.20 µs at 3 TB/s. Not yet measured.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .rows import check_rows
-from .tiles import multiprocessors_of, runs_tiles
+from .card import Card, Data, Inputs, Pass, TowerSizes, inputs_behind
+from .device import HOPPER, multiprocessors_of
+from .rows import check_contiguous
+from .tiles import runs_tiles
 
 # Limits of the kernels: tokens of more channels leave no room for a second program.
 WIDEST, MOST_HEADS = 768, 16
@@ -52,6 +55,13 @@ class LatentPool(NamedTuple):
     rounded: Tensor  # [B, T, D]: the tokens in absorbed's dtype; the tensor that was given if it has that type
 
 
+class LatentPoolGradients(NamedTuple):
+    """What `latent_pool_backward` returns."""
+
+    d_tokens: Tensor  # [B, T, D], of d_first's dtype
+    d_absorbed: Tensor  # [H, D] float32
+
+
 def _latent_pool_reference(tokens: Tensor, absorbed: Tensor) -> LatentPool:
     rounded = tokens.to(absorbed.dtype)
     scores = (absorbed @ rounded.mT).to(torch.promote_types(absorbed.dtype, torch.float32))  # [B, H, T]
@@ -61,7 +71,7 @@ def _latent_pool_reference(tokens: Tensor, absorbed: Tensor) -> LatentPool:
 
 def _latent_pool_backward_reference(
     d_pooled: Tensor, d_first: Tensor, rounded: Tensor, absorbed: Tensor, pooled: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> LatentPoolGradients:
     directions = torch.cat((absorbed.expand(rounded.shape[0], -1, -1), d_pooled), 1)  # [B, 2 H, D]
     scores, slopes = (directions @ rounded.mT).to(lse.dtype).chunk(2, 1)  # [B, H, T] each
     # With all tokens of an image at hand, neither P nor δ needs what was kept.
@@ -71,7 +81,7 @@ def _latent_pool_backward_reference(
     d_tokens = torch.cat((d_scores, weights.to(rounded.dtype)), 1).mT @ directions
     d_tokens = d_tokens.to(d_first.dtype)
     d_tokens[:, 0] += d_first
-    return d_tokens, (d_scores @ rounded).sum(0, dtype=lse.dtype)
+    return LatentPoolGradients(d_tokens, (d_scores @ rounded).sum(0, dtype=lse.dtype))
 
 
 @triton.jit
@@ -238,7 +248,7 @@ def _programs(batch: int, device: torch.device) -> int:
 
 
 def _launch_latent_pool(tokens: Tensor, absorbed: Tensor) -> LatentPool:
-    check_rows(tokens=tokens, absorbed=absorbed)
+    check_contiguous(tokens=tokens, absorbed=absorbed)
     batch, length, width = tokens.shape
     heads = absorbed.shape[0]
     rounded = tokens.to(absorbed.dtype)
@@ -264,8 +274,8 @@ def _launch_latent_pool(tokens: Tensor, absorbed: Tensor) -> LatentPool:
 
 def _launch_latent_pool_backward(
     d_pooled: Tensor, d_first: Tensor, rounded: Tensor, absorbed: Tensor, pooled: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    check_rows(d_first=d_first, rounded=rounded, absorbed=absorbed, pooled=pooled, lse=lse)
+) -> LatentPoolGradients:
+    check_contiguous(d_first=d_first, rounded=rounded, absorbed=absorbed, pooled=pooled, lse=lse)
     if d_pooled.stride(-1) != 1:
         d_pooled = d_pooled.contiguous()
     batch, length, width = rounded.shape
@@ -294,7 +304,7 @@ def _launch_latent_pool_backward(
         PART=part,
         **settings,
     )
-    return d_tokens, sums.sum(0)
+    return LatentPoolGradients(d_tokens, sums.sum(0))
 
 
 def _runs_kernels(tokens: Tensor, absorbed: Tensor) -> bool:
@@ -334,7 +344,7 @@ def latent_pool_backward(
     absorbed: Tensor,  # [H, D]
     pooled: Tensor,  # [B, H, D]
     lse: Tensor,  # [B, H]
-) -> tuple[Tensor, Tensor]:
+) -> LatentPoolGradients:
     """Return the gradients of `latent_pool`.
 
     Args:
@@ -353,3 +363,95 @@ def latent_pool_backward(
     """
     run = _launch_latent_pool_backward if _runs_kernels(rounded, absorbed) else _latent_pool_backward_reference
     return run(d_pooled, d_first, rounded, absorbed, pooled, lse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes(TowerSizes):
+    common: float = 0.0  # length of a direction that all tokens share, in lengths of a token
+
+
+def _inputs(sizes: _Sizes, data: Data) -> Inputs:
+    own = data.normal(sizes.images, sizes.tokens, sizes.width, dtype=torch.float32)
+    shared = data.normal(sizes.width, dtype=torch.float32, std=sizes.common)
+    std = 1.5 * sizes.width**-0.5
+    return {
+        "tokens": (own + shared).to(sizes.residual),
+        "absorbed": data.normal(sizes.heads, sizes.width, dtype=sizes.dtype, std=std),
+    }
+
+
+def _traffic(sizes: _Sizes) -> float:
+    """Return the bytes of the tokens, in the type of the products, and of what is pooled of them."""
+    return (sizes.tokens + sizes.heads) * sizes.images * sizes.width * sizes.dtype.itemsize
+
+
+def _product(sizes: _Sizes) -> float:
+    """Return the operations of one product of all tokens and heads, such as the scores."""
+    return 2 * sizes.rows * sizes.heads * sizes.width
+
+
+_FORWARD = Pass[_Sizes](
+    "latent_pool",
+    latent_pool_kernel,
+    _launch_latent_pool,
+    _latent_pool_reference,
+    _inputs,
+    traffic=_traffic,
+    operations=lambda s: 2 * _product(s),
+    programs="grid",
+)
+_BACKWARD = Pass[_Sizes](
+    "latent_pool_backward",
+    latent_pool_backward_kernel,
+    _launch_latent_pool_backward,
+    _latent_pool_backward_reference,
+    lambda sizes, data: inputs_behind(_FORWARD, _launch_latent_pool_backward, sizes, data),
+    traffic=lambda s: 2 * _traffic(s),
+    operations=lambda s: 5 * _product(s),
+    programs="grid",
+    gradients_of=_FORWARD,
+)
+_F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def _odd(
+    images: int, tokens: int, width: int, heads: int, residual: torch.dtype, dtype: torch.dtype, common: float = 0.0
+) -> _Sizes:
+    return _Sizes(images=images, tokens=tokens, width=width, heads=heads, residual=residual, dtype=dtype, common=common)
+
+
+def _compiled(tokens: int, width: int, heads: int, residual: torch.dtype, dtype: torch.dtype) -> tuple[str, _Sizes]:
+    name = f"{tokens} tokens of {width} channels, {residual}, products {dtype}"
+    return name, _odd(512, tokens, width, heads, residual, dtype)
+
+
+CARDS = (
+    Card(
+        (_FORWARD, _BACKWARD),
+        _Sizes,
+        odd={
+            "5 tokens": _odd(14, 5, 64, 1, _F16, _F16),  # six programs in the interpreter share the images
+            "one token float32": _odd(1, 1, 64, 2, _F32, _F32),
+            "50 tokens float32, alike": _odd(2, 50, 192, 3, _F32, _F32, 3.0),
+            "64 tokens, wide stream": _odd(8, 64, 128, 2, _F32, _F16),
+            "197 tokens": _odd(1, 197, 768, 12, _F16, _F16),
+            "197 tokens, wide stream, alike": _odd(1, 197, 768, 12, _F32, _F16, 3.0),
+            "197 tokens float32": _odd(2, 197, 64, 12, _F32, _F32),
+            "257 tokens, alike": _odd(2, 257, 128, 1, _F16, _F16, 3.0),
+            "257 tokens float32": _odd(1, 257, 256, 16, _F32, _F32),
+            "197 tokens bfloat16": _odd(600, 197, 768, 12, _BF16, _BF16),
+        },
+        compiled=dict(
+            (
+                _compiled(197, 768, 12, _BF16, _BF16),
+                _compiled(197, 768, 12, _F32, _BF16),
+                _compiled(197, 768, 12, _F16, _F16),
+                _compiled(65, 128, 2, _BF16, _BF16),
+                _compiled(17, 64, 1, _F32, _BF16),
+            )
+        ),
+        multiplies=True,
+        least=HOPPER,
+        empty=False,
+    ),
+)

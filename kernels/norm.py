@@ -22,14 +22,16 @@ Floor: memory traffic, every tensor read or written once. Bytes an element with 
 forward 8 (12), backward 8 (16). Not yet measured.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import check_rows, row_block, runs_rows
+from .card import Card, Data, Inputs, Pass, TowerSizes, inputs_behind
+from .rows import check_contiguous, row_block, runs_rows
 
 _FORWARD_ROWS = 2
 
@@ -217,7 +219,7 @@ def _launch_add_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> AddNorm:
-    check_rows(x=x, branch=branch, branch_bias=branch_bias, weight=weight, bias=bias)
+    check_contiguous(x=x, branch=branch, branch_bias=branch_bias, weight=weight, bias=bias)
     width = weight.numel()
     rows = x.numel() // width
     summed = None if branch is None else torch.empty_like(x)
@@ -239,7 +241,7 @@ def _launch_add_norm_backward(
     weight: Tensor,
     branch_dtype: torch.dtype | None,
 ) -> NormGradients:
-    check_rows(d_normed=d_normed, d_residual=d_residual, residual=residual, mean=mean, rstd=rstd, weight=weight)
+    check_contiguous(d_normed=d_normed, d_residual=d_residual, residual=residual, mean=mean, rstd=rstd, weight=weight)
     rows, width = mean.numel(), weight.numel()
     d_x = torch.empty_like(residual)
     one_gradient = branch_dtype in (None, residual.dtype)
@@ -338,3 +340,80 @@ def add_norm_backward(
     """
     run = _launch_add_norm_backward if runs_rows(residual) else _add_norm_backward_reference
     return run(d_normed, d_residual, residual, mean, rstd, weight, branch_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes(TowerSizes):
+    branch: bool = True
+    bias: torch.dtype | None = torch.float32  # of the branch; None: there is none
+    behind: bool = True  # something later reads the residual stream
+
+
+def _inputs(sizes: _Sizes, data: Data) -> Inputs:
+    shape, bias = (sizes.images, sizes.tokens, sizes.width), sizes.bias if sizes.branch else None
+    return {
+        "x": data.normal(*shape, dtype=sizes.residual),
+        "branch": data.normal(*shape, dtype=sizes.dtype) if sizes.branch else None,
+        "branch_bias": None if bias is None else data.vector(sizes.width).to(bias),
+        "weight": data.vector(sizes.width),
+        "bias": data.vector(sizes.width),
+        "eps": 1e-6,
+        "dtype": sizes.dtype,
+    }
+
+
+def _backward_inputs(sizes: _Sizes, data: Data) -> Inputs:
+    branch_dtype = sizes.dtype if sizes.branch else None
+    inputs = inputs_behind(_FORWARD, _launch_add_norm_backward, sizes, data, branch_dtype=branch_dtype)
+    return inputs if sizes.behind else inputs | {"d_residual": None}
+
+
+_FORWARD = Pass[_Sizes](
+    "add_norm",
+    add_norm_kernel,
+    _launch_add_norm,
+    _add_norm_reference,
+    _inputs,
+    traffic=lambda s: 2 * s.rows * s.width * (s.residual.itemsize + s.dtype.itemsize),
+    programs="grid",
+)
+_BACKWARD = Pass[_Sizes](
+    "add_norm_backward",
+    add_norm_backward_kernel,
+    _launch_add_norm_backward,
+    _add_norm_backward_reference,
+    _backward_inputs,
+    traffic=lambda s: s.rows * s.width * (3 * s.residual.itemsize + s.dtype.itemsize),
+    programs="grid",
+    gradients_of=_FORWARD,
+)
+_F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
+_COMPILED: dict[str, dict[str, Any]] = {
+    "": {"bias": None},
+    "branch bias": {},
+    "nothing behind": {"bias": None, "behind": False},
+    "no branch": {"branch": False},
+}
+CARDS = (
+    Card(
+        (_FORWARD, _BACKWARD),
+        _Sizes,
+        odd={
+            "3x37 wide stream, unaligned rows": _Sizes(tokens=3, width=37, dtype=_F16, residual=_F32, bias=_F16),
+            "5x64 no bias": _Sizes(tokens=5, dtype=_F16, residual=_F16, bias=None),
+            "5x2048 wide stream": _Sizes(tokens=5, width=2048, dtype=_F16, residual=_F32, bias=None),
+            "2x50x96 float32": _Sizes(images=2, tokens=50, width=96, dtype=_F32, residual=_F32),
+            "33x768": _Sizes(tokens=33, width=768, dtype=_F16, residual=_F16),
+            "9x768 no branch": _Sizes(tokens=9, width=768, dtype=_F16, residual=_F32, branch=False),
+            "130x64 wide stream, nothing behind": _Sizes(tokens=130, dtype=_F16, residual=_F32, behind=False),
+            "20x352 bfloat16": _Sizes(tokens=20, width=352, bias=_BF16),
+        },
+        compiled={
+            ", ".join(filter(None, (stream, setting))): _Sizes(
+                images=512, tokens=197, width=768, residual=residual, **given
+            )
+            for stream, residual in {"": _BF16, "wide stream": _F32}.items()
+            for setting, given in _COMPILED.items()
+        },
+    ),
+)

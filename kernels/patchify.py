@@ -9,13 +9,38 @@ columns of each channel: 16 bytes in bfloat16. Images of other shapes go the way
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .card import Card, Data, Inputs, Pass, TowerSizes
+from .device import AMPERE, capability_of
+
 _BLOCK = 256  # words of 8 pixels that a program takes
+
+
+class Patches(NamedTuple):
+    """What the launcher and the reference of `patchify` return for raw images."""
+
+    patches: Tensor  # [b, N, C * p * p]
+
+
+def _patchify_reference(
+    images: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Patches:
+    batch, height, width, channels = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    windows = images.view(batch, rows, patch_size, columns, patch_size, channels).transpose(2, 3)  # [b, r, c, p, p, C]
+    wide = torch.promote_types(dtype, torch.float32)
+    patches = images.new_empty((batch, rows, columns, channels, patch_size, patch_size), dtype=dtype)
+    # Channel by channel, because Python numbers need no copy to the device, unlike a tensor of means.
+    for channel in range(channels):
+        pixels = windows[..., channel].to(wide)
+        patches[:, :, :, channel] = pixels.sub_(255 * mean[channel]).mul_(1 / (255 * std[channel]))
+    return Patches(patches.view(batch, rows * columns, channels * patch_size**2))
 
 
 @triton.jit
@@ -54,7 +79,7 @@ def patchify_kernel(
 
 def _runs_kernel(images: Tensor, patch_size: int, dtype: torch.dtype) -> bool:
     """Whether the kernel takes these raw images: words of 8 bytes must not reach beyond a patch."""
-    if not images.is_cuda or dtype == torch.float64 or torch.cuda.get_device_capability(images.device) < (8, 0):
+    if dtype == torch.float64 or capability_of(images.device) < AMPERE:
         return False
     in_words = images.is_contiguous() and int(images.storage_offset()) % 8 == 0
     return in_words and images.shape[-1] == 3 and patch_size % 8 == 0
@@ -62,7 +87,7 @@ def _runs_kernel(images: Tensor, patch_size: int, dtype: torch.dtype) -> bool:
 
 def _launch_patchify(
     images: Tensor, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
-) -> Tensor:
+) -> Patches:
     batch, height, width, channels = images.shape
     count = (height // patch_size) * (width // patch_size)
     patches = images.new_empty((batch, count, channels * patch_size**2), dtype=dtype)
@@ -81,7 +106,7 @@ def _launch_patchify(
         BLOCK=_BLOCK,
         num_warps=4,
     )
-    return patches
+    return Patches(patches)
 
 
 def patchify(
@@ -123,19 +148,45 @@ def patchify(
     if channels != len(mean):
         raise ValueError(f"images have {channels} channels but {len(mean)} means were given")
 
-    if raw and _runs_kernel(images, patch_size, dtype):
-        return _launch_patchify(images, patch_size, mean, std, dtype)
+    if raw:
+        run = _launch_patchify if _runs_kernel(images, patch_size, dtype) else _patchify_reference
+        return run(images, patch_size, mean, std, dtype).patches
     rows, columns = height // patch_size, width // patch_size
-    shape = (batch, rows * columns, channels * patch_size**2)
-    if not raw:
-        windows = images.view(batch, channels, rows, patch_size, columns, patch_size)
-        return windows.permute(0, 2, 4, 1, 3, 5).reshape(shape).to(dtype)
+    windows = images.view(batch, channels, rows, patch_size, columns, patch_size)
+    return windows.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2).to(dtype)
 
-    windows = images.view(batch, rows, patch_size, columns, patch_size, channels).transpose(2, 3)  # [b, r, c, p, p, C]
-    compute_dtype = torch.promote_types(dtype, torch.float32)
-    patches = images.new_empty((batch, rows, columns, channels, patch_size, patch_size), dtype=dtype)
-    # Channel by channel, because Python numbers need no copy to the device, unlike a tensor of means.
-    for channel in range(channels):
-        pixels = windows[..., channel].to(compute_dtype)
-        patches[:, :, :, channel] = pixels.sub_(255 * mean[channel]).mul_(1 / (255 * std[channel]))
-    return patches.view(shape)
+
+def _inputs(sizes: TowerSizes, data: Data) -> Inputs:
+    side = sizes.image_size
+    return {
+        "images": data.integers(256, sizes.images, side, side, 3, dtype=torch.uint8),
+        "patch_size": sizes.patch_size,
+        "mean": (0.48, 0.46, 0.41),
+        "std": (0.27, 0.26, 0.28),
+        "dtype": sizes.dtype,
+    }
+
+
+CARDS = (
+    Card(
+        (
+            Pass[TowerSizes](
+                "patchify",
+                patchify_kernel,
+                _launch_patchify,
+                _patchify_reference,
+                _inputs,
+                traffic=lambda s: s.images * 3 * s.image_size**2 * (1 + s.dtype.itemsize),
+            ),
+        ),
+        TowerSizes,
+        odd={
+            "one patch": TowerSizes(dtype=torch.float32),
+            "patch 16 bfloat16": TowerSizes(images=3, image_size=48, patch_size=16),
+            "patch 8, a last block in part": TowerSizes(images=2, image_size=56, dtype=torch.float16),
+            "patch 32": TowerSizes(image_size=64, patch_size=32, dtype=torch.float16),
+            "patch 24": TowerSizes(image_size=72, patch_size=24, dtype=torch.float32),
+        },
+        compiled={"": TowerSizes(images=512, image_size=224, patch_size=16)},
+    ),
+)

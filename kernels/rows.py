@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .tiles import multiprocessors_of
+from .device import AMPERE, capability_of, multiprocessors_of
 
 # The programs of a multiprocessor have this many threads together: enough loads under way to keep the memory busy,
 # and 128 registers for each thread.
@@ -52,13 +52,11 @@ def row_block(width: int, rows: int) -> RowBlock:
 
 def runs_rows(rows: Tensor) -> bool:
     """Whether the kernels of rows run for this tensor: GPUs from Ampere on; float64 is for the references."""
-    if not rows.is_cuda or rows.dtype == torch.float64:
-        return False
-    return torch.cuda.get_device_capability(rows.device) >= (8, 0)
+    return rows.dtype != torch.float64 and capability_of(rows.device) >= AMPERE
 
 
-def check_rows(**tensors: Tensor | None) -> None:
-    """Raise ValueError for a tensor that the kernels cannot walk through row by row."""
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor that is not contiguous, as the kernels read them."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(

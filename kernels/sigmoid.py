@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import multiprocessors_of
 from .pairs import (
     Pairs,
     Reduction,
@@ -55,7 +56,6 @@ from .tiles import (
     TileShape,
     cosine_tile,
     descriptor,
-    multiprocessors_of,
     operand,
     product,
     tile_of,

@@ -18,6 +18,7 @@ programs and sums as in `rows.py`.
 Floor: memory traffic, 6 bytes an element of h forward and 12 backward in bfloat16. Not yet measured.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,11 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .card import Card, Data, Inputs, Pass, TowerSizes, inputs_behind
 from .norm import layer_norm_backward, moments, through_norm
-from .rows import check_rows, row_block, runs_rows
+from .rows import check_contiguous, row_block, runs_rows
 
 _FORWARD_ROWS, _BACKWARD_ROWS = 2, 1
-# The reference takes as many rows at a time: 512 KiB of float32, which a CPU's caches keep from pass to pass.
+# On a CPU the reference takes as many rows at a time: 512 KiB of float32, which the caches keep from pass to pass.
 _REFERENCE_ELEMENTS = 64 * 2048
 
 
@@ -69,7 +71,7 @@ def _swiglu_norm_backward_reference(
     d_gate_up, h = gate_up.new_empty(gate_up.shape), gate_up.new_empty(d_h.shape)
     sums = gate_up.new_zeros((4, d_h.shape[-1]), dtype=wide)  # of d_gate, d_up, d_weight, d_bias
     d_h, gate_up, d_gate_up_rows, h_rows = (t.flatten(0, -2) for t in (d_h, gate_up, d_gate_up, h))
-    part = max(1, _REFERENCE_ELEMENTS // d_h.shape[-1])
+    part = max(1, (_REFERENCE_ELEMENTS if d_h.device.type == "cpu" else d_h.numel()) // d_h.shape[-1])
     for start in range(0, len(d_h), part):
         rows = slice(start, start + part)
         gate, up = gate_up[rows].to(wide).chunk(2, dim=-1)
@@ -187,7 +189,7 @@ def swiglu_backward_kernel(
 
 
 def _launch_swiglu_norm(gate_up: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Swiglu:
-    check_rows(gate_up=gate_up, weight=weight, bias=bias)
+    check_contiguous(gate_up=gate_up, weight=weight, bias=bias)
     hidden = gate_up.shape[-1] // 2
     rows = gate_up.numel() // (2 * hidden)
     h = gate_up.new_empty((*gate_up.shape[:-1], hidden))
@@ -204,7 +206,7 @@ def _launch_swiglu_norm(gate_up: Tensor, weight: Tensor | None, bias: Tensor | N
 def _launch_swiglu_norm_backward(
     d_h: Tensor, gate_up: Tensor, mean: Tensor | None, rstd: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> SwigluGradients:
-    check_rows(d_h=d_h, gate_up=gate_up, mean=mean, rstd=rstd, weight=weight, bias=bias)
+    check_contiguous(d_h=d_h, gate_up=gate_up, mean=mean, rstd=rstd, weight=weight, bias=bias)
     hidden = d_h.shape[-1]
     rows = d_h.numel() // hidden
     d_gate_up, h = torch.empty_like(gate_up), torch.empty_like(d_h, dtype=gate_up.dtype)
@@ -272,3 +274,59 @@ def swiglu_norm_backward(
     """
     run = _launch_swiglu_norm_backward if runs_rows(gate_up) else _swiglu_norm_backward_reference
     return run(d_h, gate_up, mean, rstd, weight, bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes(TowerSizes):
+    sub_norm: bool = True
+
+
+def _inputs(sizes: _Sizes, data: Data) -> Inputs:
+    return {
+        "gate_up": data.normal(sizes.images, sizes.tokens, 2 * sizes.hidden, dtype=sizes.dtype),
+        "weight": data.vector(sizes.hidden) if sizes.sub_norm else None,
+        "bias": data.vector(sizes.hidden) if sizes.sub_norm else None,
+        "eps": 1e-5,
+    }
+
+
+_FORWARD = Pass[_Sizes](
+    "swiglu_norm",
+    swiglu_kernel,
+    _launch_swiglu_norm,
+    _swiglu_norm_reference,
+    _inputs,
+    traffic=lambda s: 3 * s.rows * s.hidden * s.dtype.itemsize,
+    programs="grid",
+)
+_BACKWARD = Pass[_Sizes](
+    "swiglu_norm_backward",
+    swiglu_backward_kernel,
+    _launch_swiglu_norm_backward,
+    _swiglu_norm_backward_reference,
+    lambda sizes, data: inputs_behind(_FORWARD, _launch_swiglu_norm_backward, sizes, data),
+    traffic=lambda s: 6 * s.rows * s.hidden * s.dtype.itemsize,
+    programs="grid",
+    gradients_of=_FORWARD,
+)
+_F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
+CARDS = (
+    Card(
+        (_FORWARD, _BACKWARD),
+        _Sizes,
+        odd={
+            "3x37 unaligned rows": _Sizes(tokens=3, hidden=37, dtype=_F16),
+            "2x33x352": _Sizes(images=2, tokens=33, hidden=352, dtype=_F16),
+            "130x64 float32": _Sizes(tokens=130, dtype=_F32),
+            "9x2048 float32": _Sizes(tokens=9, hidden=2048, dtype=_F32),
+            "20x352 bfloat16": _Sizes(tokens=20, hidden=352),
+            "2x33x352 no LayerNorm": _Sizes(images=2, tokens=33, hidden=352, dtype=_F16, sub_norm=False),
+            "5x2048 float32, no LayerNorm": _Sizes(tokens=5, hidden=2048, dtype=_F32, sub_norm=False),
+        },
+        compiled={
+            "2048, sub norm": _Sizes(images=512, tokens=197, hidden=2048),
+            "352, sub norm": _Sizes(images=512, tokens=197, hidden=352),
+            "2048": _Sizes(images=512, tokens=197, hidden=2048, sub_norm=False),
+        },
+    ),
+)

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .device import HOPPER, capability_of
+
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, one program after the other
 
 # Gradient weights lie in [0, 2]. In float16 they are held times 2^14, so that 2e-9 is still a normal number.
@@ -75,14 +77,7 @@ def cosine_tile(
 
 def runs_tiles(rows: Tensor) -> bool:
     """Whether the kernels of tiles run where these rows are: Hopper and later, or the interpreter on a CPU."""
-    if rows.is_cuda:
-        return torch.cuda.get_device_capability(rows.device) >= (9, 0)
-    return INTERPRETED and rows.device.type == "cpu"
-
-
-def multiprocessors_of(device: torch.device) -> int:
-    """Return the number of multiprocessors; the interpreter has few programs, so that each visits several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+    return capability_of(rows.device) >= HOPPER or (INTERPRETED and rows.device.type == "cpu")
 
 
 def operand(rows: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.attention import attention, attention_backward
+from ..kernels.device import AMPERE, capability_of
 from ..kernels.gelu import gelu, gelu_backward
 from ..kernels.norm import AddNorm, add_norm, add_norm_backward
 from ..kernels.swiglu import Swiglu, SwigluGradients, swiglu_norm, swiglu_norm_backward
@@ -188,7 +189,7 @@ class Block(nn.Module):
         return Stream(x, F.linear(self.mlp.hidden(self.norm2(x)), fc2_weight), fc2_bias)
 
     def _fused(self, stream: Stream, rope: Tensor | None, keep: Keep) -> Stream:
-        if stream.x.is_cuda and (capability := torch.cuda.get_device_capability(stream.x.device)) < (8, 0):
+        if stream.x.is_cuda and (capability := capability_of(stream.x.device)) < AMPERE:
             raise ValueError(
                 "fused blocks need a GPU of compute capability 8.0 or later, this one has"
                 f" {'.'.join(map(str, capability))}: set --model.block compile"
@@ -208,7 +209,7 @@ class Block(nn.Module):
         layers = _Layers(
             self.qkv.weight, self.qkv.bias, out_weight, self.mlp.first.weight, self.mlp.first.bias, fc2_weight
         )
-        dtype = compute_dtype(self.qkv.weight)
+        dtype = product_dtype(self.qkv.weight)
         settings = _Settings(
             heads=self.heads,
             eps=self.norm1.eps,
@@ -254,7 +255,7 @@ class ComputeCopies:
             del parameter.compute_copy  # type: ignore[attr-defined]
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
+def product_dtype(weight: Tensor) -> torch.dtype:
     """Return the type of a product with this weight: autocast's where it is on and the weight float32, or its own."""
     device = weight.device.type
     if weight.dtype == torch.float32 and torch.is_autocast_enabled(device):

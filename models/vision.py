@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.patchify import patchify
-from .block import Block, Implementation, Keep, Stream, compute_dtype
+from .block import Block, Implementation, Keep, Stream, product_dtype
 from .pooling import AttentionPooling
 from .weights import load_weights
 
@@ -281,7 +281,7 @@ class VisionTower(nn.Module):
     ) -> Tensor:
         """Images as in `forward` to tokens [b, T, D] before pooling: class token, registers, patches row by row."""
         self._check(images)
-        dtype = compute_dtype(self.patch_embed.weight)
+        dtype = product_dtype(self.patch_embed.weight)
         patches = patchify(images, self.config.patch_size, mean=IMAGE_MEAN, std=IMAGE_STD, dtype=dtype)
         position: Tensor | None = self.position
         rope = self.rope

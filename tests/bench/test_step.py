@@ -14,8 +14,8 @@ from PIL import Image
 
 from textlock.bench import ceilings
 from textlock.bench import step as bench
-from textlock.bench.block_tower import tower_operations
 from textlock.bench.measure import Unavailable
+from textlock.bench.tower import tower_operations
 from textlock.engine.feed import FedBatch
 from textlock.models.vision import VISION_CONFIGS
 

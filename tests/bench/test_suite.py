@@ -307,7 +307,7 @@ def test_every_command_is_one_that_its_benchmark_takes(command):
     if command.module.endswith(".step"):
         chosen.append(options.only)
     known = set(getattr(module, "CANDIDATES", ()))
-    if command.module.endswith(".block"):
+    if command.module.endswith(".operations"):
         setting = module.setting_of(options.tower, 1, torch.device("cpu"), 0)
         parts = ("gemm", "kernels", "block", "tower")
         known = {
@@ -339,7 +339,7 @@ def test_the_gpu_suite_fits_its_time():
 TINY = {
     "ceilings": "--seconds 0.001",
     "contrastive": "--batch 24 --width 16 --seconds 0.001",
-    "block": "--tower eva02_micro_patch8_32 --micro-batch 2 --seconds 0.001",
+    "operations": "--tower eva02_micro_patch8_32 --micro-batch 2 --seconds 0.001",
     "step": "--tower eva02_micro_patch8_32 --local-batches 4 --texts 8 --micro-batch 2 --workers 1 --seconds 0.001",
     "loader": "--samples 200 --batch 16 --workers 1 --seconds 0.1 --sizes 256",
 }

@@ -1,7 +1,4 @@
-"""Attention pooling with an absorbed query: the references by gradcheck, the kernels against float64.
-
-The kernels run in Triton's interpreter, or on a GPU where there is one.
-"""
+"""Attention pooling with an absorbed query: what is special to it; tests/kernels/test_cards.py has the rest."""
 
 from types import SimpleNamespace
 
@@ -9,11 +6,9 @@ import pytest
 import torch
 
 from textlock.kernels import latent_pool as module
-from textlock.kernels.latent_pool import latent_pool, latent_pool_backward
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-TINY = 1e-6  # relative error of sums in float32
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -55,16 +50,6 @@ def relative_error(value, truth):
     return ((value.double() - truth).norm() / truth.norm().clamp(min=0.1)).item()
 
 
-def assert_as_good_as_torch(results, inputs):
-    truths, by_torch = by_formula(*(t.double() for t in inputs)), by_formula(*inputs)
-    names = ("pooled", "lse", "d_tokens", "d_absorbed")
-    for name, value, truth, other in zip(names, results, truths, by_torch, strict=True):
-        # The interpreter cuts float32 off to bfloat16 instead of rounding it, which doubles the error.
-        cut_off = 2 if value.dtype == BF16 and DEVICE.type == "cpu" else 1
-        error, bound = relative_error(value, truth), 2 * cut_off * relative_error(other, truth) + TINY
-        assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.2e}"
-
-
 def run(forward, backward, inputs):
     tokens, absorbed, d_pooled, d_first = inputs
     result = forward(tokens, absorbed)
@@ -73,54 +58,6 @@ def run(forward, backward, inputs):
 
 
 LAUNCHERS = (module._launch_latent_pool, module._launch_latent_pool_backward)
-REFERENCES = (module._latent_pool_reference, module._latent_pool_backward_reference)
-
-# Images (six programs in the interpreter share them), tokens, channels, heads; type of the tokens, of the products.
-ON_GPU_ALONE = pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter's tl.dot is wrong in bfloat16")
-CASES = [
-    pytest.param((14, 5, 64, 1), F16, F16, id="5 tokens float16", marks=pytest.mark.memcheck),
-    pytest.param((1, 1, 64, 2), F32, F32, id="one token float32"),
-    pytest.param((2, 50, 192, 3), F32, F32, id="50 tokens float32"),
-    pytest.param((8, 64, 128, 2), F32, F16, id="64 tokens, wide stream"),
-    pytest.param((1, 197, 768, 12), F16, F16, id="197 tokens float16"),
-    pytest.param((1, 197, 768, 12), F32, F16, id="197 tokens, wide stream"),
-    pytest.param((7, 197, 64, 12), F32, F32, id="197 tokens float32"),
-    pytest.param((2, 257, 128, 1), F16, F16, id="257 tokens float16"),
-    pytest.param((1, 257, 256, 16), F32, F32, id="257 tokens float32"),
-    pytest.param((600, 197, 768, 12), BF16, BF16, id="197 tokens bfloat16", marks=ON_GPU_ALONE),
-]
-REFERENCE_CASES = [
-    *CASES[:-1],
-    pytest.param((3, 197, 768, 12), BF16, BF16, id="197 tokens bfloat16"),
-    pytest.param((3, 50, 48, 17), F32, BF16, id="17 heads of 48 channels, wide stream"),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("common", [0.0, 3.0], ids=["", "tokens alike"])
-@pytest.mark.parametrize(("shape", "stream", "products"), CASES)
-def test_kernels_are_as_exact_as_torch(shape, stream, products, common):
-    if products == F32 and DEVICE.type == "cuda":
-        pytest.skip("on a GPU products in float32 are for the references")
-    check(LAUNCHERS, inputs_of(shape, stream, products, common))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("common", [0.0, 3.0], ids=["", "tokens alike"])
-@pytest.mark.parametrize(("shape", "stream", "products"), REFERENCE_CASES)
-def test_references_are_as_exact_as_torch(shape, stream, products, common):
-    check(REFERENCES, inputs_of(shape, stream, products, common))
-
-
-def check(functions, inputs):
-    tokens, absorbed, *_ = inputs
-    result, (d_tokens, d_absorbed) = run(*functions, inputs)
-    assert result.pooled.dtype == result.rounded.dtype == absorbed.dtype
-    assert (result.rounded is tokens) == (tokens.dtype == absorbed.dtype)
-    assert result.lse.dtype == d_absorbed.dtype == F32
-    assert d_tokens.dtype == tokens.dtype
-    assert torch.equal(result.first, tokens[:, 0])
-    assert_as_good_as_torch((result.pooled, result.lse, d_tokens, d_absorbed), inputs)
 
 
 @pytest.mark.gpu
@@ -147,43 +84,6 @@ def test_scores_of_any_size_are_safe():
         assert relative_error(result.pooled[image], pooled[0]) < 2e-3, image
         assert relative_error(result.lse[image], lse[0]) < 1e-5, image
         assert relative_error(d_tokens[image], expected[0]) < 2e-3, image
-
-
-@pytest.mark.gpu
-def test_two_runs_give_the_same_bits():
-    inputs = inputs_of((9, 70, 128, 3), F32, F16)
-    first, second = (run(*LAUNCHERS, inputs) for _ in range(2))
-    for once, again in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
-        assert torch.equal(once, again)
-
-
-class Pool(torch.autograd.Function):
-    """The public functions, as a pooling head calls them."""
-
-    @staticmethod
-    def forward(ctx, tokens, absorbed):
-        pooled, first, lse, rounded = latent_pool(tokens, absorbed)
-        ctx.save_for_backward(rounded, absorbed, pooled, lse)
-        return pooled, first
-
-    @staticmethod
-    def backward(ctx, d_pooled, d_first):
-        return latent_pool_backward(d_pooled, d_first, *ctx.saved_tensors)
-
-
-@pytest.mark.parametrize("shape", [(2, 5, 6, 1), (1, 1, 4, 2), (3, 7, 4, 3)], ids=str)
-def test_reference_passes_gradcheck(shape):
-    batch, length, width, heads = shape
-    inputs = [t.cpu().requires_grad_() for t in make((batch, length, width), (heads, width))]
-    assert torch.autograd.gradcheck(Pool.apply, inputs)
-
-
-def test_refuses_strides_that_kernels_cannot_walk():
-    tokens, absorbed, *_ = inputs_of((2, 6, 64, 1), F32, F32)
-    with pytest.raises(
-        ValueError, match=r"tokens of shape \[2, 6, 64\] has strides \[768, 128, 1\]: give a contiguous"
-    ):
-        module._launch_latent_pool(tokens.repeat(1, 1, 2)[..., :64], absorbed)
 
 
 @pytest.mark.parametrize(

@@ -410,7 +410,7 @@ def test_kept_patches_are_for_training_alone():
 
 
 def on_an_old_gpu(block):
-    stream = mock.Mock(x=mock.Mock(is_cuda=True))
+    stream = mock.Mock(x=mock.Mock(is_cuda=True, device=torch.device("cuda")))
     with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
         block._fused(stream, None, "all")
 

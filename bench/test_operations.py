@@ -1,9 +1,10 @@
-"""The benchmark of the transformer block through pytest-benchmark, which keeps and compares runs.
+"""The benchmark of the operations of an image tower through pytest-benchmark, which keeps and compares runs.
 
-    pytest bench/test_block.py --benchmark-only
-    pytest bench/test_block.py --benchmark-only -k "attention and ours" --benchmark-json=out.json
+    pytest bench/test_operations.py --benchmark-only
+    pytest bench/test_operations.py --benchmark-only -k "attention and ours" --benchmark-json=out.json
 
-Operations, candidates and checks are those of `textlock.bench.block`; floor, errors and memory are in `extra_info`.
+Operations, candidates and checks are those of `textlock.bench.operations`; floor, errors and memory are in
+`extra_info`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from textlock.bench import block as bench
+from textlock.bench import operations as bench
 from textlock.bench.ceilings import Ceilings, ceilings_for
 from textlock.bench.comparison import Comparison, Part, check, figures
 from textlock.bench.measure import Spread, Unavailable, device_of_this_machine, release, to_its_end

@@ -8,7 +8,7 @@ import torch
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from textlock.bench import profile as bench
+from textlock.bench import trace as bench
 from textlock.bench.ceilings import Ceilings
 from textlock.bench.comparison import Setting
 from textlock.bench.measure import Unavailable
@@ -146,7 +146,7 @@ def test_copies_and_fills_have_the_floor_of_their_bytes():
     }
 
 
-def test_kernels_of_a_block_have_the_floor_of_each_launch():
+def test_kernels_of_a_tower_have_the_floor_of_each_launch():
     kernels = [
         ran("add_norm_kernel", 20, 10),
         ran("attention_kernel", 40, 10, operator=5),
@@ -165,14 +165,6 @@ def test_kernels_of_a_block_have_the_floor_of_each_launch():
     # A launch that the profiler missed leaves open which launch was which.
     fewer = found_in(*kernels[1:], launches=launches)
     assert "floor_ms" not in fewer["add_norm_kernel"] and "floor_ms" in fewer["attention_kernel"]
-
-
-def test_every_kernel_of_a_block_is_known_by_the_name_it_is_launched_with():
-    from textlock.kernels import attention, gelu, latent_pool, norm, patchify, swiglu
-
-    modules = (attention, gelu, latent_pool, norm, patchify, swiglu)
-    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel") and name[0] != "_"}
-    assert bench.least_of_block(SETTING).keys() == kernels
 
 
 def test_launches_are_noted_with_the_bytes_of_their_tensors(monkeypatch):

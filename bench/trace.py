@@ -1,4 +1,4 @@
-"""Where the time of a step goes: its largest kernels beside their floors, and the time in which nothing runs.
+"""Where the time of a step goes: its largest kernels next to their floors, and the time in which nothing runs.
 
 `textlock.bench.step --profile PATH` runs one step under torch's profiler, writes a Chrome trace and prints a line for
 each of the largest kernels, for everything else together and for the idle time. The step begins on an idle device, so
@@ -9,8 +9,8 @@ for kernels, without the time of those that they call.
 The floor of a kernel is that of all its launches, and is left out where one of them is unknown. Known are
 
     matrix products     operations, from the shapes of the operator that launched it, over the rate of large products
-    kernels of a block  traffic and operations as `textlock.bench.block_kernels` counts them; of a launch that is given
-                        less, such as a LayerNorm with nothing to add, the bytes of its tensors
+    kernels of a tower  traffic and operations as their cards count them; of a launch that is given less, such as a
+                        LayerNorm with nothing to add, the bytes of its tensors
     copies and fills    their bytes
     sums and the like   what plain element-wise operators read and write
 """
@@ -35,17 +35,17 @@ from torch.profiler import ProfilerActivity
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from textlock.bench.block_kernels import KERNELS
 from textlock.bench.ceilings import Ceilings
 from textlock.bench.comparison import Setting
 from textlock.bench.figures import Outcome, Report, cell, has_figures
 from textlock.bench.measure import Unavailable, to_its_end
+from textlock.bench.operations import sizes_of, tower_cards
 
 LARGEST = 10
 LONGEST_NAME = 80
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-# What the trace keeps beside these: launches and operators of the host would make it many times larger.
+# What else the trace keeps: launches and operators of the host would make it many times larger.
 KEPT = ("user_annotation", "gpu_user_annotation")
 
 # Types of tensors, as the profiler names them.
@@ -67,16 +67,6 @@ PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1,
 OUT_OF_PLACE = {f"aten::{name}" for name in ("add", "sub", "mul", "div")}
 IN_PLACE = {f"{name}_" for name in OUT_OF_PLACE}
 FILLS_AND_COPIES = ("aten::fill_", "aten::zero_", "aten::copy_")  # every tensor is either read or written
-
-# Kernels of the block, by the name they are launched with.
-OF_BLOCK = {
-    "add_norm": "add_norm",
-    "swiglu": "swiglu_norm",
-    "gelu": "gelu",
-    "patchify": "patchify",
-    "attention": "attention",
-    "latent_pool": "latent_pool",
-}
 
 
 @dataclass(frozen=True)
@@ -184,12 +174,12 @@ def own_times(operators: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any],
 def floors_of_launches(
     found: Sequence[dict[str, Any]], launches: Iterable[tuple[str, int]], setting: Setting, ceilings: Ceilings
 ) -> dict[int, float]:
-    """Return floors of a block's kernels, by their number among those found, which ran in the order of launches."""
+    """Return floors of the tower's kernels, by their number among those found, which ran in the order of launches."""
     noted: dict[str, list[int]] = defaultdict(list)
     for name, traffic in launches:
         noted[name].append(traffic)
     floors = {}
-    for name, (counted, operations) in least_of_block(setting).items():
+    for name, (counted, operations) in least_of_tower(setting).items():
         numbers = [number for number, event in enumerate(found) if event["name"] == name]
         if len(numbers) != len(noted[name]):  # then nobody knows which is which
             continue
@@ -198,15 +188,15 @@ def floors_of_launches(
     return floors
 
 
-def least_of_block(setting: Setting) -> dict[str, tuple[float, float]]:
-    """Return the traffic and the operations of one launch of each kernel of the block."""
-    found = {}
-    for name, operation in OF_BLOCK.items():
-        kernel = KERNELS[operation]
-        found[f"{name}_kernel"] = kernel.traffic(setting), kernel.operations(setting)
-        if (back := kernel.backward) is not None:
-            found[f"{name}_backward_kernel"] = back.traffic(setting), back.operations(setting)
-    return found
+def least_of_tower(setting: Setting) -> dict[str, tuple[float, float]]:
+    """Return the traffic and the operations of one launch of each kernel of the tower."""
+    return {
+        one.kernel.__name__: (one.traffic(sizes), one.operations(sizes))
+        for card in tower_cards()
+        for sizes in (sizes_of(card, setting),)
+        for one in card.passes
+        if one.kernel is not None
+    }
 
 
 def floors_by_operators(

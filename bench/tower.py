@@ -1,4 +1,4 @@
-"""The transformer block and the whole image tower, forward and backward, with what they are compared with."""
+"""The transformer block and the whole image tower, forward and backward, with their peers."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +9,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from textlock.bench.block_kernels import layers_of, tokens_of
-from textlock.bench.comparison import Comparison, Prepared, Random, Result, Setting, compiled
+from textlock.bench.comparison import Comparison, Prepared, Result, Setting, compiled
 from textlock.bench.measure import Unavailable, check_compiler, relative_error
+from textlock.kernels.card import Data
 from textlock.models.block import Block, ComputeCopies, Implementation, Keep, Stream
 from textlock.models.pooling import AttentionPooling
 from textlock.models.vision import (
@@ -26,6 +26,13 @@ from textlock.models.weights import from_timm
 
 # Images of a micro-batch whose results are compared with float64.
 COMPARED_IMAGES = 8
+
+
+def layers_of(config: VisionConfig) -> dict[str, tuple[int, int]]:
+    """Return output and input channels of the linear layers of a block."""
+    first = ("gate_up", 2 * config.hidden) if config.gated else ("fc1", config.hidden)
+    D = config.width
+    return {"qkv": (3 * D, D), "out_proj": (D, D), first[0]: (first[1], D), "fc2": (D, config.hidden)}
 
 
 def block_operations(config: VisionConfig) -> int:
@@ -143,8 +150,8 @@ def compare_block(setting: Setting) -> Comparison:
 
     @cache
     def data() -> Result:
-        random = Random(setting)
-        return {name: tokens_of(setting, random, config.width) for name in ("x", "branch", "d_x", "d_branch")}
+        draw, shape = Data(setting.device, setting.seed), (setting.micro_batch, config.tokens, config.width)
+        return {name: draw.normal(*shape, dtype=setting.dtype) for name in ("x", "branch", "d_x", "d_branch")}
 
     @cache
     def rope() -> Tensor | None:
@@ -253,9 +260,11 @@ def compare_tower(setting: Setting) -> Comparison:
 
     @cache
     def data() -> Result:
-        random = Random(setting)
-        images = random.images(setting)
-        return {"images": images, "d": random.normal(setting.micro_batch, config.width)}
+        draw, side = Data(setting.device, setting.seed), config.image_size
+        return {
+            "images": draw.integers(256, setting.micro_batch, side, side, 3, dtype=torch.uint8),
+            "d": draw.normal(setting.micro_batch, config.width, dtype=setting.dtype),
+        }
 
     def run(forward: Callable[[Tensor], Tensor], copies: AbstractContextManager[None], tensors: Result) -> Result:
         with copies, setting.autocast():

@@ -1,12 +1,12 @@
 """Compile every Triton kernel of the project for an H100, on a machine without one, and read what the compiler made.
 
-    python -m textlock.bench.compile                              # with the installed Triton
-    python -m textlock.bench.compile --triton .venv/triton-3.6    # with another (make test puts 3.6 there)
+    python -m textlock.bench.machine_code                              # with the installed Triton
+    python -m textlock.bench.machine_code --triton .venv/triton-3.6    # with another (make test puts 3.6 there)
 
-Kernels are compiled as their own launchers launch them: the launchers run on tensors without data, and each launch is
-compiled in place of being run. Registers, stack and instructions are read from the binary. One JSON line a kernel on
-stdout, a table on stderr. Exit status 1 and one sentence a fault: registers spilled to memory, a dot product that is
-no wgmma, or fewer programs in a multiprocessor than the launcher counts on.
+Kernels are compiled as their own launchers launch them: the launchers of all cards (`textlock.kernels.card`) run on
+tensors without data, and each launch is compiled in place of being run. Registers, stack and instructions are read from
+the binary. One JSON line a kernel on stdout, a table on stderr. Exit status 1 and one sentence a fault: registers
+spilled to memory, a dot product that is no wgmma, or fewer programs in a multiprocessor than the launcher counts on.
 """
 
 import json
@@ -16,14 +16,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -35,31 +35,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from textlock.kernels import (
-    attention,
-    contrastive_tiles,
-    gather,
-    gelu,
-    latent_pool,
-    norm,
-    patchify,
-    rows,
-    sigmoid,
-    swiglu,
-)
+from textlock.kernels import contrastive_tiles, gather, sigmoid
+from textlock.kernels.card import Data, find_cards
 
 # An H100, and what one of its multiprocessors holds (CUDA programming guide, table of compute capability 9.0).
 MULTIPROCESSORS = 132
 REGISTERS, THREADS, PROGRAMS, SHARED_BYTES = 64 * 1024, 2048, 32, 228 * 1024
 RESERVED_BYTES = 1024  # of shared memory, for each program
-
-# Kernels whose grid says how many programs their launcher expects side by side; others have one program for a block.
-PERSISTENT = (
-    *("sums_kernel", "weights_kernel", "sigmoid_kernel"),
-    *("add_norm_kernel", "add_norm_backward_kernel"),
-    *("swiglu_kernel", "swiglu_backward_kernel", "gelu_kernel", "gelu_backward_kernel"),
-    *("latent_pool_kernel", "latent_pool_backward_kernel"),
-)
 
 # The shape that the cases are launched at: one rank of 16 at a batch of 65,536.
 b, B, d = 4096, 65536, 768
@@ -77,6 +59,8 @@ class Case:
 
     name: str
     launch: Callable[[], object]
+    # By kernel, the programs that its launcher counts on: so many, or as many as it starts for each multiprocessor.
+    programs: Mapping[str, int | Literal["grid"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,13 +99,20 @@ def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    yield from contrastive_cases()
-    yield from sigmoid_cases()
-    yield from image_to_text_cases()
-    yield from gather_cases()
-    yield from block_cases()
-    yield from attention_cases()
-    yield from latent_pool_cases()
+    for of_loss in (contrastive_cases, sigmoid_cases, image_to_text_cases, gather_cases):
+        yield from (replace(case, programs=PERSISTENT) for case in of_loss())
+    for card in find_cards():
+        for one in card.passes:
+            for name, sizes in card.compiled.items():
+                programs = one.programs if one.programs == "grid" else one.programs(sizes)
+                launch = partial(one.launch, **one.inputs(sizes, Data("meta")))
+                yield Case(name, launch, {one.kernel.__name__: programs})
+
+
+# Of the losses' kernels that start as many programs as are to run at once.
+PERSISTENT: dict[str, int | Literal["grid"]] = dict.fromkeys(
+    ("sums_kernel", "weights_kernel", "sigmoid_kernel"), "grid"
+)
 
 
 def contrastive_cases() -> Iterator[Case]:
@@ -191,63 +182,6 @@ def gather_cases() -> Iterator[Case]:
             )
 
 
-def block_cases() -> Iterator[Case]:
-    """Return the row kernels of EVA02 ViT-B/16 and ViT-B/16 for a micro-batch of 512 images, and their patches."""
-    N, D, bf16 = 512 * 197, 768, torch.bfloat16
-    weight, of_rows, branch = tensor(D), tensor(N), tensor(N, D, dtype=bf16)
-    for dtype, bias in product((bf16, torch.float32), (None, weight)):
-        x = tensor(N, D, dtype=dtype)
-        name = listed(wide_stream=dtype == torch.float32, branch_bias=bias is not None)
-        yield Case(name, partial(norm._launch_add_norm, x, branch, bias, weight, weight, 1e-6, bf16))
-    for dtype, behind in product((bf16, torch.float32), (True, False)):
-        x = tensor(N, D, dtype=dtype)
-        name = listed(wide_stream=dtype == torch.float32, nothing_behind=not behind)
-        d_residual = x if behind else None
-        yield Case(name, partial(norm._launch_add_norm_backward, branch, d_residual, x, of_rows, of_rows, weight, bf16))
-    yield Case("no branch", partial(norm._launch_add_norm, branch, None, None, weight, weight, 1e-6, bf16))
-    for H, sub_norm in ((2048, True), (352, True), (2048, False)):
-        gate_up, h = tensor(N, 2 * H, dtype=bf16), tensor(N, H, dtype=bf16)
-        weights, moments = (tensor(H), of_rows) if sub_norm else (None, None)
-        name = f"{H}, {listed(sub_norm=sub_norm)}".rstrip(", ")
-        yield Case(name, partial(swiglu._launch_swiglu_norm, gate_up, weights, weights, 1e-5))
-        backward = partial(swiglu._launch_swiglu_norm_backward, h, gate_up, moments, moments, weights, weights)
-        yield Case(name, backward)
-    fc1 = tensor(N, 3072, dtype=bf16)
-    yield Case("", partial(gelu._launch_gelu, fc1))
-    yield Case("", partial(gelu._launch_gelu_backward, fc1, fc1))
-    images = tensor(512, 224, 224, 3, dtype=torch.uint8)
-    yield Case("", partial(patchify._launch_patchify, images, 16, (0.5,) * 3, (0.25,) * 3, bf16))
-
-
-def attention_cases() -> Iterator[Case]:
-    """Return the attention of a ViT-B/16, of one that drops patches, and of other numbers of tokens, for 512 images."""
-    B, H, bf16, f16 = 512, 12, torch.bfloat16, torch.float16
-    settings = [(197, 1, bf16), (197, B, bf16), (197, 0, bf16), (197, 1, f16), (192, B, bf16)]
-    settings += [(50, 0, bf16), (65, 1, bf16), (256, 1, bf16)]
-    for T, tables, dtype in settings:
-        qkv, out = tensor(B, T, 3, H, 64, dtype=dtype), tensor(B, T, H * 64, dtype=dtype)
-        rope = {0: None, 1: tensor(T, 32, 2), B: tensor(B, T, 32, 2)}[tables]
-        name = f"{T} tokens, {dtype}, RoPE tables: {tables}"
-        yield Case(name, partial(attention._launch_forward, qkv, rope))
-        yield Case(name, partial(attention._launch_backward, out, qkv, rope, out, tensor(B, H, T)))
-
-
-def latent_pool_cases() -> Iterator[Case]:
-    """Return the pooling of a ViT-B/16, of one with a float32 residual stream, and of small towers, for 512 images."""
-    B, bf16, f16, f32 = 512, torch.bfloat16, torch.float16, torch.float32
-    settings = [(197, 768, 12, bf16, bf16), (197, 768, 12, f32, bf16), (197, 768, 12, f16, f16)]
-    settings += [(65, 128, 2, bf16, bf16), (17, 64, 1, f32, bf16)]
-    for T, D, H, stream, products in settings:
-        tokens, first = tensor(B, T, D, dtype=stream), tensor(B, D, dtype=stream)
-        rounded, absorbed = tensor(B, T, D, dtype=products), tensor(H, D, dtype=products)
-        pooled, lse = tensor(B, H, D, dtype=products), tensor(B, H)
-        name = f"{T} tokens of {D} channels, {stream}, products {products}"
-        yield Case(name, partial(latent_pool._launch_latent_pool, tokens, absorbed))
-        yield Case(
-            name, partial(latent_pool._launch_latent_pool_backward, pooled, first, rounded, absorbed, pooled, lse)
-        )
-
-
 def listed(**settings: bool) -> str:
     return ", ".join(name.replace("_", " ") for name, value in settings.items() if value)
 
@@ -273,15 +207,18 @@ def compile_launches(case: Case, binaries: dict[Any, Binary]) -> None:
             compiled = kernel.warmup(*arguments, grid=grid, **constants)
             if compiled in binaries:
                 return
-            wanted = -(-grid[0] // MULTIPROCESSORS) if kernel.__name__ in PERSISTENT else 1
+            wanted = case.programs.get(kernel.__name__, 1)
+            if wanted == "grid":
+                wanted = -(-grid[0] // MULTIPROCESSORS)
             binary = binaries[compiled] = read(compiled, kernel.__name__, case.name, wanted)
             print(json.dumps({"triton": triton.__version__, "target": "sm_90"} | asdict(binary)), flush=True)
 
         return compile_one
 
     with mock.patch.object(JITFunction, "__getitem__", compiler_of), ExitStack() as stack:
-        for module in (contrastive_tiles, latent_pool, rows, sigmoid):
-            stack.enter_context(mock.patch.object(module, "multiprocessors_of", return_value=MULTIPROCESSORS))
+        for name in [name for name in sys.modules if name.startswith("textlock.kernels.")]:
+            if hasattr(sys.modules[name], "multiprocessors_of"):
+                stack.enter_context(mock.patch(f"{name}.multiprocessors_of", return_value=MULTIPROCESSORS))
         case.launch()
 
 
@@ -354,7 +291,7 @@ def main(options: Options) -> None:
             )
         paths = [str(options.triton.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-        os.execve(sys.executable, [sys.executable, "-m", "textlock.bench.compile"], environment)
+        os.execve(sys.executable, [sys.executable, "-m", "textlock.bench.machine_code"], environment)
     if triton.knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
     triton.runtime.driver.set_active(H100())
