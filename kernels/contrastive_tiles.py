@@ -119,7 +119,7 @@ def sums_kernel(
     log2_scale = tl.load(scale) * LOG2E
     tiles = tl.cdiv(b, BLOCK_M) * tl.cdiv(B, BLOCK_N)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        m, n = tile_of(t, b, B, BLOCK_M, BLOCK_N, GROUP)
+        m, n = tile_of(t, b, B, first_row, BLOCK_M, BLOCK_N, GROUP)
         cosines = cosine_tile(images, texts, m, n, D, BLOCK_M, BLOCK_N, BLOCK_K)
         cosines, i, j = without_matches(cosines, m, n, b, B, first_row, ids, HAS_IDS, BLOCK_M, BLOCK_N)
         logits = cosines * log2_scale
@@ -166,7 +166,7 @@ def lost_columns_kernel(
         log2_scale = tl.load(scale) * LOG2E
         tiles = tl.cdiv(b, BLOCK_M) * tl.cdiv(B, BLOCK_N)
         for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-            m, n = tile_of(t, b, B, BLOCK_M, BLOCK_N, GROUP)
+            m, n = tile_of(t, b, B, first_row, BLOCK_M, BLOCK_N, GROUP)
             cosines = cosine_tile(images, texts, m, n, D, BLOCK_M, BLOCK_N, BLOCK_K)
             cosines, _, j = without_matches(cosines, m, n, b, B, first_row, ids, HAS_IDS, BLOCK_M, BLOCK_N)
             logits = cosines * log2_scale
@@ -256,7 +256,7 @@ def weights_kernel(
     log2_scale = tl.load(scale) * LOG2E
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(B, BLOCK_N)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        m, n = tile_of(t, rows, B, BLOCK_M, BLOCK_N, GROUP)
+        m, n = tile_of(t, rows, B, 0, BLOCK_M, BLOCK_N, GROUP)
         logits = cosine_tile(images, texts, m, n, D, BLOCK_M, BLOCK_N, BLOCK_K) * log2_scale
         i = m * BLOCK_M + tl.arange(0, BLOCK_M)
         j = n * BLOCK_N + tl.arange(0, BLOCK_N)

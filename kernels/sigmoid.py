@@ -144,7 +144,7 @@ def sigmoid_kernel(
     STRIP: tl.constexpr = BLOCK_N // 4
     tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        m, n = tile_of(t, rows, columns, BLOCK_M, BLOCK_N, GROUP)
+        m, n = tile_of(t, rows, columns, 0, BLOCK_M, BLOCK_N, GROUP)
         cosines = strips_of(cosine_tile(images, texts, m, n, D, BLOCK_M, BLOCK_N, BLOCK_K), BLOCK_M, BLOCK_N)
         i = m * BLOCK_M + tl.arange(0, BLOCK_M)
         ragged = ((m + 1) * BLOCK_M > rows) | ((n + 1) * BLOCK_N > columns)

@@ -53,15 +53,15 @@ INTERPRETED_SHAPE = TileShape(32, 32, 32, num_warps=4, num_stages=1, group=2)
 
 
 @triton.jit
-def tile_of(t, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Return the block of rows and of columns of tile t."""
+def tile_of(t, rows, columns, first_column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Return the block of rows and of columns of tile t; the walk along the columns starts at `first_column`."""
     blocks_m = tl.cdiv(rows, BLOCK_M)
     blocks_n = tl.cdiv(columns, BLOCK_N)
     group = t // (GROUP * blocks_n)
     in_group = tl.minimum(blocks_m - group * GROUP, GROUP)
     m = group * GROUP + (t % (GROUP * blocks_n)) % in_group
     n = (t % (GROUP * blocks_n)) // in_group
-    return m, n
+    return m, (n + first_column // BLOCK_N) % blocks_n
 
 
 @triton.jit
