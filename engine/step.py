@@ -27,7 +27,7 @@ from .optim import FlatGradients
 from .plan import Plan
 from .sharding import is_sharded, sum_after_backward
 
-Candidates = Callable[[], tuple[Tensor, Tensor | None]]  # text rows and ids, waited for when they are asked for
+Candidates = Callable[[], tuple[Tensor, Tensor | None]]  # text embeddings and ids, waited for when asked for
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StepResult:
     loss: Tensor  # mean over the global batch, the same on all ranks
     logit_scale: Tensor
     duplicates: Tensor  # captions of the global batch that repeat another one of it
-    images_forward: int  # images that went through the tower on this rank, second forwards included
+    images_forward: int  # that went through the tower on this rank, second forwards included
 
 
 def image_rows(
@@ -47,7 +47,7 @@ def image_rows(
     keep: Keep = "all",
     on_gradients: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Return unit rows [b, d] in float32 of images [b, S, S, 3] uint8; keep and on_gradients as in `VisionTower`."""
+    """Return unit vectors [b, d] in float32 of images [b, S, S, 3] uint8; keep and on_gradients as in `VisionTower`."""
     with autocast:
         embeddings = tower(images, keep=keep, on_gradients=on_gradients)
     return F.normalize(embeddings.float(), dim=-1)
@@ -61,7 +61,7 @@ def autocast_for(device: torch.device, precision: Literal["auto", "bf16", "fp32"
 
 
 def text_dtype(device: torch.device) -> torch.dtype:
-    """Return the type in which text rows are gathered and kept: the loss kernels of a GPU round them to float16."""
+    """Return the dtype in which texts are gathered and kept: the loss kernels of a GPU round them to float16."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
@@ -105,7 +105,7 @@ class LargeBatchStep:
             step: number of the step, from 0; with the seed, rank and micro-batch it fixes every random draw of the
                 tower.
             images: [b, S, S, 3] uint8, this rank's.
-            text: [b, d] unit rows of this rank's captions.
+            text: [b, d] unit embeddings of this rank's captions.
             ids: [b] int64, equal for equal captions; those are counted and, where the config says so, no negatives.
 
         """
@@ -177,11 +177,11 @@ class LargeBatchStep:
         return total
 
     def _forward(self, step: int, number: int, images: Tensor, keep: Keep) -> Tensor:
-        # The draws are a function of their place in the run, so a second forward repeats the first one's exactly, and a
+        # The draws are a function of their place in the run: a second forward repeats those of the first exactly, and a
         # resumed run needs no stored generator state.
         torch.manual_seed(_seed_of(self._seed, step, self._world.rank, number))
-        # Behind the last micro-batch the gradients of a block travel while the blocks before it go backward; those of a
-        # sharded tower do so by themselves.
+        # In the backward of the last micro-batch the gradients of a block are reduced while the blocks before it are at
+        # work; FSDP does so by itself.
         reduces = self._is_last(number) and self._world.group is not None and not self._sharded
         return image_rows(self._tower, images, self._autocast, keep, self._reduce_block if reduces else None)
 
