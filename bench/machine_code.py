@@ -118,33 +118,26 @@ PERSISTENT: dict[str, int | Literal["grid"]] = dict.fromkeys(
 def contrastive_cases() -> Iterator[Case]:
     image, text, scale = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
     all_ids = tensor(B, dtype=torch.int32)
-    for ids, store, peaks in product((None, all_ids), (False, True), (False, True)):
-        yield Case(
-            listed(ids=ids is not None, store=store, peaks=peaks),
-            partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, store=store, peaks=peaks),
-        )
-    progress = gather.GatherProgress(tensor(B // 128, dtype=torch.int32), 2, b, 128)
     for ids, store in product((None, all_ids), (False, True)):
-        settings: dict[str, Any] = {"store": store, "peaks": False, "progress": progress}
         yield Case(
-            listed(ids=ids is not None, store=store, arriving=True),
-            partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, **settings),
+            listed(ids=ids is not None, store=store),
+            partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, store=store),
         )
     yield Case("", partial(contrastive_tiles.matching_cosines, image, tensor(b, d, dtype=torch.float16)))
-    row_lse, column_lse, doubt, weights = tensor(b), tensor(B), tensor(b), tensor(b, B, dtype=torch.float16)
+    row_lse, column_lse, one_minus_p, weights = tensor(b), tensor(B), tensor(b), tensor(b, B, dtype=torch.float16)
     for ids in (None, all_ids):
         yield Case(
             listed(ids=ids is not None),
             partial(contrastive_tiles.write_weights, image, text, scale, ids, 0, row_lse, column_lse, weights),
         )
-    stored = contrastive_tiles.Stored(tensor(b, B, dtype=torch.bfloat16), tensor(B // 128, b), 128, tensor(b))
+    stored = contrastive_tiles.Stored(tensor(b, B, dtype=torch.int16), tensor(B // 128, b), 128, tensor(b))
     yield Case("", partial(contrastive_tiles.multiply_stored, stored, text, row_lse, column_lse))
     yield Case("", partial(contrastive_tiles.weigh_stored, stored, B, row_lse, column_lse))
     for splits, dtype in product((1, 4), (torch.float16, torch.float32)):
         parts, own, matching = tensor(splits, b, d), tensor(b, d), tensor(b, d, dtype=dtype)
         yield Case(
             listed(split=splits > 1, half_width_text=dtype == torch.float16),
-            partial(contrastive_tiles.finish_gradient, parts, own, matching, doubt, scale),
+            partial(contrastive_tiles.finish_gradient, parts, own, matching, one_minus_p, scale),
         )
 
 
@@ -152,20 +145,20 @@ def sigmoid_cases() -> Iterator[Case]:
     image, text, scalar = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
     all_ids = tensor(B, dtype=torch.int32)
     for ids, with_grad in product((None, all_ids), (False, True)):
-        visit = sigmoid.tile_visitor(text, scalar, scalar, ids, b, with_grad)
-        yield Case(listed(ids=ids is not None, gradient=with_grad), partial(visit, image, 0))
+        weigh = sigmoid.tile_weigher(text, scalar, scalar, ids, b, with_grad)
+        yield Case(listed(ids=ids is not None, gradient=with_grad), partial(weigh, image, 0))
 
 
 def image_to_text_cases() -> Iterator[Case]:
     """Return what the kernels of the contrastive loss do for rows alone."""
     image, text, scale = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
     for ids, store in product((None, tensor(B, dtype=torch.int32)), (False, True)):
-        settings: dict[str, Any] = {"store": store, "peaks": False, "with_columns": False}
+        settings: dict[str, Any] = {"store": store, "with_columns": False}
         yield Case(
             listed(ids=ids is not None, store=store, rows_alone=True),
             partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, **settings),
         )
-    stored = contrastive_tiles.Stored(tensor(b, B, dtype=torch.bfloat16), tensor(B // 128, b), 128, tensor(b))
+    stored = contrastive_tiles.Stored(tensor(b, B, dtype=torch.int16), tensor(B // 128, b), 128, tensor(b))
     yield Case("rows alone", partial(contrastive_tiles.multiply_stored, stored, text, tensor(b), None))
 
 

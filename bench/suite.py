@@ -124,7 +124,7 @@ PARTS = {
                 ),
             ),
             (
-                *("tests/kernels/test_contrastive.py", "tests/kernels/test_contrastive_tiles.py"),
+                *("tests/kernels/test_pairs.py", "tests/kernels/test_contrastive_tiles.py"),
                 *("tests/kernels/test_sigmoid.py", "tests/kernels/test_image_to_text.py"),
             ),
         ),

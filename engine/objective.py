@@ -1,4 +1,4 @@
-"""What a step minimises: the loss of the global batch, its learnable scalars, and the bank of earlier text rows.
+"""What a step minimises: the loss of the global batch, its learnable scalars, and the bank of earlier texts.
 
 | objective       | a gradient needs                   | so a micro-batch goes backward                              |
 | `infonce`       | all images of the batch, all texts | after the last forward: column sums couple the images       |
@@ -23,12 +23,12 @@ class Objective(nn.Module):
 
     Args:
         config: which loss.
-        texts: text rows of the global batch.
-        width: of a row.
-        dtype: of the text rows.
+        texts: text embeddings of the global batch.
+        width: of an embedding.
+        dtype: of the text embeddings.
         device: of everything here.
 
-    With a bank the last ``config.text_bank`` text rows of earlier steps are further negatives of every image. The text
+    With a bank the last ``config.text_bank`` texts of earlier steps are further negatives of every image. The text
     tower is frozen, so they never go stale. They are buffers: part of the state dict, so that a resumed run has them.
     """
 
@@ -39,7 +39,7 @@ class Objective(nn.Module):
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_logit_scale), device=device))
         biased = config.objective == "sigmoid"
         self.logit_bias = nn.Parameter(torch.tensor(config.initial_logit_bias, device=device)) if biased else None
-        # The rows of the batch lie in front of the bank's, so that a loss reads one tensor.
+        # The texts of the batch lie in front of the bank's, so that a loss reads one tensor.
         size = texts + config.text_bank
         self._rows = torch.zeros(size, width, dtype=dtype, device=device) if config.text_bank else None
         self._ids = torch.zeros(size, dtype=torch.int64, device=device) if config.text_bank else None
@@ -56,11 +56,11 @@ class Objective(nn.Module):
         return self.log_logit_scale.exp()
 
     def candidates(self, step: int, rows: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the text rows and ids that the images of step ``step`` choose from: the batch's, then the bank's.
+        """Return text embeddings and ids that the images of step ``step`` choose from: the batch's, then the bank's.
 
         Args:
             step: counted from 0 since the start of training; it says how much of the bank is filled.
-            rows: [B, d] of the batch.
+            rows: [B, d], the text embeddings of the batch.
             ids: [B] int64, or None where equal captions are not masked.
 
         Returns:
@@ -75,7 +75,7 @@ class Objective(nn.Module):
         return self._rows[:filled], None if ids is None else self._ids[:filled]
 
     def remember(self, step: int) -> None:
-        """Put the rows of step ``step`` into the bank, in place of the oldest; after its losses."""
+        """Put the texts of step ``step`` into the bank, in place of the oldest; after its losses."""
         if self._rows is None or self._ids is None:
             return
         size = self._config.text_bank
@@ -93,10 +93,10 @@ class Objective(nn.Module):
         """Return the loss of the global batch of a coupled objective, the same on all ranks.
 
         Args:
-            images: [b, d] unit rows of this rank.
+            images: [b, d] unit embeddings of this rank.
             texts: from `candidates`, like ids.
             ids: see there.
-            first_row: the text row of image row 0.
+            first_row: the row of `texts` that matches row 0 of `images`.
             group: of the ranks, or None.
         """
         return contrastive_loss(

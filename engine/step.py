@@ -27,7 +27,7 @@ from .optim import FlatGradients
 from .plan import Plan
 from .sharding import is_sharded, sum_after_backward
 
-Candidates = Callable[[], tuple[Tensor, Tensor | None]]  # text rows and ids, waited for when they are asked for
+Candidates = Callable[[], tuple[Tensor, Tensor | None]]  # text embeddings and ids, waited for when asked for
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StepResult:
     loss: Tensor  # mean over the global batch, the same on all ranks
     logit_scale: Tensor
     duplicates: Tensor  # captions of the global batch that repeat another one of it
-    images_forward: int  # images that went through the tower on this rank, second forwards included
+    images_forward: int  # that went through the tower on this rank, second forwards included
 
 
 def image_rows(
@@ -47,7 +47,7 @@ def image_rows(
     keep: Keep = "all",
     on_gradients: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Return unit rows [b, d] in float32 of images [b, S, S, 3] uint8; keep and on_gradients as in `VisionTower`."""
+    """Return unit vectors [b, d] in float32 of images [b, S, S, 3] uint8; keep and on_gradients as in `VisionTower`."""
     with autocast:
         embeddings = tower(images, keep=keep, on_gradients=on_gradients)
     return F.normalize(embeddings.float(), dim=-1)
@@ -61,7 +61,7 @@ def autocast_for(device: torch.device, precision: Literal["auto", "bf16", "fp32"
 
 
 def text_dtype(device: torch.device) -> torch.dtype:
-    """Return the type in which text rows are gathered and kept: the loss kernels of a GPU round them to float16."""
+    """Return the dtype in which texts are gathered and kept: the loss kernels of a GPU round them to float16."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
@@ -97,8 +97,6 @@ class LargeBatchStep:
         if not self._sharded:
             with autocast:
                 self._copies = ComputeCopies(tower, product_dtype(tower.patch_embed.weight))
-        # Of all images of this rank, and the gradient that the loss gives them: the same memory in every step.
-        self._rows = torch.empty(self._local_batch, tower.embed_dim, device=world.device)
 
     def __call__(self, step: int, images: Tensor, text: Tensor, ids: Tensor) -> StepResult:
         """Run one step.
@@ -107,7 +105,7 @@ class LargeBatchStep:
             step: number of the step, from 0; with the seed, rank and micro-batch it fixes every random draw of the
                 tower.
             images: [b, S, S, 3] uint8, this rank's.
-            text: [b, d] unit rows of this rank's captions.
+            text: [b, d] unit embeddings of this rank's captions.
             ids: [b] int64, equal for equal captions; those are counted and, where the config says so, no negatives.
 
         """
@@ -131,22 +129,23 @@ class LargeBatchStep:
 
     def _all_then_back(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
         tiers = self._plan.tiers
-        kept: dict[int, Tensor] = {}  # rows with their graph, by micro-batch
+        embeddings = torch.empty(self._local_batch, self._tower.embed_dim, device=self._world.device)
+        kept: dict[int, Tensor] = {}  # embeddings with their graph, by micro-batch
         for number, (tier, images) in enumerate(zip(tiers, micro_batches, strict=True)):
             if tier == "none":
                 with torch.no_grad():
-                    rows = self._forward(step, number, images, self._plan.again)
+                    output = self._forward(step, number, images, self._plan.again)
             else:
-                rows = kept[number] = self._forward(step, number, images, tier)
-            self._rows_of(self._rows, number).copy_(rows.detach())
+                output = kept[number] = self._forward(step, number, images, tier)
+            self._part_of(embeddings, number).copy_(output.detach())
 
         texts, ids = candidates()
-        rows = self._rows.detach().requires_grad_()
+        embeddings.requires_grad_()
         loss = self._objective.of_batch(
-            rows, texts, ids, first_row=self._world.rank * self._local_batch, group=self._world.group
+            embeddings, texts, ids, first_row=self._world.rank * self._local_batch, group=self._world.group
         )
         loss.backward()
-        assert rows.grad is not None
+        assert embeddings.grad is not None
 
         # The plan lists tiers from the one that keeps most to none: memory is freed soonest, and a second forward finds
         # the room of all that were kept.
@@ -155,34 +154,34 @@ class LargeBatchStep:
                 output = self._forward(step, number, micro_batches[number], self._plan.again)
             else:
                 output = kept.pop(number)
-            self._back(number, output, self._rows_of(rows.grad, number))
+            self._back(number, output, self._part_of(embeddings.grad, number))
         return loss.detach()
 
     def _one_by_one(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
-        total = torch.zeros((), device=self._rows.device)
+        total = torch.zeros((), device=self._world.device)
         texts: Tensor | None = None
         ids: Tensor | None = None
         for number, images in enumerate(micro_batches):
             output = self._forward(step, number, images, self._plan.again)
             if texts is None:
                 texts, ids = candidates()  # on their way while the first micro-batch went forward
-            rows = output.detach().requires_grad_()
+            embeddings = output.detach().requires_grad_()
             first_row = self._world.rank * self._local_batch + number * self._plan.micro_batch
-            share = self._objective.of_micro_batch(rows, texts, ids, first_row=first_row)
+            share = self._objective.of_micro_batch(embeddings, texts, ids, first_row=first_row)
             share.backward()
             total += share.detach()
-            assert rows.grad is not None
-            self._back(number, output, rows.grad)
+            assert embeddings.grad is not None
+            self._back(number, output, embeddings.grad)
         if self._world.group is not None:
             dist.all_reduce(total, group=self._world.group)
         return total
 
     def _forward(self, step: int, number: int, images: Tensor, keep: Keep) -> Tensor:
-        # The draws are a function of their place in the run, so a second forward repeats the first one's exactly, and a
+        # The draws are a function of their place in the run: a second forward repeats those of the first exactly, and a
         # resumed run needs no stored generator state.
         torch.manual_seed(_seed_of(self._seed, step, self._world.rank, number))
-        # Behind the last micro-batch the gradients of a block travel while the blocks before it go backward; those of a
-        # sharded tower do so by themselves.
+        # In the backward of the last micro-batch the gradients of a block are reduced while the blocks before it are at
+        # work; FSDP does so by itself.
         reduces = self._is_last(number) and self._world.group is not None and not self._sharded
         return image_rows(self._tower, images, self._autocast, keep, self._reduce_block if reduces else None)
 
@@ -198,8 +197,8 @@ class LargeBatchStep:
         assert self._world.group is not None
         self._gradients.start_reduction(self._tower.blocks[number].parameters(), self._world.group)
 
-    def _rows_of(self, rows: Tensor, number: int) -> Tensor:
-        return rows[number * self._plan.micro_batch : (number + 1) * self._plan.micro_batch]
+    def _part_of(self, embeddings: Tensor, number: int) -> Tensor:
+        return embeddings[number * self._plan.micro_batch : (number + 1) * self._plan.micro_batch]
 
 
 def _seed_of(*place: int) -> int:

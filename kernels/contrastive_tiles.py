@@ -28,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import multiprocessors_of
-from .gather import PULL_PROGRAMS, GatherProgress, wait_for_rows
 from .tiles import (
     INTERPRETED,
     INTERPRETED_SHAPE,
@@ -91,7 +90,7 @@ def without_matches(
     return tl.where(left_out, float("-inf"), cosines), i, j
 
 
-@triton.jit(do_not_specialize=["step"])
+@triton.jit
 def sums_kernel(
     images,  # descriptor [b, D] float16
     texts,  # descriptor [B, D] float16
@@ -100,15 +99,8 @@ def sums_kernel(
     ids,  # [B] int32
     row_sums,  # [blocks of texts, row_stride] float32: sums of 2^(S - k)
     row_offsets,  # [blocks of texts, row_stride] float32: k
-    row_peaks,  # [blocks of texts, row_stride] float32: highest cosine
     column_sums,  # [blocks of images, column_stride] float32
     column_offsets,  # [blocks of images, column_stride] float32
-    column_peaks,  # [blocks of images, column_stride] float32
-    flags,  # GatherProgress
-    step,
-    rows_per_rank,
-    rows_per_block,
-    arriving,  # text rows that the gather fills; the others lie behind them
     b,
     B,
     first_row,
@@ -118,8 +110,6 @@ def sums_kernel(
     COLUMNS: tl.constexpr,
     STORE: tl.constexpr,
     HAS_IDS: tl.constexpr,
-    PEAKS: tl.constexpr,
-    PROGRESS: tl.constexpr,
     HEADROOM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -130,16 +120,11 @@ def sums_kernel(
     tiles = tl.cdiv(b, BLOCK_M) * tl.cdiv(B, BLOCK_N)
     for t in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         m, n = tile_of(t, b, B, first_row, BLOCK_M, BLOCK_N, GROUP)
-        if PROGRESS:  # noqa: SIM102  the outer condition is the compiler's
-            if n * BLOCK_N < arriving:
-                last = tl.minimum((n + 1) * BLOCK_N, arriving)
-                wait_for_rows(flags, step, n * BLOCK_N, last, rows_per_rank, rows_per_block)
         cosines = cosine_tile(images, texts, m, n, D, BLOCK_M, BLOCK_N, BLOCK_K)
         cosines, i, j = without_matches(cosines, m, n, b, B, first_row, ids, HAS_IDS, BLOCK_M, BLOCK_N)
         logits = cosines * log2_scale
 
-        peak = tl.max(cosines, 1)  # [BLOCK_M]
-        offset = rounded(peak * log2_scale)
+        offset = rounded(tl.max(cosines, 1) * log2_scale)  # [BLOCK_M]
         # The headroom is in the exponent: a GPU's exp2 gives zero below 2^-126, where no factor brings it back.
         exponential = tl.exp2(logits - (offset - HEADROOM)[:, None])
         at_row = n * row_stride + i
@@ -152,9 +137,6 @@ def sums_kernel(
             column_sum = tl.sum(exponential * tl.exp2(offset - top)[:, None], 0) * 2.0**-HEADROOM  # [BLOCK_N]
             tl.store(column_sums + at_column, column_sum)
             tl.store(column_offsets + at_column, tl.zeros_like(column_sum) + top)
-            if PEAKS:
-                tl.store(row_peaks + at_row, peak)
-                tl.store(column_peaks + at_column, tl.max(cosines, 0))
         if STORE:
             exponentials.store([m * BLOCK_M, n * BLOCK_N], encode(exponential))
 
@@ -372,7 +354,7 @@ def finish_kernel(
     parts,  # [splits, rows, D] float32
     own,  # [rows, D]: the rows that take the gradient
     matching,  # [rows, D]: the rows they match
-    doubt,  # [rows] float32: k_i
+    one_minus_p,  # [rows] float32: k_i
     factor,  # [] float32: s / 2n
     gradient,  # [rows, D] float32
     dots,  # [rows] float32: <own, gradient>
@@ -388,18 +370,18 @@ def finish_kernel(
     for split in range(splits):
         total += tl.load(parts + (split * rows + i) * D + x, mask=x < D, other=0.0)
     match = tl.load(matching + i * D + x, mask=x < D, other=0.0).to(tl.float32)
-    total = (total * (1.0 / UNIT) - tl.load(doubt + i) * match) * tl.load(factor)
+    total = (total * (1.0 / UNIT) - tl.load(one_minus_p + i) * match) * tl.load(factor)
     tl.store(gradient + i * D + x, total, mask=x < D)
     mine = tl.load(own + i * D + x, mask=x < D, other=0.0).to(tl.float32)
     tl.store(dots + i, tl.sum(total * mine, 0))
 
 
-def sums_shape(*, store: bool, has_ids: bool, peaks: bool) -> TileShape:
+def sums_shape(*, store: bool, has_ids: bool) -> TileShape:
     """Return the tile of pass 1: two programs a multiprocessor hide each other's epilogue, where they fit unspilled."""
     if INTERPRETED:
         return INTERPRETED_SHAPE
     stages = 2 if store else 3
-    if peaks or has_ids:
+    if has_ids:
         return TileShape(128, 128, 64, num_warps=8, num_stages=stages)
     return TileShape(128, 128, 64, num_warps=8, num_stages=stages, max_registers=128, programs=2)
 
@@ -430,8 +412,6 @@ class Sums:
 
     rows: Tensor  # [b] float64: Σ_j e^S
     columns: Tensor  # [B] float64: Σ_i e^S, or [0]
-    row_peaks: Tensor | None  # [b] float32: highest cosine
-    column_peaks: Tensor | None  # [B] float32
     stored: Stored | None
 
 
@@ -443,27 +423,22 @@ def sum_exponentials(
     first_row: int,
     *,
     store: bool,
-    peaks: bool,
     with_columns: bool = True,
-    progress: GatherProgress | None = None,
 ) -> Sums:
     """Run pass 1.
 
     Args:
         image: [b, D] float16, contiguous.
-        text: [B, D] float16, contiguous; with `progress`, rows that are still arriving.
+        text: [B, D] float16, contiguous.
         scale: [] float32.
         ids: [B] int32 or None.
         first_row: the text row that matches image row 0.
         store: keep the exponentials.
-        peaks: find the highest cosine of every row and column, both of which are summed then.
         with_columns: sum the columns too, not the rows alone.
-        progress: of the gather that fills the first rows of `text`, all or some; the visit starts at this rank's own
-            rows and waits for the others'.
     """
     b, D = image.shape
     B = text.shape[0]
-    shape = sums_shape(store=store, has_ids=ids is not None, peaks=peaks)
+    shape = sums_shape(store=store, has_ids=ids is not None)
     blocks_n = triton.cdiv(B, shape.block_n)
     # A launch takes this many rows: it bounds the partial sums to 16 bytes x 64 x B, whatever b is.
     launch_rows = min(b, (2 if INTERPRETED else 64) * shape.block_m)
@@ -477,18 +452,12 @@ def sum_exponentials(
 
     row_sums, row_offsets = empty(blocks_n, row_stride), empty(blocks_n, row_stride)
     column_sums, column_offsets = empty(blocks_m, column_stride), empty(blocks_m, column_stride)
-    row_peaks = empty(blocks_n, row_stride if peaks else 0)
-    column_peaks = empty(blocks_m, column_stride if peaks else 0)
     exponentials = empty(b, -(-B // 8) * 8, dtype=torch.int16) if store else None
     rows, row_tops = empty(b, dtype=torch.float64), empty(b)
     columns, columns_after = (image.new_zeros(columns_summed, dtype=torch.float64) for _ in range(2))
-    highest_row = empty(b if peaks else 0)
-    highest_column = image.new_full((B if peaks else 0,), -torch.inf, dtype=torch.float32)
 
     text_tiles = descriptor(text, (shape.block_n, shape.block_k))
     programs = shape.programs * multiprocessors_of(image.device)
-    if progress is not None and not INTERPRETED:
-        programs -= PULL_PROGRAMS  # which must find a place beside these
     for start in range(0, b, launch_rows):
         here = slice(start, min(start + launch_rows, b))
         n = here.stop - start
@@ -505,27 +474,17 @@ def sum_exponentials(
             ids,
             row_sums[:, kept],
             row_offsets[:, kept],
-            row_peaks[:, kept],
             column_sums,
             column_offsets,
-            column_peaks,
-            progress.flags if progress else None,
-            progress.step if progress else 0,
-            progress.rows_per_rank if progress else 1,
-            progress.rows_per_block if progress else 1,
-            _rows_of(progress) if progress else 0,
             row_stride=row_stride,
             column_stride=column_stride,
             COLUMNS=with_columns,
             STORE=store,
-            PEAKS=peaks,
-            PROGRESS=progress is not None,
             HEADROOM=HEADROOM if store else 0,
             **masks,
             **shape.constants(),
             **shape.options(),
         )
-        progress = None  # every row has arrived
         blocks = triton.cdiv(n, shape.block_m)
         _fold(row_sums[:, kept], row_offsets[:, kept], blocks_n, None, rows[here], tops=row_tops[here])
         if not with_columns:
@@ -547,18 +506,9 @@ def sum_exponentials(
         )
         _fold(column_sums, column_offsets, blocks, columns, columns_after, lost=lost, again=True)
         columns, columns_after = columns_after, columns
-        if peaks:
-            torch.amax(row_peaks[:, kept][:, :n], 0, out=highest_row[here])
-            torch.maximum(highest_column, column_peaks[:blocks, :B].amax(0), out=highest_column)
 
     stored = Stored(exponentials, row_offsets, shape.block_n, row_tops) if exponentials is not None else None
-    return Sums(rows, columns, highest_row if peaks else None, highest_column if peaks else None, stored)
-
-
-def _rows_of(progress: GatherProgress) -> int:
-    """Return how many rows a gather fills."""
-    blocks_per_rank = triton.cdiv(progress.rows_per_rank, progress.rows_per_block)
-    return progress.flags.numel() // blocks_per_rank * progress.rows_per_rank
+    return Sums(rows, columns, stored)
 
 
 def _fold(
@@ -606,7 +556,7 @@ def write_weights(
         first_row: the text row that matches row 0 of `image`.
         row_lse: [n] float32, log2 Σ_j e^S.
         column_lse: [B] float32, log2 Σ_i e^S; inf where a column has no image.
-        weights: [n, B up to a multiple of 8] float16; the columns beyond B become zero.
+        weights: [n, B up to a multiple of 8] float16; what its columns beyond B hold afterwards means nothing.
     """
     n, D = image.shape
     B = text.shape[0]
@@ -699,15 +649,15 @@ def weigh_stored(stored: Stored, B: int, row_lse: Tensor, column_lse: Tensor) ->
 
 
 def finish_gradient(
-    parts: Tensor, own: Tensor, matching: Tensor, doubt: Tensor, factor: Tensor
+    parts: Tensor, own: Tensor, matching: Tensor, one_minus_p: Tensor, factor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return factor·(Σ parts / WEIGHT_UNIT - doubt·matching) and its dot product with `own`, row by row.
+    """Return factor·(Σ parts / WEIGHT_UNIT - one_minus_p·matching) and its dot product with `own`, row by row.
 
     Args:
         parts: [splits, n, D] float32.
         own: [n, D], contiguous, the rows that take the gradient.
         matching: [n, D], contiguous, the rows they match.
-        doubt: [n] float32.
+        one_minus_p: [n] float32.
         factor: [] float32.
 
     Returns:
@@ -719,7 +669,7 @@ def finish_gradient(
         parts,
         own,
         matching,
-        doubt,
+        one_minus_p,
         factor,
         gradient,
         dots,

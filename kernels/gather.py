@@ -1,7 +1,7 @@
-"""All-gather of the text rows [b, d] of P ranks into [P·b, d], started early and waited for late.
+"""All-gather of the text embeddings [b, d] of P ranks into [P·b, d], started early and waited for late.
 
-`TextGather` is for frozen rows: nothing travels back, and they are known when the batch arrives, before the image tower
-runs. `gather_rows` is for rows that are trained: its backward is the SUM reduce-scatter.
+`TextGather` is for a frozen text tower: nothing travels back, and the embeddings are known when the batch arrives,
+before the image tower runs. `gather_rows` is for a trained one: its backward is the SUM reduce-scatter.
 
 Received: (P - 1)·b·d elements a rank (94 MB in float16 at 65,536 × 768 on 16 ranks: 0.21 ms at 450 GB/s of NVLink),
 behind the image tower.
@@ -13,8 +13,8 @@ behind the image tower.
 Step n uses half n % 2. Across nodes the ranks of the same place on each node first all-gather their rows into their
 halves; on one node the kernel copies them there. Then for every block the kernel
 - publishes: once the block lies in the slab, writes n into its flag in the slab of every peer (release, system scope);
-- pulls: waits for n in its own slab's flag of each peer's block (acquire, system scope), copies the block from the
-  peer to its place in the gathered buffer, and sets the block's progress flag there to n (release, GPU scope).
+- pulls: waits for n in its own slab's flag of each peer's block (acquire, system scope) and copies the block from the
+  peer to its place in the gathered buffer.
 Flags are pushed and rows are pulled: a program that waits reads local memory, and no atomic crosses to a peer more than
 once a block. Peers are visited from the own rank on, so that not all ranks read one peer at once.
 
@@ -46,56 +46,18 @@ from .device import AMPERE, capability_of
 
 Transport = Literal["none", "collective", "symmetric"]
 
-PULL_PROGRAMS = 16  # few, so that the image tower and the loss keep their multiprocessors; they still fill NVLink
+_PULL_PROGRAMS = 16  # few, so that the image tower keeps its multiprocessors; they still fill NVLink
 _PULL_WARPS = 8
 _ROWS_PER_BLOCK = 128
 _WORDS_PER_COPY = 8192  # eight loads of 16 bytes in flight for each of 256 threads
 
-_COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
-
-
-@dataclass(frozen=True)
-class GatherProgress:
-    """What tells a kernel which blocks of the gathered rows have arrived: arguments of `wait_for_rows`."""
-
-    flags: Tensor  # int32 [P * blocks of a rank]; at `step` or beyond where the block has arrived
-    step: int  # changes with every gather: mark the kernel's argument do_not_specialize
-    rows_per_rank: int
-    rows_per_block: int
-
 
 @triton.jit
-def _wait_for_step(flag, step, SCOPE: tl.constexpr):
+def _wait_for_step(flag, step):
     """Spin until a flag is at `step`; the whole program then sees what was written before the flag was."""
-    while tl.atomic_add(flag, 0, sem="acquire", scope=SCOPE) < step:
+    while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < step:
         pass
     tl.debug_barrier()
-
-
-@triton.jit
-def wait_for_rows(flags, step, first, last, rows_per_rank, rows_per_block):
-    """Spin until rows first..last-1 (first < last ≤ P·b) of a gather that is under way have arrived.
-
-    For a kernel that reads `GatherHandle.arriving` rows, by ordinary loads or by the tensor memory accelerator, after
-    this call in program order. A read must not be moved before the wait: call it outside of a pipelined loop. It takes
-    one read of L2 for each block that the rows touch.
-
-    The kernel may run beside the pull, which it must leave room for: PULL_PROGRAMS programs of 256 threads. A kernel
-    whose waiting programs fill every multiprocessor before the pull is resident never ends. `arriving` makes the
-    current stream wait until the pull, which has the higher priority, is the next thing to run; a persistent kernel
-    launches PULL_PROGRAMS fewer programs than fit at once.
-    """
-    blocks_per_rank = tl.cdiv(rows_per_rank, rows_per_block)
-    final = last - 1
-    first_block = (first // rows_per_rank) * blocks_per_rank + (first % rows_per_rank) // rows_per_block
-    final_block = (final // rows_per_rank) * blocks_per_rank + (final % rows_per_rank) // rows_per_block
-    for block in range(first_block, final_block + 1):
-        _wait_for_step(flags + block, step, "gpu")
-    if _COMPILED:
-        # The tensor memory accelerator reads through a proxy of its own, which the acquire does not order.
-        tl.inline_asm_elementwise(
-            "fence.proxy.async.global; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
@@ -111,7 +73,6 @@ def _publish_and_pull(
     slabs,  # [PEERS] int64, addresses of the slabs of this node's ranks
     owners,  # [PEERS, NODES] int32, the rank in the group whose rows lie n-th in a slab
     gathered,  # [P * ROWS, ROW_WORDS] int32
-    progress,  # [P * blocks of a rank] int32
     step,
     here,  # this rank's place among the peers
     PEERS: tl.constexpr,
@@ -147,46 +108,26 @@ def _publish_and_pull(
         slab = tl.multiple_of(tl.load(slabs + peer).to(tl.pointer_type(tl.int32)), 16)
         for block in range(program, blocks, tl.num_programs(0)):
             node = block // blocks_per_rank
-            block_of_rank = block % blocks_per_rank
-            first = block_of_rank * ROWS_PER_BLOCK
+            first = block % blocks_per_rank * ROWS_PER_BLOCK
             words = tl.minimum(ROWS - first, ROWS_PER_BLOCK) * ROW_WORDS
             owner = tl.load(owners + peer * NODES + node).to(tl.int64)
 
-            _wait_for_step(own_slab + 2 * HALF_WORDS + peer * blocks + block, step, "sys")
+            _wait_for_step(own_slab + 2 * HALF_WORDS + peer * blocks + block, step)
             source = slab + half + (node * ROWS + first) * ROW_WORDS
             target = gathered + (owner * ROWS + first) * ROW_WORDS
             _copy_words(source, target, words, WORDS_PER_COPY)
-            tl.debug_barrier()
-            tl.atomic_xchg(progress + owner * blocks_per_rank + block_of_rank, step, sem="release", scope="gpu")
-
-
-@dataclass(frozen=True)
-class _Pull:
-    """A gather through symmetric memory under way. Events are None in the interpreter, where the launch is the work."""
-
-    progress: GatherProgress
-    is_next: torch.cuda.Event | None  # nothing is left before the pull on its stream
-    is_done: torch.cuda.Event | None
-
-    def wait(self) -> None:
-        if self.is_done is not None:
-            self.is_done.wait()
-
-    def wait_until_next(self) -> None:
-        if self.is_next is not None:
-            self.is_next.wait()
 
 
 @dataclass(frozen=True)
 class GatherHandle:
-    """A gather under way. `rows` are the inputs, held until the gather has read them."""
+    """A gather under way."""
 
-    rows: Tensor
+    rows: Tensor  # the inputs, held until the gather has read them
     gathered: Tensor
-    work: dist.Work | _Pull | None
+    work: dist.Work | torch.cuda.Event | None  # None where nothing is left to wait for
 
     def wait(self) -> Tensor:
-        """Return the gathered rows [P·b, d] in rank order; later work on the current stream sees them complete.
+        """Return the gathered embeddings [P·b, d] in rank order; later work on the current stream sees them complete.
 
         On CUDA the current stream waits, not the host. The tensor is the gather's own buffer: it holds until the next
         `start`. Calling again returns the same tensor.
@@ -194,18 +135,6 @@ class GatherHandle:
         if self.work is not None:
             self.work.wait()
         return self.gathered
-
-    def arriving(self) -> tuple[Tensor, GatherProgress | None]:
-        """Return the gathered rows [P·b, d] before they are complete, and what tells which of them are.
-
-        A kernel launched next on the current stream may read row i only after `wait_for_rows` for it, and must leave
-        the pull room to run (see there). Call `wait` before anything else reads the rows. Only the symmetric transport
-        has progress to tell; with any other this is `wait`, and the progress is None.
-        """
-        if not isinstance(self.work, _Pull):
-            return self.wait(), None
-        self.work.wait_until_next()
-        return self.gathered, self.work.progress
 
 
 class _CollectiveGather:
@@ -254,10 +183,9 @@ class _SymmetricGather:
         self._owners = torch.tensor([owners[rank] for rank in members], dtype=torch.int32, device=device)
 
         self._gathered = rows.new_empty(group.size() * b, d)
-        self._progress = torch.zeros(group.size() * blocks, dtype=torch.int32, device=device)
         self._step = 0
         self._stream = torch.cuda.Stream(device, priority=-1) if rows.is_cuda else None
-        self._programs = min(PULL_PROGRAMS, len(nodes) * blocks)
+        self._programs = min(_PULL_PROGRAMS, len(nodes) * blocks)
         self._here = members.index(group.rank())
         self._constants = {
             "PEERS": len(node),
@@ -287,39 +215,42 @@ class _SymmetricGather:
                 work = dist.all_gather_into_tensor(half, rows, group=self._across, async_op=True)
                 assert work is not None
                 work.wait()
-            is_next = self._record()
             _publish_and_pull[(self._programs,)](
                 rows.view(torch.int32),
                 self._slabs,
                 self._owners,
                 self._gathered.view(torch.int32),
-                self._progress,
                 self._step,
                 self._here,
                 **self._constants,
             )
-            is_done = self._record()
-        progress = GatherProgress(self._progress, self._step, rows.shape[0], _ROWS_PER_BLOCK)
-        return GatherHandle(rows, self._gathered, _Pull(progress, is_next, is_done))
-
-    def _record(self) -> torch.cuda.Event | None:
-        return None if self._stream is None else self._stream.record_event()
+        # In the interpreter the launch is the work.
+        return GatherHandle(rows, self._gathered, None if self._stream is None else self._stream.record_event())
 
 
 class TextGather:
-    """Gathers text rows of one shape on every rank of a group, step after step, into one buffer.
+    """Gathers the text embeddings of every rank of a group, of one shape, step after step into one buffer.
+
+    Make one before the loop and start it in every step: its first `start` asks all ranks what they can do, which waits
+    for them, and takes the memory that all later steps use.
+
+        gather = TextGather(group, (b, d), torch.float16)
+        for images, text in batches:
+            gathering = gather.start(text)  # before the image tower, so that they run at the same time
+            image = tower(images)
+            loss = contrastive_loss(image, gathering.wait(), scale, first_row=rank * b, group=group)
 
     Args:
         group: the process group, or None for a single process.
-        shape: (b, d) of this rank's rows; all ranks must have the same.
-        dtype: of the rows.
+        shape: (b, d) of this rank's embeddings; all ranks must have the same.
+        dtype: of the embeddings.
 
     With one rank or no group nothing is copied: `wait` returns the very tensor given to `start`.
 
     The gather is asynchronous; on CUDA it runs on a stream of its own, behind what is queued on the current stream
     when `start` is called, so call it before the image tower. That order also keeps the buffer safe: a reader of the
-    last step's rows that is queued on that stream has finished before they are overwritten. An autograd graph that
-    saved them (the loss in its `reference` mode) must have run its backward before the next `start`.
+    last step's embeddings that is queued on that stream has finished before they are overwritten. An autograd graph
+    that saved them (the loss in its `reference` mode) must have run its backward before the next `start`.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -331,7 +262,7 @@ class TextGather:
 
     @property
     def transport(self) -> Transport | None:
-        """How the rows travel, the same on all ranks; None until the first `start` has asked all of them.
+        """How the embeddings travel, the same on all ranks; None until the first `start` has asked all of them.
 
         `none`: there is one rank. `symmetric`: a Triton kernel reads the peers' memory. That takes rows on
         Ampere or later, hosts with as many ranks each and more than one, on each host GPUs that have direct access to
@@ -347,10 +278,10 @@ class TextGather:
         return "symmetric" if isinstance(self._gather, _SymmetricGather) else "collective"
 
     def start(self, rows: Tensor) -> GatherHandle:
-        """Start gathering rows [b, d]; every rank must call.
+        """Start gathering embeddings [b, d]; every rank must call.
 
         Raises:
-            ValueError: rows of another shape, dtype or device than before, rows that require a gradient, or (at the
+            ValueError: another shape, dtype or device than before, embeddings that require a gradient, or (at the
                 first call, on all ranks) ranks whose shapes differ.
         """
         if rows.shape != self.shape or rows.dtype != self.dtype:
@@ -466,11 +397,13 @@ def _ranks_of(subgroup: dist.ProcessGroup, group: dist.ProcessGroup) -> list[int
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Gather rows [b, d] of every rank into [P·b, d] in rank order, differentiable.
+    """Gather embeddings [b, d] of every rank into [P·b, d] in rank order, differentiable.
 
-    The gradient of `rows` is the sum of all ranks' gradients for them, by one reduce-scatter in their dtype. It is
-    complete, not this rank's share: it has crossed the ranks once and goes on into the tower of these rows. Every rank
-    must call with the same b, and run the backward if one does. Without a group the rows themselves are returned.
+    The gradient of `rows` is the SUM of all ranks' gradients for them, by one reduce-scatter in their dtype. It is
+    complete, not this rank's share: it has crossed the ranks once and goes on into the text tower. The ranks combine
+    the gradients of that tower's weights as they do those of the image tower (`gradient_reduction` of the losses).
+    Every rank must call with the same b, and run the backward if one does. Without a group the embeddings themselves
+    are returned.
     """
     return rows if group is None else _all_gather_rows(rows, group.group_name)
 
@@ -513,4 +446,5 @@ _all_gather_rows.register_autograd(_scatter_gradient, setup_context=_save_group)
 
 
 def group_of(group_name: str) -> dist.ProcessGroup:
+    """Return the group that an operator was given by name."""
     return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]

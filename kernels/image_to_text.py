@@ -1,23 +1,23 @@
-"""Softmax cross-entropy of every image against all text rows: the image->text half of the contrastive loss, alone.
+"""Softmax cross-entropy of every image against all texts: the image->text half of the contrastive loss, alone.
 
-Letters: b image rows here, B text rows, d the width, s the logit scale, n images in the global batch; image row i
-belongs to text row t_i = first_row + i. Rows are unit vectors, the text rows are constants.
+Letters: b images here, B texts, d the width, s the logit scale, n images in the global batch; image i belongs to text
+t_i = first_row + i. Embeddings are unit vectors, those of texts are constants.
 
     S_ij = s <I_i, T_j>       r_i = log Σ_j exp S_ij
     L = 1/n Σ_i [r_i - S_{i,t_i}]
     dL/dI_i = s/n [Σ_{j≠t_i} exp(S_ij - r_i) T_j - k_i T_{t_i}]       k_i = 1 - P_ii = σ(r'_i - S_{i,t_i})
-    s dL/ds = Σ_i <I_i, dL/dI_i>                                      (S is linear in s and in the image rows)
+    s dL/ds = Σ_i <I_i, dL/dI_i>                                      (S is linear in s and in the image embeddings)
 
 Nothing couples two images, as the column normalisers of the symmetric loss do. So any part of the batch has its exact
 share of the loss and its exact gradient after one visit, and no message is sent: a micro-batch may go backward at once.
 
-As in the symmetric loss the matching pair never enters a sum of rounded numbers: r'_i leaves it out, k_i is made from
-it, and L is softplus(r'_i - S_{i,t_i}), so all stay accurate when the model is nearly sure (P_ii -> 1).
+As in the symmetric loss the matching pair never enters a sum of rounded numbers: r'_i leaves it out, k_i is computed
+from it, and L is softplus(r'_i - S_{i,t_i}), so all stay accurate when the model is nearly sure (P_ii -> 1).
 
-`chunked` holds one chunk of logits, which become exponentials in place; its gradient is their product with the text
-rows, each row of it scaled afterwards. `fused` is pass 1 of `contrastive_tiles` for rows alone, which keeps a chunk of
-exponentials in 2 bytes, and its stored pass 2 with row factors. Weights are right to 2^-9 at any scale, and there is
-no range of columns to leave; only the sums are bounded: beyond `LARGEST_SCALE` the loss is nan.
+`chunked` holds one chunk of logits, which become exponentials in place; its gradient is their product with the texts,
+each row of it scaled afterwards. `fused` is pass 1 of `contrastive_tiles` without columns, which keeps a chunk of
+exponentials in 2 bytes, and its stored pass 2 with row factors. Weights are right to 2^-9 at any scale, and there is no
+column normaliser that could leave its range; only row sums are bounded: beyond `LARGEST_SCALE` the loss is nan.
 
 Cost in passes of 2·b·B·d operations: one to evaluate, two with the gradient, in all modes.
 """
@@ -31,42 +31,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .contrastive_tiles import finish_gradient, matching_cosines, multiply_stored, sum_exponentials
-from .pairs import check_rows, compute_dtype, dense_ids, register_ready_gradients, rows_per_chunk, why_not_tiles
+from .pairs import (
+    Pairs,
+    asked_for,
+    check_settings,
+    checked_pairs,
+    dense_ids,
+    pairs_of_operator,
+    register_ready_gradients,
+    rows_per_chunk,
+    why_not_tiles,
+)
 from .tiles import operand
 
 Mode = Literal["auto", "reference", "chunked", "fused"]
 
-# Rows [r, d], their text rows [r, d] and the first of these -> the sum of their losses, float64 []; if a gradient is
-# wanted also n/s dL/dI [r, d] and its dot products with the rows [r].
+# Images [r, d], their texts [r, d] and the row of the first of these -> the sum of their losses, float64 []; if a
+# gradient is wanted also n/s dL/dI [r, d] and its dot products with the images [r].
 Visitor = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None, Tensor | None]]
 
 ROWS_PER_TILE = 128  # of `fused`, in both passes
 LARGEST_SCALE = 690.0  # of `fused`: e^S of unit rows, summed in float64, neither vanishes nor overflows
 
 
-def reference(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    *,
-    first_row: int = 0,
-    ids: Tensor | None = None,
-    batch: int | None = None,
-) -> Tensor:
+def reference(pairs: Pairs, batch: int) -> Tensor:
     """Dense, differentiable loss: the truth of the tests (in float64). Arguments as `image_to_text_loss`."""
-    b = image.shape[0]
-    dtype = compute_dtype(image, text)
-    logits = logit_scale.to(dtype) * (image.to(dtype) @ text.to(dtype).T)  # [b, B]
-    labels = torch.arange(first_row, first_row + b, device=image.device)
+    dtype, ids = pairs.dtype, pairs.ids
+    logits = pairs.logit_scale.to(dtype) * (pairs.image.to(dtype) @ pairs.text.to(dtype).T)  # [b, B]
     if ids is not None:
-        masked = ids[labels, None] == ids  # [b, B]
-        masked.diagonal(first_row).fill_(False)
+        masked = ids[pairs.labels, None] == ids  # [b, B]
+        masked.diagonal(pairs.first_row).fill_(False)
         logits = logits.masked_fill(masked, -torch.inf)
-    return F.cross_entropy(logits, labels, reduction="sum") / (b if batch is None else batch)
+    labels = torch.arange(pairs.labels.start, pairs.labels.stop, device=logits.device)
+    return F.cross_entropy(logits, labels, reduction="sum") / batch
 
 
 def dense_visitor(texts: Tensor, scale: Tensor, ids: Tensor | None, rows_per_chunk: int, with_grad: bool) -> Visitor:
-    """Return the visitor of `chunked`, in plain torch, for text rows [B, d] in the dtype of its products."""
+    """Return the visitor of `chunked`, in plain torch, for texts [B, d] in the dtype of its products."""
     lowest = torch.finfo(texts.dtype).min  # stands for -inf where every logit is masked: -inf - lowest is still -inf
     logits_buffer = texts.new_empty(rows_per_chunk, texts.shape[0])
     masked_buffer = None if ids is None else torch.empty_like(logits_buffer, dtype=torch.bool)
@@ -87,23 +88,21 @@ def dense_visitor(texts: Tensor, scale: Tensor, ids: Tensor | None, rows_per_chu
         if not with_grad:
             return loss, None, None
         by_row = torch.exp(peak - torch.logaddexp(rest, positive)).to(texts.dtype)
-        doubt = torch.sigmoid(rest - positive).to(texts.dtype)
-        gradient = torch.mm(exponentials, texts).mul_(by_row[:, None]).addcmul_(doubt[:, None], matches, value=-1)
+        one_minus_p = torch.sigmoid(rest - positive).to(texts.dtype)
+        gradient = torch.mm(exponentials, texts).mul_(by_row[:, None]).addcmul_(one_minus_p[:, None], matches, value=-1)
         return loss, gradient, (gradient * rows).sum(1, dtype=torch.float64)
 
     return visit
 
 
 def tile_visitor(texts: Tensor, scale: Tensor, ids: Tensor | None, with_grad: bool) -> Visitor:
-    """Return the visitor of `fused` for text rows [B, d] in float16 and int32 ids."""
+    """Return the visitor of `fused` for texts [B, d] in float16 and int32 ids."""
     in_range = scale <= LARGEST_SCALE
     one = torch.ones_like(scale)
 
     def visit(image: Tensor, matches: Tensor, first_row: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         rows, matches = image.contiguous(), matches.contiguous()
-        sums = sum_exponentials(
-            operand(rows), texts, scale, ids, first_row, store=with_grad, peaks=False, with_columns=False
-        )
+        sums = sum_exponentials(operand(rows), texts, scale, ids, first_row, store=with_grad, with_columns=False)
         rest = sums.rows.where(in_range, torch.nan).log()
         positive = scale.double() * matching_cosines(rows, matches).double()
         loss = F.softplus(rest - positive).sum()
@@ -127,112 +126,88 @@ def even_chunk(b: int, limit: int, step: int) -> int:
     return -(-b // (chunks * step)) * step
 
 
-def one_visit(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    *,
-    first_row: int = 0,
-    ids: Tensor | None = None,
-    batch: int | None = None,
-    rows_per_chunk: int,
-    fused: bool,
-) -> Tensor:
-    """Evaluate the loss over `rows_per_chunk` image rows at a time, the gradients in the same call if one is wanted.
-
-    Holds one buffer of [rows_per_chunk, B], next to copies of the inputs in the width of its products: if `fused`, of
-    2 bytes an element and only for the gradient, else of float32 (float64 if an input is).
-    """
-    with_grad = torch.is_grad_enabled() and (image.requires_grad or logit_scale.requires_grad)
-    n = image.shape[0] if batch is None else batch
-    return _one_visit(image, text, logit_scale, ids, first_row, n, rows_per_chunk, fused, with_grad)[0]
-
-
 @torch.library.custom_op("textlock::image_to_text", mutates_args=())
-def _one_visit(
+def _image_to_text(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
     ids: Tensor | None,
     first_row: int,
     batch: int,
-    rows_per_chunk: int,
-    fused: bool,
-    with_grad: bool,
+    mode: str,
+    wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and its gradients for image and logit_scale; they are empty where not asked for."""
-    b, dtype = image.shape[0], compute_dtype(image, text)
+    """Loss and its gradients for image and logit_scale, both or neither wanted, [0] if not.
+
+    Holds one chunk of [r, B], next to copies of the inputs in the width of its products: in `fused` of 2 bytes an
+    element and only for the gradient, else in the compute dtype.
+    """
+    pairs = pairs_of_operator(image, text, logit_scale, ids, first_row)
+    wants_gradients, _ = wants
+    b, dtype = image.shape[0], pairs.dtype
     scale = logit_scale.to(dtype)
-    rows_per_chunk = min(rows_per_chunk, b)
+    fused = mode == "fused" or (mode == "auto" and image.is_cuda and why_not_tiles(image, text) is None)
+    chunk_rows = _chunk_rows(pairs, fused)
     if fused:
-        visit = tile_visitor(operand(text), scale, None if ids is None else dense_ids(ids), with_grad)
+        visit = tile_visitor(operand(text), scale, None if ids is None else dense_ids(ids), wants_gradients)
     else:
-        visit = dense_visitor(text.to(dtype), scale, ids, rows_per_chunk, with_grad)
+        visit = dense_visitor(text.to(dtype), scale, ids, chunk_rows, wants_gradients)
 
     loss, scale_grad = (image.new_zeros((), dtype=torch.float64) for _ in range(2))
-    image_grad = image.new_empty(image.shape if with_grad else (0,), dtype=dtype)
+    image_grad = image.new_empty(image.shape if wants_gradients else (0,), dtype=dtype)
     with torch.cuda.device_of(image):  # Triton launches on the current device
-        for start in range(0, b, rows_per_chunk):
-            chunk = slice(start, min(start + rows_per_chunk, b))
+        for start in range(0, b, chunk_rows):
+            chunk = slice(start, min(start + chunk_rows, b))
             own = slice(first_row + chunk.start, first_row + chunk.stop)  # the text rows that match
             share, gradient, dots = visit(image[chunk], text[own], own.start)
             loss += share
             if gradient is not None and dots is not None:
                 image_grad[chunk] = gradient
                 scale_grad += dots.sum(dtype=torch.float64)
-    if not with_grad:
+    if not wants_gradients:
         return (loss / batch).to(dtype), image_grad, torch.empty_like(image_grad)
     return (loss / batch).to(dtype), image_grad.mul_(scale / batch), (scale_grad / batch).to(dtype)
 
 
-@_one_visit.register_fake
-def _(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    ids: Tensor | None,
-    first_row: int,
-    batch: int,
-    rows_per_chunk: int,
-    fused: bool,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(image, text)
-    return (
-        image.new_empty((), dtype=dtype),
-        image.new_empty(image.shape if with_grad else (0,), dtype=dtype),
-        image.new_empty(() if with_grad else (0,), dtype=dtype),
-    )
+register_ready_gradients(_image_to_text, places=(0, 2))  # image, logit_scale
 
 
-register_ready_gradients(_one_visit, places=(0, 2))  # image, logit_scale
+def _chunk_rows(pairs: Pairs, fused: bool) -> int:
+    """Return how many images are worked on at a time."""
+    b, B = pairs.image.shape[0], pairs.text.shape[0]
+    row_bytes = B * (2 if fused else pairs.dtype.itemsize + (pairs.ids is not None))
+    limit = rows_per_chunk(None, row_bytes, pairs.image.device)
+    return min(even_chunk(b, limit, ROWS_PER_TILE if fused else 1), b)
 
 
 def image_to_text_loss(
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     first_row: int = 0,
     ids: Tensor | None = None,
     batch: int | None = None,
     mode: Mode = "auto",
 ) -> Tensor:
-    """Share of some images in the mean over the global batch of every image's cross-entropy against all text rows.
+    """Share of some images in the mean over the global batch of every image's cross-entropy against all texts.
 
     Args:
-        image: [b, d] unit rows, float16, bfloat16, float32 or float64: any part of the batch, such as a micro-batch;
-            takes the gradient.
-        text: [B, d] unit rows of all ranks, and behind them any that belong to no image; its dtype may differ from
-            that of `image`. Rows in float16 save `fused` a copy in every call, rows in float32 `chunked`.
-        logit_scale: 0-dim tensor, already exponentiated; for `fused` at most 690, beyond it the loss is nan.
-        first_row: the text row that matches image row 0.
-        ids: [B] int64; two text rows with equal ids are one caption, and neither is a negative of the other's image.
-        batch: images of the global batch; None: those given are all.
+        image: [b, d] unit embeddings, float16, bfloat16, float32 or float64, of any part of the batch, such as a
+            micro-batch; takes the gradient.
+        text: [B, d] unit embeddings of the texts of all ranks, and behind them any that belong to no image; its dtype
+            may differ from that of `image`. float16 saves `fused` a copy in every call, float32 `chunked`.
+        logit_scale: 0-dim tensor, or a number, which is a constant; already exponentiated. For `fused` at most 690,
+            beyond it the loss is nan. At or below 0 it is refused if it lies on the CPU; on a GPU, for which the host
+            does not wait, `fused` then gives nan.
+        first_row: the row of `text` that matches row 0 of `image`.
+        ids: [B] int64; two texts with equal ids are one caption, and neither is a negative of the other's image.
+        batch: images of the global batch; None: those given are all. Where the ranks average their gradients, as
+            DistributedDataParallel does, count the images of this rank instead.
         mode: `reference` is dense and twice differentiable. `chunked` and `fused` never hold a [b, B] tensor, have
-            their gradients ready when the forward ends and are differentiable once. `fused` rounds rows to float16 and
-            runs on GPUs from compute capability 9.0, for d from 64 to 4,096 in steps of 8; `chunked` anywhere, in
-            float32. `auto` is `fused` on such a GPU where neither input is float64, else `chunked`.
+            their gradients ready when the forward ends and are differentiable once. `fused` rounds embeddings to
+            float16 and runs on GPUs from compute capability 9.0, for d from 64 to 4,096 in steps of 8; `chunked`
+            anywhere, in float32. `auto` is `fused` on such a GPU where neither input is float64, else `chunked`.
 
     Returns:
         A 0-dim loss, float64 if an input is, else float32: the sum over the images given, divided by `batch`. Summed
@@ -245,32 +220,22 @@ def image_to_text_loss(
     least one row of B in `chunked`, 128 in `fused`).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, text rows that require a gradient, or `fused` where it
+        ValueError: shapes, dtypes or devices that do not fit, texts that require a gradient, or `fused` where it
             cannot run.
+        TypeError: an argument that is no tensor or no number.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
-    check_rows(image, text, first_row, ids, {"logit_scale": logit_scale})
+    pairs = checked_pairs(image, text, logit_scale, first_row=first_row, ids=ids)
     if text.requires_grad:
         raise ValueError("text requires a gradient, but text rows are constants of this loss; pass text.detach()")
     b, B = image.shape[0], text.shape[0]
-    if batch is not None and not b <= batch <= B:
+    if batch is None:
+        batch = b
+    if not b <= batch <= B:
         raise ValueError(f"batch is {batch}, but there are {b} image and {B} text rows; pass the images of all ranks")
-    if mode == "fused" and (refused := why_not_tiles(image, text)) is not None:
-        raise ValueError(f"mode 'fused' cannot take {refused}; use mode='chunked' or 'auto'")
+    check_settings(pairs, mode, get_args(Mode), ("fused",))
     with torch.autocast(image.device.type, enabled=False):
         if mode == "reference":
-            return reference(image, text, logit_scale, first_row=first_row, ids=ids, batch=batch)
-        fused = mode == "fused" or (mode == "auto" and image.is_cuda and why_not_tiles(image, text) is None)
-        row_bytes = B * (2 if fused else compute_dtype(image, text).itemsize + (ids is not None))
-        limit = rows_per_chunk(None, row_bytes, image.device)
-        return one_visit(
-            image,
-            text,
-            logit_scale,
-            first_row=first_row,
-            ids=ids,
-            batch=batch,
-            rows_per_chunk=even_chunk(b, limit, ROWS_PER_TILE if fused else 1),
-            fused=fused,
-        )
+            return reference(pairs, batch)
+        wants = [any(asked_for(image, pairs.logit_scale))] * 2
+        loss, *_ = _image_to_text(image, text, pairs.logit_scale, ids, first_row, batch, mode, wants)
+        return loss

@@ -1,25 +1,26 @@
-"""Sigmoid loss of image rows against text rows (SigLIP, arXiv 2303.15343 section 3.2): exact, each pair visited once.
+"""Sigmoid loss of image against text embeddings (SigLIP, arXiv 2303.15343 section 3.2): exact, each pair visited once.
 
-Letters: b image rows here, B image and text rows in the global batch, d the width, s the logit scale, β the logit
-bias; image row i belongs to text row t_i = first_row + i. Every pair is a yes-or-no question of its own:
+Letters: b images here, B images and texts in the global batch, d the width, s the logit scale, β the logit bias; image
+i belongs to text t_i = first_row + i. Every pair is a yes-or-no question of its own:
 
     z_ij = s <I_i, T_j> + β
     L = 1/n Σ_i [softplus(-z_{i,t_i}) + Σ_{j≠t_i} softplus(z_ij)]       n = B with a group of ranks, b without
     dL/dI_i = s/n [Σ_{j≠t_i} σ(z_ij) T_j - σ(-z_{i,t_i}) T_{t_i}]       dL/dT_j: the same sum over i, of I_i
     dL/dβ = 1/n Σ_i [Σ_{j≠t_i} σ(z_ij) - σ(-z_{i,t_i})]
-    s dL/ds = Σ_i <I_i, dL/dI_i>                                        (z - β is linear in s and in the image rows)
+    s dL/ds = Σ_i <I_i, dL/dI_i>                                        (z - β is linear in s and in the embeddings)
 
-There is no normaliser, so one visit of a chunk of rows gives its loss and its gradient, and ranks share one number,
+There is no normaliser, so one visit of a chunk of images gives its loss and its gradient, and ranks share one number,
 the loss. The matching pair is left out of the weights σ(z_ij) and added from float64 numbers in the form -σ(-z), which
 stays accurate when the model is sure (z -> ∞) and a sigmoid minus one would cancel.
 
 `fused` visits tiles of I·Tᵀ on the tensor cores and writes the weights of a chunk in float16 times 2^15: σ keeps eleven
-bits down to 2^-29 = 2e-9 and is zero below 2^-40. Their product with the text rows is the library's. Rounding rows to
-float16 puts an error near 3e-4 s/√d on every z outside the matching pairs. Against float64 of unrounded random rows
-(scales from 10 to 300, d of 64 and more) gradients of rows are within 8e-4 of their norm, and the loss within 3e-5 of
-itself at 64 rows and 7e-6 at 1,024 and 2,048 (root mean square). Rows that come in float16 are not rounded: 1e-5.
+bits down to 2^-29 = 2e-9 and is zero below 2^-40. Their product with the texts is the library's. Rounding embeddings to
+float16 puts an error near 3e-4 s/√d on every z outside the matching pairs. Against float64 of unrounded random unit
+vectors (scales from 10 to 300, d of 64 and more) gradients of embeddings are within 8e-4 of their norm, and the loss
+within 3e-5 of itself at 64 images and 7e-6 at 1,024 and 2,048 (root mean square). Embeddings that come in float16 are
+not rounded: 1e-5.
 
-Cost in passes of 2·b·B·d operations: one to evaluate, two with the gradient, three if the text rows take one as well.
+Cost in passes of 2·b·B·d operations: one to evaluate, two with the gradient, three if the texts take one as well.
 Memory: one chunk of weights (`chunked`: and one of losses), whatever b and B are.
 """
 
@@ -34,12 +35,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import multiprocessors_of
-from .gather import group_of
 from .pairs import (
+    Pairs,
+    Reduction,
+    as_scalar,
+    asked_for,
     check_layout,
-    check_rows,
-    compute_dtype,
+    check_settings,
+    checked_pairs,
     dense_ids,
+    for_reduction,
+    pairs_of_operator,
     register_ready_gradients,
     rows_per_chunk,
     why_not_tiles,
@@ -57,9 +63,9 @@ from .tiles import (
 
 Mode = Literal["auto", "reference", "chunked", "fused"]
 
-# Rows [r, d] and the text row that matches the first -> weights σ(z) [r, B] of the other pairs, in the visitor's unit,
-# and float64 [2]: the sums of softplus(z) and of σ(z) over them. The weights hold until the next visit.
-Visitor = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+# Images [r, d] and the text row that matches the first -> weights σ(z) [r, B] of the other pairs, in the weigher's
+# unit, and float64 [2]: the sums of softplus(z) and of σ(z) over them. The weights hold until the next call.
+Weigher = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 WEIGHT_UNIT = 2.0**15  # the largest power of two times σ <= 1 that float16 holds
 SHAPE = TileShape(128, 128, 64, num_warps=8, num_stages=3, max_registers=128, programs=2)
@@ -67,34 +73,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-def reference(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    *,
-    first_row: int = 0,
-    ids: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
+def reference(pairs: Pairs, logit_bias: Tensor) -> Tensor:
     """Dense, differentiable sigmoid loss: the truth of the tests (in float64). Arguments as `sigmoid_loss`."""
-    b, B = image.shape[0], text.shape[0]
-    dtype = compute_dtype(image, text)
-    image, text, logit_scale, logit_bias = (x.to(dtype) for x in (image, text, logit_scale, logit_bias))
+    dtype, ids = pairs.dtype, pairs.ids
+    image, text, logit_scale, logit_bias = (
+        x.to(dtype) for x in (pairs.image, pairs.text, pairs.logit_scale, logit_bias)
+    )
     logits = logit_scale * (image @ text.T) + logit_bias  # [b, B]
     signs = torch.full_like(logits, -1.0)
-    signs.diagonal(first_row).fill_(1.0)
+    signs.diagonal(pairs.first_row).fill_(1.0)
     losses = -F.logsigmoid(signs * logits)
     if ids is not None:
-        masked = ids[first_row : first_row + b, None] == ids  # [b, B]
-        masked.diagonal(first_row).fill_(False)
+        masked = ids[pairs.labels, None] == ids  # [b, B]
+        masked.diagonal(pairs.first_row).fill_(False)
         losses = losses.masked_fill(masked, 0.0)
-    if group is None:
-        return losses.sum() / b
-    check_layout(group, first_row, b, B, image.device)
-    share = losses.sum() / B
+    check_layout(pairs)
+    share = losses.sum() / pairs.terms
+    if pairs.group is None:
+        return share
     total = share.detach().clone()
-    dist.all_reduce(total, group=group)
+    dist.all_reduce(total, group=pairs.group)
     return total + (share - share.detach())  # the value of all ranks, to the bit, with the gradient of this one
 
 
@@ -176,17 +174,17 @@ def sigmoid_kernel(
         tl.store(sums + tiles + t, weight)
 
 
-def tile_visitor(
+def tile_weigher(
     texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None, rows_per_chunk: int, with_weights: bool
-) -> Visitor:
-    """Return the visitor of `fused` for text rows [B, d] in float16; it takes image rows in float16."""
+) -> Weigher:
+    """Return the weigher of `fused` for texts [B, d] in float16; it takes images in float16."""
     B, d = texts.shape
     shape = INTERPRETED_SHAPE if INTERPRETED else SHAPE
     width = triton.cdiv(B, 8) * 8  # a descriptor wants rows that start at a multiple of 16 bytes
     buffer = texts.new_empty(rows_per_chunk if with_weights else 0, width)[:, :B]
     text_tiles = descriptor(texts, (shape.block_n, shape.block_k))
 
-    def visit(images: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    def weigh(images: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
         r = images.shape[0]
         weights = buffer[:r]
         tiles = triton.cdiv(r, shape.block_m) * triton.cdiv(B, shape.block_n)
@@ -211,17 +209,17 @@ def tile_visitor(
             )
         return weights, sums.sum(1, dtype=torch.float64)
 
-    return visit
+    return weigh
 
 
-def dense_visitor(texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None, rows_per_chunk: int) -> Visitor:
-    """Return the visitor of `chunked`, in plain torch, for text rows [B, d] and image rows of the same dtype."""
+def dense_weigher(texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None, rows_per_chunk: int) -> Weigher:
+    """Return the weigher of `chunked`, in plain torch, for texts [B, d] and images of the same dtype."""
     B = texts.shape[0]
     logits_buffer = texts.new_empty(rows_per_chunk, B)
     losses_buffer = torch.empty_like(logits_buffer)
     masked_buffer = None if ids is None else torch.empty_like(logits_buffer, dtype=torch.bool)
 
-    def visit(images: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+    def weigh(images: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
         r = images.shape[0]
         logits = torch.addmm(bias, images * scale, texts.T, out=logits_buffer[:r])
         logits.diagonal(first_row).fill_(-torch.inf)  # softplus and σ are 0 there
@@ -232,42 +230,11 @@ def dense_visitor(texts: Tensor, scale: Tensor, bias: Tensor, ids: Tensor | None
         weights = logits.sigmoid_()
         return weights, torch.stack([values.sum(1).sum(dtype=torch.float64) for values in (losses, weights)])
 
-    return visit
-
-
-def one_visit(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    *,
-    first_row: int = 0,
-    ids: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    rows_per_chunk: int,
-    fused: bool,
-) -> Tensor:
-    """Evaluate the loss over `rows_per_chunk` image rows at a time, the gradients in the same call if one is wanted.
-
-    Holds one buffer of [rows_per_chunk, B] float16 if `fused`, else two in float32 (float64 if an input is), next to
-    copies of the inputs in the width of its products, and one more [B, d] if the text rows take a gradient.
-    """
-    inputs = (image, text, logit_scale, logit_bias)
-    with_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return _one_visit(
-        *inputs,
-        ids,
-        first_row,
-        None if group is None else group.group_name,
-        rows_per_chunk,
-        fused,
-        with_grad,
-        with_grad and text.requires_grad,
-    )[0]
+    return weigh
 
 
 @torch.library.custom_op("textlock::sigmoid", mutates_args=())
-def _one_visit(
+def _sigmoid(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
@@ -275,158 +242,142 @@ def _one_visit(
     ids: Tensor | None,
     first_row: int,
     group_name: str | None,
-    rows_per_chunk: int,
-    fused: bool,
-    with_grad: bool,
-    with_text_grad: bool,
+    mode: str,
+    chunk_mib: int | None,
+    wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and its gradients for image, text, logit_scale and logit_bias; they are empty where not asked for."""
-    b, B = image.shape[0], text.shape[0]
-    n, group = b, None
-    if group_name is not None:
-        group = group_of(group_name)
-        check_layout(group, first_row, b, B, image.device)
-        n = B
-    dtype = compute_dtype(image, text)
+    """Loss and its gradients for image, text, logit_scale and logit_bias, [0] where not wanted.
+
+    Those of the image and of the two scalars come together. Holds one chunk of [r, B] float16 in `fused`, else two in
+    the compute dtype, next to copies of the inputs in the width of its products, and one more [B, d] for a text
+    gradient.
+    """
+    pairs = pairs_of_operator(image, text, logit_scale, ids, first_row, group_name)
+    check_layout(pairs)
+    wants_image, wants_text, *_ = wants
+    n, dtype = pairs.terms, pairs.dtype
     scale, bias = logit_scale.to(dtype), logit_bias.to(dtype)
-    rows_per_chunk = min(rows_per_chunk, b)
+    fused = mode == "fused" or (mode == "auto" and image.is_cuda and why_not_tiles(image, text) is None)
+    chunk_rows = _chunk_rows(pairs, fused, chunk_mib)
     multiply: Callable[..., Tensor]
     if fused:
         texts = operand(text)
-        dense = None if ids is None else dense_ids(ids)
-        visit = tile_visitor(texts, scale, bias, dense, rows_per_chunk, with_grad)
+        weigh = tile_weigher(texts, scale, bias, None if ids is None else dense_ids(ids), chunk_rows, wants_image)
         multiply, unit = product, WEIGHT_UNIT
     else:
         texts = text.to(dtype)
-        visit = dense_visitor(texts, scale, bias, ids, rows_per_chunk)
+        weigh = dense_weigher(texts, scale, bias, ids, chunk_rows)
         multiply, unit = torch.mm, 1.0
 
     totals = image.new_zeros(2, dtype=torch.float64)  # of the loss and of its derivative for the bias
     scale_grad = image.new_zeros((), dtype=torch.float64)
-    image_grad = image.new_empty(image.shape if with_grad else (0,), dtype=dtype)
-    text_grad = text.new_zeros(text.shape if with_text_grad else (0,), dtype=dtype)
+    image_grad = image.new_empty(image.shape if wants_image else (0,), dtype=dtype)
+    text_grad = text.new_zeros(text.shape if wants_text else (0,), dtype=dtype)
     text_share = torch.empty_like(text_grad)  # of one chunk
-    for start in range(0, b, rows_per_chunk):
-        chunk = slice(start, min(start + rows_per_chunk, b))
+    for start in range(0, image.shape[0], chunk_rows):
+        chunk = slice(start, min(start + chunk_rows, image.shape[0]))
         own = slice(first_row + chunk.start, first_row + chunk.stop)  # the text rows that match
         rows, matches = image[chunk].to(dtype), text[own].to(dtype)  # [r, d]
         positive = scale.double() * (rows * matches).sum(1, dtype=torch.float64) + bias.double()  # z_{i,t_i} [r]
-        doubt = torch.sigmoid(-positive)
-        visited = operand(rows) if fused else rows
-        weights, sums = visit(visited, own.start)
-        totals += sums + torch.stack([-F.logsigmoid(positive).sum(), -doubt.sum()])
-        if not with_grad:
+        one_minus_p = torch.sigmoid(-positive)
+        weighed = operand(rows) if fused else rows
+        weights, sums = weigh(weighed, own.start)
+        totals += sums + torch.stack([-F.logsigmoid(positive).sum(), -one_minus_p.sum()])
+        if not wants_image:
             continue
-        doubt = (unit * doubt).to(dtype)[:, None]
-        grad = multiply(weights, texts, out=image_grad[chunk]).addcmul_(doubt, matches, value=-1)
+        one_minus_p = (unit * one_minus_p).to(dtype)[:, None]
+        grad = multiply(weights, texts, out=image_grad[chunk]).addcmul_(one_minus_p, matches, value=-1)
         scale_grad += (grad * rows).sum(dtype=torch.float64)
-        if with_text_grad:
-            text_grad += multiply(weights.T, visited, out=text_share)
-            text_grad[own].addcmul_(doubt, rows, value=-1)
-    if group is not None:
-        dist.all_reduce(totals[:1], group=group)
+        if wants_text:
+            text_grad += multiply(weights.T, weighed, out=text_share)
+            text_grad[own].addcmul_(one_minus_p, rows, value=-1)
+    if pairs.group is not None:
+        dist.all_reduce(totals[:1], group=pairs.group)
     loss = (totals[0] / n).to(dtype)
-    if not with_grad:
+    if not wants_image:
         return loss, image_grad, text_grad, loss.new_empty(0), loss.new_empty(0)
     image_grad *= scale / (unit * n)
     text_grad *= scale / (unit * n)
     return loss, image_grad, text_grad, (scale_grad / (unit * n)).to(dtype), (totals[1] / n).to(dtype)
 
 
-@_one_visit.register_fake
-def _(
-    image: Tensor,
-    text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
-    ids: Tensor | None,
-    first_row: int,
-    group_name: str | None,
-    rows_per_chunk: int,
-    fused: bool,
-    with_grad: bool,
-    with_text_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(image, text)
-    scalar = () if with_grad else (0,)
-    return (
-        image.new_empty((), dtype=dtype),
-        image.new_empty(image.shape if with_grad else (0,), dtype=dtype),
-        image.new_empty(text.shape if with_text_grad else (0,), dtype=dtype),
-        image.new_empty(scalar, dtype=dtype),
-        image.new_empty(scalar, dtype=dtype),
-    )
+register_ready_gradients(_sigmoid, places=(0, 1, 2, 3))  # image, text, logit_scale, logit_bias
 
 
-register_ready_gradients(_one_visit, places=(0, 1, 2, 3))  # image, text, logit_scale, logit_bias
+def _chunk_rows(pairs: Pairs, fused: bool, chunk_mib: int | None) -> int:
+    """Return how many images are worked on at a time."""
+    b, B = pairs.image.shape[0], pairs.text.shape[0]
+    row_bytes = B * (2 if fused else 2 * pairs.dtype.itemsize + (pairs.ids is not None))
+    rows = rows_per_chunk(chunk_mib, row_bytes, pairs.image.device)
+    if fused and rows > SHAPE.block_m:
+        rows -= rows % SHAPE.block_m  # whole tiles
+    return min(rows, b)
 
 
 def sigmoid_loss(
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
     *,
     first_row: int = 0,
     ids: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     mode: Mode = "auto",
     chunk_mib: int | None = None,
+    gradient_reduction: Reduction = "sum",
 ) -> Tensor:
     """Sigmoid loss of the global batch: every image against every text, each pair a yes-or-no question.
 
     Args:
-        image: [b, d] unit rows of this rank, float16, bfloat16, float32 or float64; may take a gradient.
-        text: [B, d] unit rows of all ranks; its dtype may differ from that of `image`; may take a gradient.
-        logit_scale: 0-dim tensor, already exponentiated.
-        logit_bias: 0-dim tensor; about -log(B) at the start, so that the many pairs that do not match begin answered.
-        first_row: the text row that matches image row 0.
-        ids: [B] int64; two text rows with equal ids are one caption: the image of one and the other text are no pair.
-        group: the process group whose ranks hold the other image rows, in any order and in parts of any size.
+        image: [b, d] unit embeddings of this rank's images, float16, bfloat16, float32 or float64; may take a gradient.
+        text: [B, d] unit embeddings of the texts of all ranks; its dtype may differ from that of `image`; may take a
+            gradient.
+        logit_scale: 0-dim tensor, or a number, which is a constant; already exponentiated. At or below 0 it is refused
+            if it lies on the CPU; on a GPU, for which the host does not wait, it is taken as it is.
+        logit_bias: 0-dim tensor, or a number, which is a constant; about -log(B) at the start, so that the many pairs
+            that do not match begin answered.
+        first_row: the row of `text` that matches row 0 of `image`.
+        ids: [B] int64; two texts with equal ids are one caption: the image of one and the other text are no pair.
+        group: the process group whose ranks hold the other images, in any order and in parts of any size.
         mode: `reference` is dense and twice differentiable. `chunked` and `fused` never hold a [b, B] tensor, have
-            their gradients ready when the forward ends and are differentiable once. `fused` rounds rows to float16 and
-            runs on GPUs from compute capability 9.0, for d from 64 to 4,096 in steps of 8; `chunked` anywhere, in
-            float32. `auto` is `fused` on such a GPU where neither input is float64, else `chunked`.
-        chunk_mib: MiB of weights (in `chunked` also losses and masks) alive at a time (at least one row of B); None:
-            128 on a GPU, 32 on a CPU.
+            their gradients ready when the forward ends and are differentiable once. `fused` rounds embeddings to
+            float16 and runs on GPUs from compute capability 9.0, for d from 64 to 4,096 in steps of 8; `chunked`
+            anywhere, in float32. `auto` is `fused` on such a GPU where neither input is float64, else `chunked`.
+        chunk_mib: MiB of weights (in `chunked` also losses and masks) alive at a time, 1 or more (at least one row of
+            B); None: 128 on a GPU, 32 on a CPU.
+        gradient_reduction: how the ranks of `group` combine their gradients of weights, scale and bias: "sum" if they
+            are added up, "mean" if they are averaged, as DistributedDataParallel does; "mean" multiplies the gradients,
+            not the loss, by the number of ranks, so that the average is the gradient of the loss.
 
     Returns:
         A 0-dim loss, float64 if an input is, else float32.
         With a group: the sum over all pairs divided by the B images of the global batch, the same number on all ranks.
         The gradient of `image` is of that number; those of `text`, `logit_scale` and `logit_bias` are this rank's
-        share: SUM (not mean) over ranks is exact.
+        share: their SUM over the ranks is exact ("mean": their mean).
         Without a group: the sum over the pairs of the b images here with all B texts, divided by b.
 
     Arithmetic outside the products of `fused` is float32 (float64 if an input is), also under autocast; float32
     products follow `torch.set_float32_matmul_precision`. Two runs give the same bits, and the host never waits for the
     device. `torch.compile(fullgraph=True)` works; `chunked` and `fused` are one opaque operator. With a group every
-    rank must call with the same B; the first call for each B checks that the ranks' rows make up the batch.
+    rank must call with the same B; the first call for each B checks that the ranks' images make up the batch.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, `fused` where it cannot run, or ranks whose rows do not
-            make up the batch.
+        ValueError: shapes, dtypes, devices or settings that do not fit, `fused` where it cannot run, or ranks whose
+            images do not make up the batch.
+        TypeError: an argument that is no tensor or no number.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode is {mode!r}; choose one of {', '.join(get_args(Mode))}")
-    check_rows(image, text, first_row, ids, {"logit_scale": logit_scale, "logit_bias": logit_bias})
-    if mode == "fused" and (refused := why_not_tiles(image, text)) is not None:
-        raise ValueError(f"mode 'fused' cannot take {refused}; use mode='chunked' or 'auto'")
+    pairs = checked_pairs(image, text, logit_scale, first_row=first_row, ids=ids, group=group)
+    bias = as_scalar("logit_bias", logit_bias, image, text)
+    check_settings(pairs, mode, get_args(Mode), ("fused",), chunk_mib=chunk_mib, gradient_reduction=gradient_reduction)
     with torch.autocast(image.device.type, enabled=False):
         if mode == "reference":
-            return reference(image, text, logit_scale, logit_bias, first_row=first_row, ids=ids, group=group)
-        fused = mode == "fused" or (mode == "auto" and image.is_cuda and why_not_tiles(image, text) is None)
-        row_bytes = text.shape[0] * (2 if fused else 2 * compute_dtype(image, text).itemsize + (ids is not None))
-        chunk_rows = rows_per_chunk(chunk_mib, row_bytes, image.device)
-        if fused and chunk_rows > SHAPE.block_m:
-            chunk_rows -= chunk_rows % SHAPE.block_m  # whole tiles
-        return one_visit(
-            image,
-            text,
-            logit_scale,
-            logit_bias,
-            first_row=first_row,
-            ids=ids,
-            group=group,
-            rows_per_chunk=chunk_rows,
-            fused=fused,
-        )
+            loss = reference(pairs, bias)
+        else:
+            wants_image, wants_text, *wants_scalars = asked_for(image, text, pairs.logit_scale, bias)
+            wants_any = wants_image or wants_text or any(wants_scalars)
+            wants = [wants_any, wants_text, wants_any, wants_any]
+            loss, *_ = _sigmoid(
+                image, text, pairs.logit_scale, bias, ids, first_row, pairs.group_name, mode, chunk_mib, wants
+            )
+    return for_reduction(loss, pairs, gradient_reduction)

@@ -83,7 +83,10 @@ def runs_tiles(rows: Tensor) -> bool:
 def operand(rows: Tensor) -> Tensor:
     """Return rows as the kernels read them: float16, contiguous, from an address that descriptors accept."""
     rows = rows.to(torch.float16).contiguous()
-    return rows if rows.is_meta or rows.data_ptr() % 16 == 0 else rows.clone()
+    # One row is contiguous whatever its stride, which a descriptor looks at all the same.
+    if rows.is_meta or (rows.data_ptr() % 16 == 0 and rows.stride(0) == rows.shape[1]):
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def descriptor(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:

@@ -17,12 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from textlock.kernels import gather as gather_module
 from textlock.kernels.contrastive import contrastive_loss
-from textlock.kernels.gather import GatherProgress, TextGather, gather_rows, wait_for_rows
+from textlock.kernels.gather import TextGather, gather_rows
 from textlock.kernels.tiles import runs_tiles
 
 WORLD = 4
@@ -49,18 +47,6 @@ TRANSPORTS = {
     "one rank a node": ("abcd", [True] * 4, (2, 4), torch.float16, "collective"),
     "rows of six bytes": ("aaaa", [True] * 4, (2, 3), torch.float16, "collective"),
 }
-
-# first, last, rows of a rank, rows of a block
-RANGES = [
-    (0, 1, 5, 2),
-    (0, 5, 5, 2),
-    (4, 6, 5, 2),
-    (5, 15, 5, 2),
-    (3, 8, 8, 8),
-    (7, 9, 8, 8),
-    (1, 2, 1, 4),
-    (0, 12, 3, 128),
-]
 
 
 def make_rows(step: int, ranks: int, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -96,21 +82,16 @@ def use_shared_slabs(folder: Path, nodes: str, group_ranks: list[int], can_read:
     gather_module._open_peers = SharedSlabs(folder).open
 
 
-def delay_call(name: str, seconds: float, *, once: bool) -> Callable[[], None]:
-    """Make this rank sleep before its kernels call a function of gather.py; return what ends it."""
+def delay_call(name: str) -> None:
+    """Make this rank sleep before its kernels next call a function of gather.py."""
     function = getattr(gather_module, name)
 
     def late(*args):
-        if once:
-            end()
-        time.sleep(seconds)
+        setattr(gather_module, name, function)
+        time.sleep(0.1)
         function(*args)
 
-    def end() -> None:
-        setattr(gather_module, name, function)
-
     setattr(gather_module, name, late)
-    return end
 
 
 def run_steps(group: dist.ProcessGroup, shape: tuple[int, int], dtype: torch.dtype) -> dict:
@@ -122,9 +103,9 @@ def run_steps(group: dist.ProcessGroup, shape: tuple[int, int], dtype: torch.dty
         rows = make_rows(step, ranks, shape, dtype)
         # In turn one rank is late to publish and another, which has published, late to pull. The others go on.
         if step % ranks == rank:
-            delay_call("_copy_words", 0.1, once=True)
+            delay_call("_copy_words")
         if (step + 1) % ranks == rank:
-            delay_call("_wait_for_step", 0.1, once=True)
+            delay_call("_wait_for_step")
         gathered = gather.start(rows.chunk(ranks)[rank]).wait()
         if not torch.equal(gathered, rows):
             wrong.append(step)
@@ -146,71 +127,6 @@ def run_without_waiting(group: dist.ProcessGroup) -> bool:
         dist.barrier(group)
     gather_module._wait_for_step = wait
     return torch.equal(gathered, rows)
-
-
-@triton.jit(do_not_specialize=["step"])
-def copy_arriving(rows, flags, out, step, total, rows_per_rank, rows_per_block, TILE: tl.constexpr, D: tl.constexpr):
-    """Copy tiles of rows as they arrive, the tiles of the second rank first."""
-    tiles = tl.cdiv(total, TILE)
-    for t in range(0, tiles):
-        first = (t + tiles // 2) % tiles * TILE
-        last = tl.minimum(first + TILE, total)
-        wait_for_rows(flags, step, first, last, rows_per_rank, rows_per_block)
-        row = first + tl.arange(0, TILE)[:, None]
-        at = row * D + tl.arange(0, D)[None, :]
-        tl.store(out + at, tl.load(rows + at, mask=row < total), mask=row < total)
-
-
-def consume_while_arriving(folder: Path, group: dist.ProcessGroup | None) -> dict:
-    """Rank 2 reads rank 1's buffer, which ranks 0 and 1 are filling; rank 0 is late. Returns what rank 2 found."""
-    shape, dtype = (300, 8), torch.float32
-    blocks = 3
-    shared = SharedSlabs(folder)
-    dist.barrier()
-    flags = shared.map("flags", 2 * blocks, torch.int32)
-    rows = shared.map("rows", 2 * shape[0] * shape[1], dtype).view(-1, shape[1])
-    expected = make_rows(1, 2, shape, dtype)
-    told: dict = {}
-    if group is not None:
-        gather = TextGather(group, shape, dtype)
-        gather.start(make_rows(0, 2, shape, dtype).chunk(2)[group.rank()])
-        if group.rank() == 1:
-            rows.fill_(torch.nan)
-            gather._gather._gathered, gather._gather._progress = rows, flags.fill_(1)
-            delay_call("_copy_words", 0.05, once=False)
-        dist.barrier()
-        if group.rank() == 0:
-            time.sleep(0.4)
-        gathered, progress = gather.start(expected.chunk(2)[group.rank()]).arriving()
-        told = {"flags": progress.flags.tolist(), "right": torch.equal(gathered, expected)}
-        told |= {"step": progress.step, "rows_per_rank": progress.rows_per_rank, "blocks": progress.rows_per_block}
-    else:
-        dist.barrier()
-        if dist.get_rank() == 2:
-            out = torch.full_like(rows, torch.nan)
-            progress = GatherProgress(flags, 2, shape[0], 128)
-            copy_arriving[(1,)](
-                rows, progress.flags, out, progress.step, len(rows), progress.rows_per_rank, progress.rows_per_block,
-                TILE=64, D=shape[1],
-            )  # fmt: skip
-            told = {"right": torch.equal(out, expected)}
-    dist.barrier()
-    return told
-
-
-@triton.jit
-def wait_once(flags, first, last, rows_per_rank, rows_per_block):
-    wait_for_rows(flags, 1, first, last, rows_per_rank, rows_per_block)
-
-
-def blocks_waited_for(first: int, last: int, rows_per_rank: int, rows_per_block: int) -> list[int]:
-    flags = torch.zeros(64, dtype=torch.int32)
-    seen = []
-    wait = gather_module._wait_for_step
-    gather_module._wait_for_step = lambda flag, step, scope: seen.append(int(flag.handle.data.item()))
-    wait_once[(1,)](flags, first, last, rows_per_rank, rows_per_block)
-    gather_module._wait_for_step = wait
-    return [(address - flags.data_ptr()) // 4 for address in seen]
 
 
 def loss_of(gathered: torch.Tensor, rank: int) -> torch.Tensor:
@@ -267,12 +183,6 @@ def one_rank(rank: int, folder: Path) -> None:
     use_shared_slabs(folder / "torn", "aaaa", [0, 1, 2, 3])
     told["right without waiting"] = run_without_waiting(world)
 
-    use_shared_slabs(folder / "arriving", "aaaa", [0, 1, 2, 3])
-    (folder / "arriving").mkdir(exist_ok=True)
-    told["arriving"] = consume_while_arriving(folder / "arriving", groups[0, 1] if rank < 2 else None)
-    if rank == 3:
-        told["waited"] = [blocks_waited_for(*row_range) for row_range in RANGES]
-
     told["gather_rows"] = {"4": run_gather_rows(world, gather_rows)}
     if rank < 2:
         told["gather_rows"]["2"] = run_gather_rows(groups[0, 1], gather_rows)
@@ -304,13 +214,8 @@ def run_steps_on_gpu(gathers: dict[int, TextGather], shape: tuple[int, int], dty
                 handles[rank] = gathers[rank].start(everyone.chunk(2)[rank])
         for rank, handle in handles.items():
             with torch.cuda.stream(streams[rank]):
-                out = torch.zeros_like(everyone)
-                rows, progress = handle.arriving()
-                copy_arriving[(1,)](
-                    rows, progress.flags, out, progress.step, len(rows), progress.rows_per_rank,
-                    progress.rows_per_block, TILE=16, D=shape[1],
-                )  # fmt: skip
-                if not (torch.equal(out, everyone) and torch.equal(handle.wait(), everyone)):
+                rows = handle.wait()
+                if not torch.equal(rows, everyone):
                     wrong.append(step)
                 rows.fill_(-7)
     return wrong
@@ -332,58 +237,41 @@ def one_gpu_rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def unit_rows(seed: int, rows: int, width: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    # What float16 holds exactly, so that what is left is the arithmetic of the loss.
-    return F.normalize(torch.randn(rows, width, dtype=torch.float64, generator=generator)).half().double()
-
-
-def dense_loss(image: torch.Tensor, text: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
-    """Return loss and gradients of the whole batch in float64, from one matrix of logits."""
-    image, log_scale = image.clone().requires_grad_(), torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    logits, target = log_scale * image @ text.T, torch.arange(len(image))
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    loss.backward()
-    return {"loss": loss.detach(), "image": image.grad, "scale": log_scale.grad}
-
-
 LOSS_ROWS, LOSS_WIDTH = 130, 72  # two blocks of a rank, the second of two rows
-LOSS_CASES = [(mode, arriving) for mode in ("recompute", "store") for arriving in (False, True)]
+LOSS_MODES = ("recompute", "store")
 
 
 def one_rank_of_a_loss(rank: int, folder: Path, device: torch.device) -> None:
-    """Gather new text rows for every loss, as a step does, each rank late in turn; report errors by case."""
+    """Gather new texts for every loss, as a step does, each rank late in turn; report errors by mode."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     group = dist.group.WORLD
     if device.type == "cpu":
         use_shared_slabs(folder / "slabs", "aa", [0, 1])
     gather = TextGather(group, (LOSS_ROWS, LOSS_WIDTH), torch.float16)
     own = slice(rank * LOSS_ROWS, (rank + 1) * LOSS_ROWS)
-    told = []
-    for step, (mode, arriving) in enumerate(LOSS_CASES):
-        text = unit_rows(2 * step, 2 * LOSS_ROWS, LOSS_WIDTH)
-        everyone = F.normalize(unit_rows(2 * step + 1, len(text), LOSS_WIDTH) + 0.1 * text).half().double()
-        truth = dense_loss(everyone, text, 30.0)
-        image = everyone[own].to(device, torch.float32).requires_grad_()
-        scale = torch.tensor(30.0, device=device, requires_grad=True)
+    told = {}
+    for step, mode in enumerate(LOSS_MODES):
+        generator = torch.Generator().manual_seed(step)
+        draw = partial(torch.randn, 2 * LOSS_ROWS, LOSS_WIDTH, dtype=torch.float64, generator=generator)
+        # What float16 holds exactly, so that what is left is the arithmetic of the loss.
+        text = F.normalize(draw()).half()
+        images = F.normalize(F.normalize(draw()) + 0.1 * text).half()
+        everyone = images.double().requires_grad_()
+        truth = contrastive_loss(everyone, text.double(), 30.0, mode="reference")
+        truth.backward()
         if device.type == "cuda" and step % 2 == rank:
             torch.cuda._sleep(20_000_000)
-
-        handle = gather.start(text[own].to(device, torch.float16))
-        rows, progress = handle.arriving() if arriving else (handle.wait(), None)
-        loss = contrastive_loss(image, rows, scale, first_row=own.start, group=group, mode=mode, progress=progress)
+        image = images[own].to(device, torch.float32).requires_grad_()
+        handle = gather.start(text[own].to(device))
+        loss = contrastive_loss(image, handle.wait(), 30.0, first_row=own.start, group=group, mode=mode)
         loss.backward()
-        dist.all_reduce(scale.grad)
-
-        found = {"loss": loss.detach(), "image": image.grad, "scale": scale.grad}
-        truth["image"] = truth["image"][own]
-        errors = {name: (found[name].double().cpu() - exact).norm() / exact.norm() for name, exact in truth.items()}
-        told.append({
-            "gathered": torch.equal(handle.wait().cpu(), text.half()),
-            "progress": progress is not None,
-            "errors": {name: error.item() for name, error in errors.items()},
-        })  # fmt: skip
-    (folder / f"{rank}.json").write_text(json.dumps({"transport": gather.transport, "cases": told}))
+        expected = everyone.grad[own]
+        told[mode] = {
+            "gathered": torch.equal(handle.wait().cpu(), text),
+            "loss": abs(loss.item() / truth.item() - 1),
+            "image": ((image.grad.double().cpu() - expected).norm() / expected.norm()).item(),
+        }
+    (folder / f"{rank}.json").write_text(json.dumps({"transport": gather.transport, "modes": told}))
     dist.barrier()  # neither takes its memory and its sockets away while the other is at work
     dist.destroy_process_group()
 
@@ -455,24 +343,6 @@ def test_without_waiting_for_flags_the_rows_would_be_wrong(ranks):
     assert [told["right without waiting"] for told in ranks] == [True, False, False, False]
 
 
-def test_a_kernel_reads_rows_as_they_arrive(ranks):
-    arrived = {"flags": [2] * 6, "right": True, "step": 2, "rows_per_rank": 300, "blocks": 128}
-    assert ranks[0]["arriving"] == arrived
-    assert ranks[1]["arriving"] == arrived
-    assert ranks[2]["arriving"] == {"right": True}
-
-
-@pytest.mark.parametrize("row_range", RANGES, ids=str)
-def test_a_row_range_waits_for_the_blocks_that_hold_it(ranks, row_range):
-    first, last, rows_per_rank, rows_per_block = row_range
-    blocks_per_rank = -(-rows_per_rank // rows_per_block)
-
-    def block_of(row: int) -> int:
-        return row // rows_per_rank * blocks_per_rank + row % rows_per_rank // rows_per_block
-
-    assert ranks[3]["waited"][RANGES.index(row_range)] == sorted({block_of(row) for row in range(first, last)})
-
-
 def test_gathered_rows_take_the_gradients_of_all_ranks(ranks):
     for rank, told in enumerate(ranks):
         for size in ("4", "2") if rank < 2 else ("4",):
@@ -512,14 +382,12 @@ def test_two_gpus_read_each_other(tmp_path):
     ],
 )
 def test_two_processes_gather_rows_and_find_the_loss_of_all(tmp_path, name):
-    """With the rows complete, and with rows that arrive while the loss reads them."""
     for told in run_ranks(2, name, tmp_path):
         assert told["transport"] == "symmetric"
-        assert len(told["cases"]) == len(LOSS_CASES)
-        for (mode, arriving), case in zip(LOSS_CASES, told["cases"], strict=True):
-            assert case["gathered"] and case["progress"] == arriving, (mode, arriving)
-            for quantity, bound in {"loss": 1e-5, "image": 1e-3, "scale": 5e-3}.items():
-                assert case["errors"][quantity] <= bound, (mode, arriving, quantity)
+        assert told["modes"].keys() == set(LOSS_MODES)
+        for errors in told["modes"].values():
+            assert errors["gathered"]
+            assert errors["loss"] <= 30 * LOSS_WIDTH**0.5 * 2**-23 and errors["image"] <= 2**-9
 
 
 def test_a_gpu_reads_itself_only_if_torch_is_told_to_allow_that(monkeypatch):
@@ -569,7 +437,6 @@ def test_one_process_gets_its_own_tensor_back():
     handle = gather.start(rows)
     assert handle.wait() is rows
     assert handle.wait() is rows
-    assert handle.arriving() == (rows, None)
     assert gather_rows(rows, None) is rows
 
 
