@@ -23,9 +23,9 @@ from torch import Tensor
 
 from textlock.kernels import contrastive, image_to_text, sigmoid
 from textlock.kernels.tiles import runs_tiles
+from textlock.tests.kernels.rounding import UNIT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-UNIT = 2.0**-24
 WEIGHTS = {
     **{"contrastive recompute": 2**-11, "contrastive store": 2**-9},
     **{"sigmoid fused": 2**-11, "image_to_text fused": 2**-9},
