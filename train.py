@@ -250,7 +250,7 @@ def train(config: Config, world: World) -> None:
                 "device": device_name(world.device),
                 "world_size": world.world_size,
             }
-            # Only here: the template engine and the image library of the page are no part of training.
+            # Only here: no rank needs what writes the page in order to train.
             from textlock.engine.gallery import save_gallery
             from textlock.engine.report import write_report
 
