@@ -11,6 +11,7 @@ ROOMS = ("kernels*", "models*", "data*", "engine*", "evals*", "demo*", "bench*")
 setup(
     package_dir={"textlock": "."},
     packages=[f"textlock.{room}" for room in find_namespace_packages(include=ROOMS) if "." not in room],
+    package_data={"textlock.engine": ["page/*"]},
     # Naming the modules, not the package, keeps setup.py and other root files out of the wheel.
     py_modules=["textlock.train", "textlock.evaluate", "textlock.export"],
 )

@@ -38,7 +38,6 @@ from textlock.engine.objective import Objective
 from textlock.engine.optim import FlatGradients, ShardedGradients, build_optimizer, learning_rate
 from textlock.engine.plan import available_bytes, choose_plan, fixed_bytes, tier_costs
 from textlock.engine.provenance import commit, device_name, versions
-from textlock.engine.report import save_gallery, write_report
 from textlock.engine.sharding import gathered, shard_tower
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
 from textlock.evals.suite import EvaluationSuite
@@ -251,6 +250,10 @@ def train(config: Config, world: World) -> None:
                 "device": device_name(world.device),
                 "world_size": world.world_size,
             }
+            # Only here: no rank needs what writes the page in order to train.
+            from textlock.engine.gallery import save_gallery
+            from textlock.engine.report import write_report
+
             write_text_atomically(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
             if gallery := evaluations.gallery():
                 save_gallery(run_dir, gallery.images, gallery.captions, gallery.nearest)

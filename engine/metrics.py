@@ -119,7 +119,7 @@ class Metrics:
     """Keeps the clocks of a run and writes what it has to say. Only the main process writes."""
 
     def __init__(self, config: Config, world: World, tower: VisionTower, progress: Progress, total_steps: int) -> None:
-        """Open the run's files, dropping lines of later steps than ``progress``: those steps will be run again.
+        """Open the run's files, dropping lines of later steps than ``progress``: those steps will be repeated.
 
         From here on all of ``progress`` but its step is kept up to date by :meth:`step_done`.
         """
@@ -204,7 +204,9 @@ class Metrics:
             self._display.step(self._progress.step, record)
 
     def log_evaluation(self, figures: Mapping[str, float]) -> None:
-        """Write one object to evaluations.jsonl and show it."""
+        """Write one object to evaluations.jsonl and show it; nothing where a run evaluates nothing."""
+        if not figures:
+            return
         progress = self._progress
         place = {"step": progress.step, "samples_seen": progress.samples_seen, "wall_seconds": progress.wall_seconds}
         self._write("evaluations.jsonl", {**place, **figures})

@@ -1,5 +1,6 @@
 """What gets installed, and that the layout does not get in anybody's way."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -28,7 +29,21 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     rooms = ("kernels", "models", "data", "engine", "evals", "demo", "bench")
     expected = {Path("textlock") / path.relative_to(ROOT) for room in rooms for path in (ROOT / room).glob("*.py")}
     expected |= {Path("textlock") / name for name in ("__init__.py", "train.py", "evaluate.py", "export.py")}
+    expected |= {Path("textlock/engine/page") / name for name in ("page.html", "style.css", "script.js")}
     assert names == expected
+
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    report = subprocess.run(
+        [sys.executable, "-P", "-m", "textlock.engine.report", "."],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+    )
+    assert report.returncode == 0, report.stderr
+    assert "--paper" in (tmp_path / "report.html").read_text()
 
 
 def test_the_root_on_the_path_shadows_no_distribution():
@@ -41,6 +56,16 @@ def test_the_root_on_the_path_shadows_no_distribution():
     assert outcome.returncode == 0, outcome.stderr
 
 
+def test_training_imports_nothing_that_only_a_report_a_benchmark_or_an_option_needs():
+    unwanted = (
+        "matplotlib textlock.bench textlock.engine.report textlock.engine.gallery nvidia.dali tensorboard wandb timm "
+        "open_clip webdataset sentence_transformers sklearn"
+    )
+    outcome = run("-c", f"import sys, textlock.train; print(*(set(sys.modules) & set({unwanted.split()})))")
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.split() == []
+
+
 def test_rooms_are_namespace_folders():
     assert not [path for path in ROOT.glob("*/__init__.py") if not path.parent.name.startswith(".")]
 
@@ -48,7 +73,8 @@ def test_rooms_are_namespace_folders():
 def test_every_dependency_is_pinned_by_the_constraints():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *extras["gpu"], *extras["test"], *extras["peers"], *extras["tensorboard"]]
+    named = ("gpu", "test", "bench", "peers", "tensorboard")
+    asked = [*project["dependencies"], *(requirement for name in named for requirement in extras[name])]
     pinned = {
         line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines()
     }

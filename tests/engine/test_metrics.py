@@ -100,6 +100,12 @@ def test_other_ranks_write_nothing(tmp_path, tower, capsys):
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
+def test_a_run_that_evaluates_nothing_says_and_writes_nothing(tmp_path, tower, capsys):
+    metrics = open_metrics(tmp_path, tower, Progress())
+    metrics.log_evaluation({})
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
 def test_tensorboard_gets_the_same_figures(tmp_path, tower):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

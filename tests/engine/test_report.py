@@ -16,17 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from textlock.engine.report import (
-    BOTTOM,
-    LEFT,
-    MAX_CURVE_POINTS,
-    MAX_GALLERY_PICTURES,
-    RIGHT,
-    TOP,
-    downsample,
-    save_gallery,
-    write_report,
-)
+from textlock.engine.charts import BOTTOM, LEFT, MAX_CURVE_POINTS, RIGHT, TOP, downsample
+from textlock.engine.gallery import MAX_IMAGES, save_gallery
+from textlock.engine.report import write_report
 
 VOID_ELEMENTS = {"meta", "img", "br"}
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> & a ‮cat"
@@ -427,7 +419,7 @@ def test_scores_show_the_best_evaluation_and_any_extra_number(run_dir):
 
 
 def test_unseen_pairs_have_a_section_only_when_measured(run_dir):
-    assert report(run_dir).texts("div", "bar") == ["Seen81.2%", "Unseen53.1%"]
+    assert report(run_dir).texts("div", "bar") == ["Seen 81.2%", "Unseen 53.1%"]
     results = {key: value for key, value in RESULTS.items() if key != "zero_shot_unseen_top1"}
     (run_dir / "results.json").write_text(json.dumps(results))
     assert "Unseen" not in report(run_dir).text
@@ -451,15 +443,15 @@ def test_right_and_wrong_captions_are_told_apart_without_colour(run_dir):
     assert page.texts("p", "verdict") == ["✓ rank 1", "✓ rank 2", "✗ not in top 3"]
     rows = [text for attributes, text in page.all("li") if "class" not in attributes]
     assert rows[:6] == [
-        "✓right: A red DOG0.500",
-        "✗wrong: a blue dog0.250",
-        "✗wrong: a cat-0.100",
-        "✗wrong: a cat0.400",
-        "✓right: a fox0.300",
-        "✗wrong: an owlnot finite",
+        "✓ right: A red DOG0.500",
+        "✗ wrong: a blue dog0.250",
+        "✗ wrong: a cat-0.100",
+        "✗ wrong: a cat0.400",
+        "✓ right: a fox0.300",
+        "✗ wrong: an owlnot finite",
     ]
     assert [a["style"] for a, _ in page.all("i") if "style" in a][2:5] == ["width:100%", "width:50%", "width:0%"]
-    assert "comes first for 1 of these 3 pictures and is among the nearest shown for 2." in page.text
+    assert "comes first for 1 of these 3 images and is among the nearest shown for 2." in page.text
 
 
 def test_pictures_arrive_as_they_were_saved(run_dir):
@@ -480,11 +472,11 @@ def test_photographs_are_stored_as_jpeg(run_dir):
 
 
 def test_the_gallery_is_cut_to_a_screenful(run_dir):
-    count = MAX_GALLERY_PICTURES + 6
+    count = MAX_IMAGES + 6
     write_gallery(run_dir, [f"caption {i}" for i in range(count)], [[("x", 0.1)]] * count)
     page = report(run_dir)
-    assert len(page.all("img")) == MAX_GALLERY_PICTURES
-    assert f"The gallery holds {count} pictures." in page.text
+    assert len(page.all("img")) == MAX_IMAGES
+    assert f"The gallery holds {count} images." in page.text
 
 
 def test_an_empty_gallery_is_no_gallery(run_dir):
@@ -497,7 +489,7 @@ def test_an_empty_gallery_is_no_gallery(run_dir):
     [
         (torch.zeros(1, 8, 8, 3), ["a"], [[]], "uint8"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a"], [[]], r"\[1, 3, 8, 8\]"),
-        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ["a"], [[], []], "2 pictures, 1 captions"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ["a"], [[], []], "2 images, 1 captions"),
         (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), ["a"], [], "0 lists"),
     ],
     ids=["dtype", "channels-first", "captions", "nearest"],

@@ -1,0 +1,113 @@
+"""The held-out images that a report shows: saved at the end of a run, read back as cards of the page."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+from PIL import Image
+
+from ..data.atomic import atomic_file, write_text_atomically
+from .charts import number
+
+MAX_IMAGES = 24
+
+
+def save_gallery(
+    run_dir: Path,
+    images: torch.Tensor,  # uint8 [n, S, S, 3]
+    captions: Sequence[str],  # n true captions
+    nearest: Sequence[Sequence[tuple[str, float]]],  # for each image its nearest captions with cosine, best first
+) -> None:
+    """Write the held-out images that the report shows: `gallery.safetensors` and `gallery.json`.
+
+    Raises ValueError when the shapes or the counts do not agree.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"gallery images must be uint8 [n, S, S, 3], got {images.dtype} {list(images.shape)}")
+    if not len(images) == len(captions) == len(nearest):
+        raise ValueError(
+            f"the gallery needs one caption and one list of nearest captions for each image, got {len(images)} "
+            f"images, {len(captions)} captions and {len(nearest)} lists"
+        )
+    entries = [
+        {"caption": caption, "nearest": [{"caption": near, "score": float(score)} for near, score in candidates]}
+        for caption, candidates in zip(captions, nearest, strict=True)
+    ]
+    # The captions go last: the pair is complete when they are there, so old captions never meet new images.
+    (run_dir / "gallery.json").unlink(missing_ok=True)
+    with atomic_file(run_dir / "gallery.safetensors") as file:
+        file.write(safetensors.torch.save({"images": images.detach().cpu().contiguous()}))
+    write_text_atomically(run_dir / "gallery.json", json.dumps(entries, indent=1))
+
+
+def read_gallery(run_dir: Path) -> dict[str, Any] | None:
+    """Return what the template shows of the gallery, or None when the run has none."""
+    images_path, captions_path = run_dir / "gallery.safetensors", run_dir / "gallery.json"
+    if not (images_path.is_file() and captions_path.is_file()):
+        return None
+    try:
+        images = safetensors.numpy.load_file(images_path)["images"]
+        entries = [
+            (entry["caption"], [(near["caption"], number(near["score"])) for near in entry["nearest"]])
+            for entry in json.loads(captions_path.read_text(encoding="utf-8"))
+        ]
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"the gallery in {run_dir} is damaged ({error!r}): delete both gallery files") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(entries):
+        raise ValueError(
+            f"{images_path} must hold uint8 images [{len(entries)}, S, S, 3] to fit {captions_path.name}, "
+            f"not {images.dtype} {list(images.shape)}: delete both gallery files"
+        )
+    cards = [
+        _card(image, caption, nearest) for image, (caption, nearest) in zip(images[:MAX_IMAGES], entries, strict=False)
+    ]
+    return {
+        "cards": cards,
+        "total": len(entries),
+        "first": sum(card["rank"] == 1 for card in cards),
+        "found": sum(card["rank"] is not None for card in cards),
+    }
+
+
+def _card(image: npt.NDArray[np.uint8], caption: str, nearest: list[tuple[str, float]]) -> dict[str, Any]:
+    right = [_same_caption(near, caption) for near, _ in nearest]
+    top = max((score for _, score in nearest if score > 0), default=math.inf)
+    return {
+        "image": _data_url(image),
+        "size": image.shape[:2],
+        "caption": caption,
+        "rank": right.index(True) + 1 if any(right) else None,
+        "nearest": [
+            {
+                "caption": near,
+                "right": hit,
+                "score": f"{score:.3f}" if math.isfinite(score) else "not finite",
+                "share": f"{100 * score / top:.0f}" if 0 < score < math.inf else "0",
+            }
+            for (near, score), hit in zip(nearest, right, strict=True)
+        ],
+    }
+
+
+def _same_caption(left: str, right: str) -> bool:
+    return " ".join(left.split()).casefold() == " ".join(right.split()).casefold()
+
+
+def _data_url(image: npt.NDArray[np.uint8]) -> str:
+    """Encode an image as PNG (drawings) or JPEG (photographs), whichever is smaller."""
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    encoded = Image.fromarray(image)
+    encoded.save(png, "png", optimize=True)
+    encoded.save(jpeg, "jpeg", quality=88, subsampling=0, optimize=True)
+    kind, buffer = min(("png", png), ("jpeg", jpeg), key=lambda file: file[1].tell())
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
