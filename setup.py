@@ -12,5 +12,5 @@ setup(
     package_dir={"textlock": "."},
     packages=[f"textlock.{room}" for room in find_namespace_packages(include=ROOMS) if "." not in room],
     # Naming the modules, not the package, keeps setup.py and other root files out of the wheel.
-    py_modules=["textlock.train", "textlock.evaluate", "textlock.export"],
+    py_modules=["textlock.train", "textlock.evaluate", "textlock.export", "textlock.settings"],
 )
