@@ -25,11 +25,10 @@ import tyro
 from torch import Tensor, nn
 
 from textlock.bench.measure import Wrong, relative_error
-from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
-from textlock.engine.objective import Objective
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients
-from textlock.engine.plan import Plan, Tier, available_bytes, choose_plan, tier_costs
+from textlock.engine.plan import Plan, StepConfig, Tier, available_bytes, choose_plan, tier_costs
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import LargeBatchStep, StepResult, autocast_for
 from textlock.models.pooling import AttentionPooling
@@ -171,10 +170,9 @@ def main(options: Options) -> None:
         raise ValueError("batch and micro-batch must be positive, check positive or 0")
     tower = make_tower(options)
     plan = choose_plan(
-        costs=tier_costs(tower, autocast_for(CPU, "fp32")),
+        StepConfig(micro_batch=options.micro_batch, keep=options.keep),
+        tier_costs(tower, autocast_for(CPU, "fp32")),
         local_batch=options.batch,
-        micro_batch=options.micro_batch,
-        keep=options.keep,
         memory_bytes=available_bytes(CPU, options.memory_gib, fixed_bytes=0),
     )
     if options.check % len(plan.tiers):

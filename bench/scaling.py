@@ -52,11 +52,10 @@ from rich.table import Table
 
 from textlock.bench.records import read_figures
 from textlock.data.publish import publish_text, published_file
-from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World, join_world
-from textlock.engine.objective import Objective
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
-from textlock.engine.plan import choose_plan, tier_costs
+from textlock.engine.plan import StepConfig, choose_plan, tier_costs
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import LargeBatchStep, autocast_for, text_dtype
 from textlock.kernels.contrastive import contrastive_loss
@@ -288,10 +287,9 @@ class Process:
         optimizer = build_optimizer(tower, objective, OptimConfig(steps=1))
         gradients = FlatGradients([*tower.parameters(), *objective.parameters()])
         plan = choose_plan(
-            costs=tier_costs(tower, autocast),
+            StepConfig(micro_batch=measured.micro_batch, keep="all"),
+            tier_costs(tower, autocast),
             local_batch=images,
-            micro_batch=measured.micro_batch,
-            keep="all",
             memory_bytes=0,  # read for no tier but auto
         )
         compute_gradients = LargeBatchStep(

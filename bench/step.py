@@ -54,7 +54,7 @@ from torch import Tensor
 
 from textlock.bench import comparison, profile
 from textlock.bench import contrastive as losses
-from textlock.bench.block_tower import flat, jitter, tower_operations
+from textlock.bench.block_tower import flat, jitter
 from textlock.bench.ceilings import Ceilings, ceilings_for
 from textlock.bench.comparison import PEAK_RATES, name_of
 from textlock.bench.figures import Outcome, Report, cell, has_figures, outcome_of, timing_cells
@@ -69,12 +69,11 @@ from textlock.bench.measure import (
     relative_error,
 )
 from textlock.data.loader import Batch, DataConfig, Loader, open_loader
-from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
-from textlock.engine.feed import FedBatch, Feed
-from textlock.engine.objective import Objective
+from textlock.engine.feed import Feed
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
-from textlock.engine.plan import Plan, available_bytes, choose_plan, fixed_bytes, tier_costs
+from textlock.engine.plan import Plan, StepConfig, available_bytes, choose_plan, fixed_bytes, tier_costs
 from textlock.engine.provenance import device_name
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
 from textlock.models.block import ComputeCopies, Implementation, compute_dtype
@@ -285,14 +284,14 @@ class Rank:
     def rows(self, images: Tensor) -> Tensor:
         return image_rows(self.tower, images, self.autocast)
 
-    def micro_batches(self, batch: FedBatch) -> tuple[Tensor, ...]:
+    def micro_batches(self, batch: Batch) -> tuple[Tensor, ...]:
         return batch.images.split(self.micro_batch)
 
 
-Loop = Callable[[Rank, FedBatch], object]  # adds to the gradients of a rank
+Loop = Callable[[Rank, Batch], object]  # adds to the gradients of a rank
 
 
-def gradcache(rank: Rank, batch: FedBatch) -> None:
+def gradcache(rank: Rank, batch: Batch) -> None:
     """Add the gradients as GradCache does, with our loss."""
     with rank.copies:
         with torch.no_grad():
@@ -305,7 +304,7 @@ def gradcache(rank: Rank, batch: FedBatch) -> None:
             rank.rows(images).backward(gradient)
 
 
-def open_clip_loop(clip_loss: losses.Loss, rank: Rank, batch: FedBatch) -> None:
+def open_clip_loop(clip_loss: losses.Loss, rank: Rank, batch: Batch) -> None:
     """Add the gradients as open_clip's training loop does."""
     micro_batches = rank.micro_batches(batch)
     features: list[Tensor] = []
@@ -323,7 +322,7 @@ def open_clip_loop(clip_loss: losses.Loss, rank: Rank, batch: FedBatch) -> None:
             rows.backward(leaf.grad)
 
 
-def checkpoints(rank: Rank, batch: FedBatch) -> None:
+def checkpoints(rank: Rank, batch: Batch) -> None:
     """Add the gradients as the released code does."""
     with rank.copies:
         rows = image_rows(rank.tower, batch.images, rank.autocast, "block")
@@ -385,10 +384,9 @@ def plan_of(rank: Rank) -> Plan:
     setting, tower = rank.setting, rank.tower
     beside = fixed_bytes(tower, rank.autocast, local_batch=rank.case.b, global_batch=rank.case.B)
     return choose_plan(
-        costs=tier_costs(tower, rank.autocast),
+        StepConfig(micro_batch=rank.micro_batch),
+        tier_costs(tower, rank.autocast),
         local_batch=rank.case.b,
-        micro_batch=rank.micro_batch,
-        keep="auto",
         memory_bytes=available_bytes(setting.device, setting.memory_gib, fixed_bytes=beside),
     )
 
@@ -415,7 +413,7 @@ class Prepared:
     add_gradients: Loop
     plan: Plan | None
 
-    def step(self, feed: Iterator[FedBatch], before: Clock | None = None) -> Clock:
+    def step(self, feed: Iterator[Batch], before: Clock | None = None) -> Clock:
         """Queue one whole step, timed from the end of the one before."""
         rank = self.rank
         clock = rank.clock = Clock(rank.setting.device, before)
@@ -430,7 +428,7 @@ class Prepared:
         clock.mark("optimizer")
         return clock
 
-    def weight_gradients(self, batch: FedBatch) -> dict[str, Tensor]:
+    def weight_gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Return the gradients of the tower for one batch."""
         self.rank.gradients.zero()
         self.add_gradients(self.rank, batch)
@@ -452,7 +450,7 @@ def batch_of(images: Tensor, text: Tensor) -> Batch:
 
 
 @contextlib.contextmanager
-def batches(setting: Setting, case: losses.Case, shards: str | None, workers: int) -> Iterator[Iterator[FedBatch]]:
+def batches(setting: Setting, case: losses.Case, shards: str | None, workers: int) -> Iterator[Iterator[Batch]]:
     """Bring batches to the device as in training, from shards or from memory."""
     device, text = setting.device, case.text[: case.b].cpu()
     text = text.pin_memory() if device.type == "cuda" else text
@@ -489,11 +487,11 @@ def write_pictures(folder: str, short_side: int, count: int) -> dict[str, Any]:
     return {"kilobytes_a_picture": round(mean(map(len, shards.pictures.values())) / 1e3, 1)}
 
 
-def compared(setting: Setting, ranks: int) -> tuple[losses.Case, FedBatch]:
+def compared(setting: Setting, ranks: int) -> tuple[losses.Case, Batch]:
     """Return a small batch of one of so many ranks."""
     case = setting.case(COMPARED_IMAGES, COMPARED_IMAGES * ranks)
     batch = batch_of(draw_images(setting, case.b).to(setting.device), case.text[: case.b])
-    return case, FedBatch(batch.images, case.text[: case.b], batch.ids, batch)
+    return case, replace(batch, text_embeddings=case.text[: case.b])
 
 
 @cache
@@ -546,7 +544,7 @@ def measure(
     middle = {part: median(step[part] for step in parts) for part in PARTS}
     rate = case.b / spread.median
     peak_rate = PEAK_RATES.get(device_name(device))
-    operations = tower_operations(VISION_CONFIGS[setting.tower])
+    operations = VISION_CONFIGS[setting.tower].training_flops()
     floor = floor_of(setting, case, ceilings)
     beside_floor = {} if floor is None else {"floor_ms": floor * 1e3, "percent_of_floor": 100 * floor / spread.median}
     found = spread.published() | beside_floor
@@ -570,7 +568,7 @@ def floor_of(setting: Setting, case: losses.Case, ceilings: Ceilings) -> float |
     """Return the seconds below which no step gets, or None where products of this type have no ceiling."""
     if setting.dtype not in ceilings.matrix_rate:
         return None
-    operations = case.b * tower_operations(VISION_CONFIGS[setting.tower]) + 4 * case.b * case.B * case.d
+    operations = case.b * VISION_CONFIGS[setting.tower].training_flops() + 4 * case.b * case.B * case.d
     return ceilings.floor(setting.dtype, operations=operations)
 
 

@@ -135,7 +135,7 @@ class LargeBatchStep:
         for number, (tier, images) in enumerate(zip(tiers, micro_batches, strict=True)):
             if tier == "none":
                 with torch.no_grad():
-                    rows = self._forward(step, number, images, self._plan.again)
+                    rows = self._forward(step, number, images, self._plan.recompute_tier)
             else:
                 rows = kept[number] = self._forward(step, number, images, tier)
             self._rows_of(self._rows, number).copy_(rows.detach())
@@ -152,7 +152,7 @@ class LargeBatchStep:
         # the room of all that were kept.
         for number, tier in enumerate(tiers):
             if tier == "none":
-                output = self._forward(step, number, micro_batches[number], self._plan.again)
+                output = self._forward(step, number, micro_batches[number], self._plan.recompute_tier)
             else:
                 output = kept.pop(number)
             self._back(number, output, self._rows_of(rows.grad, number))
@@ -163,7 +163,7 @@ class LargeBatchStep:
         texts: Tensor | None = None
         ids: Tensor | None = None
         for number, images in enumerate(micro_batches):
-            output = self._forward(step, number, images, self._plan.again)
+            output = self._forward(step, number, images, self._plan.recompute_tier)
             if texts is None:
                 texts, ids = candidates()  # on their way while the first micro-batch went forward
             rows = output.detach().requires_grad_()

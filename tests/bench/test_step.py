@@ -14,9 +14,7 @@ from PIL import Image
 
 from textlock.bench import ceilings
 from textlock.bench import step as bench
-from textlock.bench.block_tower import tower_operations
 from textlock.bench.measure import Unavailable
-from textlock.engine.feed import FedBatch
 from textlock.models.vision import VISION_CONFIGS
 
 CPU = torch.device("cpu")
@@ -66,7 +64,7 @@ def test_every_loop_is_checked_and_measured(ceilings_file, capsys):
         assert line["case"]["texts"] == 8 and line["case"]["ranks"] == 8 // local_batch
         assert line["case"]["pictures"] is None
         assert line["runs"] >= 3 and line["peak_bytes"] > 0
-        operations = local_batch * (tower_operations(config) + 4 * 8 * config.width)
+        operations = local_batch * (config.training_flops() + 4 * 8 * config.width)
         assert line["floor_ms"] == pytest.approx(1e3 * operations / rate)
         assert line["percent_of_floor"] == pytest.approx(100 * line["floor_ms"] / line["ms"])
         assert line["images_per_second"] == pytest.approx(1e3 * local_batch / line["ms"])
@@ -85,7 +83,7 @@ def test_one_rank_of_many_computes_its_share_of_the_global_batch(group, keep):
     case = setting.case(8, 24)
     images = bench.draw_images(setting, 8)
     source = bench.batch_of(images, case.text[:8])
-    batch = FedBatch(images, case.text[:8], source.ids, source)
+    batch = replace(source, images=images, text_embeddings=case.text[:8])
     prepared = bench.CANDIDATES["ours"].prepare(setting, case)
     assert (set(prepared.plan.tiers) == {"all"}) == (keep == 4)
     found = prepared.weight_gradients(batch)

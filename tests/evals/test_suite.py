@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from textlock.data.shards import index_shards, pack_shards
-from textlock.evals.suite import EvaluationSuite
+from textlock.evals.suite import EvalConfig, EvaluationSuite
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 UNSEEN = {"cyan": (0, 255, 255)}
@@ -55,7 +55,8 @@ def suite(folders, **changes):
         "retrieval": str(folders / "shards"),
         "templates": ("a {} wall",),
     }
-    return EvaluationSuite(ColourText(), **{**settings, **changes}, image_size=16, batch_size=2, group=None)
+    config = EvalConfig(**{**settings, **changes}, batch_size=2)
+    return EvaluationSuite(ColourText(), config, image_size=16, group=None)
 
 
 def test_a_perfect_encoder_is_perfect_and_a_blind_one_guesses(folders):
