@@ -10,41 +10,41 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import tyro
-from torch import Tensor
 
 from textlock.data.atomic import write_text_atomically
-from textlock.engine.checkpoint import load_tower
-from textlock.engine.config import EvalConfig, TextConfig, exit_with
 from textlock.engine.distributed import World, join_world
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import autocast_for, image_rows
-from textlock.evals.suite import EvaluationSuite
+from textlock.engine.trained import load_tower
+from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite
 from textlock.export import load_exported_tower, read_text_settings
-from textlock.models.text import build_text_tower
+from textlock.models.text import TextConfig, make_text_tower
 from textlock.models.vision import VisionTower
+from textlock.settings import Settings, at_least, exit_with
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Settings):
     """Evaluate a checkpoint or an exported folder: retrieval on shards, zero-shot classification on class folders."""
 
     checkpoint: Path
     """A run folder (its newest checkpoint), one of its checkpoints/step_* folders, or an exported folder."""
     data: Path
-    """A folder of tar shards, or of class folders with pictures."""
+    """A folder of tar shards, or of class folders with images."""
     output: Path | None = None
     """File for the figures, as JSON. Default: evaluation.json in the checkpoint's folder."""
     text: str | None = None
     """Text tower, a folder or hub name. Default: the one the run was trained against."""
-    templates: tuple[str, ...] = ()
+    templates: Annotated[tuple[str, ...], PROMPTS] = ()
     """Prompts of a class, with {} for its name. Default: those of the run's config."""
-    batch_size: int = 256
+    batch_size: Annotated[int, at_least(1)] = 256
     """Images per forward pass on one rank."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU when there is one."""
 
 
 def main() -> None:
@@ -65,42 +65,27 @@ def evaluate(arguments: Arguments, world: World) -> None:
     if not arguments.data.is_dir():
         raise FileNotFoundError(f"{arguments.data} is not a folder: give a folder of shards or of class folders")
     is_shards = any(arguments.data.glob("*.tar"))
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch-size is {arguments.batch_size}, must be at least 1")
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise FileNotFoundError(f"{arguments.output.parent} is not a folder: make it, or give another --output")
     loaded = load(arguments.checkpoint)
     tower = loaded.tower.to(world.device).eval()
     text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
-    text_tower = build_text_tower(
-        text.name,
-        layer_norm=text.layer_norm,
-        prefix=text.prefix,
-        max_length=text.max_length,
-        device=world.device,
-    )
+    text_tower = make_text_tower(text, world.device)
     if loaded.text_fingerprint not in (None, text_tower.fingerprint()) or text_tower.embed_dim != tower.embed_dim:
         raise ValueError(
             f"{arguments.checkpoint} was trained against another text tower than {text.name}: its weights, tokenizer "
             f"or settings differ. Give the one it was trained against with --text."
         )
-    suite = EvaluationSuite(
-        text_tower,
+    evals = EvalConfig(
         zero_shot=None if is_shards else str(arguments.data),
-        zero_shot_unseen=None,
         retrieval=str(arguments.data) if is_shards else None,
         templates=arguments.templates or loaded.templates,
-        image_size=tower.image_size,
         batch_size=arguments.batch_size,
-        group=world.group,
     )
+    suite = EvaluationSuite(text_tower, evals, image_size=tower.image_size, group=world.group)
     autocast = autocast_for(world.device, "auto")
-
-    def encode_images(images: Tensor) -> Tensor:  # [b, S, S, 3] -> [b, d]
-        with torch.no_grad():
-            return image_rows(tower, images.to(world.device), autocast)
-
-    figures = suite.run(encode_images)
+    with torch.no_grad():
+        figures = suite.run(lambda images: image_rows(tower, images.to(world.device), autocast))
     if not world.is_main:
         return
     for name, share in figures.items():

@@ -7,7 +7,6 @@ processor, in float32. It describes EVA02 towers with attention pooling and noth
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,11 @@ import tyro
 from safetensors.torch import save_file
 
 from textlock.data.atomic import atomic_folder
-from textlock.engine.checkpoint import load_tower
-from textlock.engine.config import TextConfig
-from textlock.models.vision import IMAGE_MEAN, IMAGE_STD, VisionConfig, VisionTower
+from textlock.engine.trained import load_tower
+from textlock.models.text import TextConfig
+from textlock.models.vision import IMAGE_MEAN, IMAGE_STD, ModelConfig, VisionConfig, VisionTower
 from textlock.models.weights import load_weights, to_nomic
+from textlock.settings import exit_with
 
 # What the released configuration says of every EVA02 tower. A folder that says otherwise is not one of ours to read.
 _EVA02_FIELDS: dict[str, Any] = {
@@ -155,7 +155,7 @@ def load_exported_tower(folder: Path) -> VisionTower:
         config = _read_fields(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not describe a Nomic Embed Vision tower: {error}") from error
-    tower = VisionTower(config, pooling="map")
+    tower = VisionTower(config, ModelConfig(pooling="map"))
     if load_weights(tower, folder):
         raise ValueError(
             f"{folder / 'model.safetensors'} lacks the attention pooling head: its keys begin with selector."
@@ -274,8 +274,7 @@ def main() -> None:
             text_fingerprint=loaded.text_fingerprint,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        exit_with(error)
     print(f"wrote {options.output} from step {loaded.step} of {options.checkpoint}")
 
 

@@ -13,5 +13,5 @@ setup(
     packages=[f"textlock.{room}" for room in find_namespace_packages(include=ROOMS) if "." not in room],
     package_data={"textlock.engine": ["page/*"]},
     # Naming the modules, not the package, keeps setup.py and other root files out of the wheel.
-    py_modules=["textlock.train", "textlock.evaluate", "textlock.export"],
+    py_modules=["textlock.train", "textlock.evaluate", "textlock.export", "textlock.settings"],
 )

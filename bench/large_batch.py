@@ -26,11 +26,10 @@ from torch import Tensor, nn
 from textlock.bench.candidates import Ready, judged
 from textlock.bench.entry import CPU, Benchmark, Column, Line, Outcome, Session, require_known, require_positive
 from textlock.bench.measure import Wrong, relative_error
-from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
-from textlock.engine.objective import Objective
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients
-from textlock.engine.plan import Plan, Tier, available_bytes, choose_plan, tier_costs
+from textlock.engine.plan import Plan, StepConfig, Tier, available_bytes, choose_plan, tier_costs
 from textlock.engine.step import LargeBatchStep, StepResult, autocast_for
 from textlock.models.pooling import AttentionPooling
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
@@ -168,10 +167,9 @@ def comparison_of(tower: VisionTower, plan: Plan, options: LargeBatchOptions) ->
 def plan_of(tower: VisionTower, options: LargeBatchOptions) -> Plan:
     """Return the plan of the step; raises ValueError where there is none, or none that can be compared."""
     plan = choose_plan(
-        costs=tier_costs(tower, autocast_for(CPU, "fp32")),
+        StepConfig(micro_batch=options.micro_batch, keep=options.keep),
+        tier_costs(tower, autocast_for(CPU, "fp32")),
         local_batch=options.batch,
-        micro_batch=options.micro_batch,
-        keep=options.keep,
         memory_bytes=available_bytes(CPU, options.memory_gib, fixed_bytes=0),
     )
     if options.check % len(plan.tiers):

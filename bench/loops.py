@@ -17,12 +17,11 @@ from textlock.bench import losses
 from textlock.bench.measure import check_compiler
 from textlock.bench.tower import jitter
 from textlock.data.loader import Batch, DataConfig, Loader, open_loader
-from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
-from textlock.engine.feed import FedBatch, Feed
-from textlock.engine.objective import Objective
+from textlock.engine.feed import Feed
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
-from textlock.engine.plan import Plan, available_bytes, choose_plan, fixed_bytes, tier_costs
+from textlock.engine.plan import Plan, StepConfig, available_bytes, choose_plan, fixed_bytes, tier_costs
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
 from textlock.models.block import ComputeCopies, Implementation, product_dtype
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
@@ -188,14 +187,14 @@ class Rank:
     def rows(self, images: Tensor) -> Tensor:
         return image_rows(self.tower, images, self.autocast)
 
-    def micro_batches(self, batch: FedBatch) -> tuple[Tensor, ...]:
+    def micro_batches(self, batch: Batch) -> tuple[Tensor, ...]:
         return batch.images.split(self.micro_batch)
 
 
-Loop = Callable[[Rank, FedBatch], object]  # adds to the gradients of a rank
+Loop = Callable[[Rank, Batch], object]  # adds to the gradients of a rank
 
 
-def gradcache(rank: Rank, batch: FedBatch) -> None:
+def gradcache(rank: Rank, batch: Batch) -> None:
     """Add the gradients as GradCache does, with our loss."""
     with rank.copies:
         with torch.no_grad():
@@ -208,7 +207,7 @@ def gradcache(rank: Rank, batch: FedBatch) -> None:
             rank.rows(images).backward(gradient)
 
 
-def open_clip_loop(clip_loss: losses.Loss, rank: Rank, batch: FedBatch) -> None:
+def open_clip_loop(clip_loss: losses.Loss, rank: Rank, batch: Batch) -> None:
     """Add the gradients as open_clip's training loop does."""
     micro_batches = rank.micro_batches(batch)
     features: list[Tensor] = []
@@ -226,7 +225,7 @@ def open_clip_loop(clip_loss: losses.Loss, rank: Rank, batch: FedBatch) -> None:
             rows.backward(leaf.grad)
 
 
-def checkpoints(rank: Rank, batch: FedBatch) -> None:
+def checkpoints(rank: Rank, batch: Batch) -> None:
     """Add the gradients as the released code does."""
     with rank.copies:
         rows = image_rows(rank.tower, batch.images, rank.autocast, "block")
@@ -289,10 +288,9 @@ def plan_of(rank: Rank) -> Plan:
     setting, tower = rank.setting, rank.tower
     other_bytes = fixed_bytes(tower, rank.autocast, local_batch=rank.case.b, global_batch=rank.case.B)
     return choose_plan(
-        costs=tier_costs(tower, rank.autocast),
+        StepConfig(micro_batch=rank.micro_batch),
+        tier_costs(tower, rank.autocast),
         local_batch=rank.case.b,
-        micro_batch=rank.micro_batch,
-        keep="auto",
         memory_bytes=available_bytes(setting.device, setting.memory_gib, fixed_bytes=other_bytes),
     )
 
@@ -320,7 +318,7 @@ class PreparedLoop:
     add_gradients: Loop
     plan: Plan | None
 
-    def step(self, feed: Iterator[FedBatch], before: Clock | None = None) -> Clock:
+    def step(self, feed: Iterator[Batch], before: Clock | None = None) -> Clock:
         """Queue one whole step, timed from the end of the one before."""
         rank = self.rank
         clock = rank.clock = Clock(rank.setting.device, before)
@@ -335,7 +333,7 @@ class PreparedLoop:
         clock.mark("optimizer")
         return clock
 
-    def weight_gradients(self, batch: FedBatch) -> dict[str, Tensor]:
+    def weight_gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Return the gradients of the tower for one batch."""
         self.rank.gradients.zero()
         self.add_gradients(self.rank, batch)
@@ -357,7 +355,7 @@ def batch_of(images: Tensor, text: Tensor) -> Batch:
 
 
 @contextlib.contextmanager
-def batches(setting: StepSetting, case: losses.Case, shards: str | None, workers: int) -> Iterator[Iterator[FedBatch]]:
+def batches(setting: StepSetting, case: losses.Case, shards: str | None, workers: int) -> Iterator[Iterator[Batch]]:
     """Bring batches to the device as in training, from shards or from memory."""
     device, text = setting.device, case.text[: case.b].cpu()
     text = text.pin_memory() if device.type == "cuda" else text

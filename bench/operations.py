@@ -48,11 +48,11 @@ from textlock.bench.entry import (
     require_positive,
 )
 from textlock.bench.measure import Unavailable, relative_error
-from textlock.bench.tower import compare_block, compare_tower, layers_of
+from textlock.bench.tower import compare_block, compare_tower
 from textlock.kernels.card import Absent, Card, Data, Inputs, Pass, TowerSizes, by_name, find_cards, in_float64
 from textlock.kernels.device import capability_of
 from textlock.models.block import weight_gradient
-from textlock.models.vision import VISION_CONFIGS
+from textlock.models.vision import VISION_CONFIGS, VisionConfig
 
 COMPARED_IMAGES = 64  # of a kernel, compared with float64 at a time
 
@@ -80,6 +80,13 @@ class OperationOptions(ceilings.Options):
     """Seconds after which a part starts nothing more."""
     seed: int = 0
     """Of the data."""
+
+
+def layers_of(config: VisionConfig) -> dict[str, tuple[int, int]]:
+    """Return output and input channels of the linear layers of a block."""
+    first = ("gate_up" if config.gated else "fc1", config.first_width)
+    D = config.width
+    return {"qkv": (3 * D, D), "out_proj": (D, D), first[0]: (first[1], D), "fc2": (D, config.hidden)}
 
 
 def compare_products(layer: str, setting: Setting) -> Iterator[Comparison]:

@@ -20,7 +20,7 @@ import torch
 
 from textlock.bench.entry import Benchmark, Column, Line, Outcome, Session, require_known, require_positive
 from textlock.engine import plan as planning
-from textlock.engine.plan import Plan, Tier, TierCost, choose_plan, fixed_bytes, tier_costs
+from textlock.engine.plan import Plan, StepConfig, Tier, TierCost, choose_plan, fixed_bytes, tier_costs
 from textlock.models.block import Implementation
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
 
@@ -93,22 +93,11 @@ def plan_on(costs: Costs, gpu: str, options: PlanOptions, local_batch: int) -> d
         }
 
     try:
-        plan = choose_plan(
-            costs=costs.fused,
-            local_batch=local_batch,
-            micro_batch=options.micro_batch,
-            keep="auto",
-            memory_bytes=memory,
-        )
+        step = StepConfig(micro_batch=options.micro_batch)
+        plan = choose_plan(step, costs.fused, local_batch=local_batch, memory_bytes=memory)
     except ValueError as nothing_fits:
         return {"absent": f"{local_batch:,} images on {gpu}: {nothing_fits}"}
-    twice = choose_plan(
-        costs=costs.fused,
-        local_batch=local_batch,
-        micro_batch=options.micro_batch,
-        keep="none",
-        memory_bytes=memory,
-    )
+    twice = choose_plan(replace(step, keep="none"), costs.fused, local_batch=local_batch, memory_bytes=memory)
     at_once = Plan(("block",), local_batch, "block", {"block": costs.checkpoints})
     return {
         **figures(plan),

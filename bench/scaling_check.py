@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from textlock.bench.entry import CPU, Benchmark, Column, Line, Session, require_known, require_positive
 from textlock.bench.scaling import COSTS, Link, Parts, assumptions, predict, sizes
 from textlock.data.atomic import write_text_atomically
-from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World, join_world
-from textlock.engine.objective import Objective
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
 from textlock.engine.plan import choose_plan, tier_costs
 from textlock.engine.provenance import device_name
@@ -95,10 +94,9 @@ class Process:
         optimizer = build_optimizer(tower, objective, OptimConfig(steps=1))
         gradients = FlatGradients([*tower.parameters(), *objective.parameters()])
         plan = choose_plan(
-            costs=tier_costs(tower, autocast),
+            StepConfig(micro_batch=measured.micro_batch, keep="all"),
+            tier_costs(tower, autocast),
             local_batch=images,
-            micro_batch=measured.micro_batch,
-            keep="all",
             memory_bytes=0,  # read for no tier but auto
         )
         compute_gradients = LargeBatchStep(

@@ -79,8 +79,8 @@ from textlock.bench.loops import (
 )
 from textlock.bench.measure import LEAST_RUNS, Spread, peak_bytes, relative_error
 from textlock.bench.records import profile_table
-from textlock.bench.tower import flat, tower_operations
-from textlock.engine.feed import FedBatch
+from textlock.bench.tower import flat
+from textlock.data.loader import Batch
 from textlock.kernels.device import peak_rate
 from textlock.models.vision import VISION_CONFIGS
 
@@ -135,11 +135,11 @@ def draw_jpegs(folder: str, short_side: int, count: int) -> dict[str, Any]:
     return {"kilobytes_a_picture": round(mean(map(len, shards.jpegs.values())) / 1e3, 1)}
 
 
-def small_batch(setting: StepSetting, ranks: int) -> tuple[losses.Case, FedBatch]:
+def small_batch(setting: StepSetting, ranks: int) -> tuple[losses.Case, Batch]:
     """Return a small batch of one of so many ranks."""
     case = setting.case(COMPARED_IMAGES, COMPARED_IMAGES * ranks)
     batch = batch_of(draw_images(setting, case.b).to(setting.device), case.text[: case.b])
-    return case, FedBatch(batch.images, case.text[: case.b], batch.ids, batch)
+    return case, replace(batch, text_embeddings=case.text[: case.b])
 
 
 @cache
@@ -189,7 +189,7 @@ def figures_of(
     spread = Spread.of([sum(step.values()) for step in phases])
     middle = {phase: median(step[phase] for step in phases) for phase in PHASES}
     rate, highest = case.b / spread.median, peak_rate(device)
-    floor, operations = floor_of(setting, case, found), tower_operations(VISION_CONFIGS[setting.tower])
+    floor, operations = floor_of(setting, case, found), VISION_CONFIGS[setting.tower].training_flops()
     figures = spread.published() | ({} if floor is None else at_floor(floor, spread.median))
     figures |= {
         "images_per_second": rate,
@@ -211,7 +211,7 @@ def floor_of(setting: StepSetting, case: losses.Case, found: Ceilings) -> float 
     """Return the seconds below which no step gets, or None where products of this type have no ceiling."""
     if setting.dtype not in found.matrix_rate:
         return None
-    operations = case.b * tower_operations(VISION_CONFIGS[setting.tower]) + 4 * case.b * case.B * case.d
+    operations = case.b * VISION_CONFIGS[setting.tower].training_flops() + 4 * case.b * case.B * case.d
     return found.floor(setting.dtype, operations=operations)
 
 

@@ -18,7 +18,6 @@ from textlock.models.pooling import AttentionPooling
 from textlock.models.vision import (
     IMAGE_MEAN,
     IMAGE_STD,
-    VisionConfig,
     VisionTower,
     build_vision_tower,
     rotary_table,
@@ -27,32 +26,6 @@ from textlock.models.weights import from_timm
 
 # Images of a micro-batch whose results are compared with float64.
 COMPARED_IMAGES = 8
-
-
-def layers_of(config: VisionConfig) -> dict[str, tuple[int, int]]:
-    """Return output and input channels of the linear layers of a block."""
-    first = ("gate_up", 2 * config.hidden) if config.gated else ("fc1", config.hidden)
-    D = config.width
-    return {"qkv": (3 * D, D), "out_proj": (D, D), first[0]: (first[1], D), "fc2": (D, config.hidden)}
-
-
-def block_operations(config: VisionConfig) -> int:
-    """Return the operations of a block's forward pass for one image, a multiplication and an addition being two."""
-    weights = sum(rows * columns for rows, columns in layers_of(config).values())
-    return 2 * config.tokens * weights + 4 * config.tokens**2 * config.width
-
-
-def tower_operations(config: VisionConfig) -> int:
-    """Return the operations of a tower with MAP pooling, forward and backward, for one image.
-
-    The patch embedding has no gradient of its input. The head is counted as it is defined, with keys and values of all
-    tokens, not as it is computed.
-    """
-    D, T = config.width, config.tokens
-    patches = 2 * config.grid**2 * 3 * config.patch_size**2 * D
-    mlp = (3 if config.gated else 2) * D * config.hidden
-    head = 2 * T * 2 * D**2 + 4 * T * D + 2 * (2 * D**2 + mlp)
-    return 3 * (config.depth * block_operations(config) + head) + 2 * patches
 
 
 def jitter(module: nn.Module, generator: torch.Generator) -> None:
@@ -135,16 +108,7 @@ def compare_block(setting: Setting) -> Comparison:
     def build(implementation: Implementation) -> StreamedBlock:
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(setting.seed)
-            block = Block(
-                config.width,
-                config.heads,
-                config.hidden,
-                gated=config.gated,
-                sub_norm=config.sub_norm,
-                layer_scale=config.layer_scale,
-                norm_eps=config.norm_eps,
-                implementation=implementation,
-            )
+            block = Block(config, implementation=implementation)
         streamed = StreamedBlock(block, config.width)
         jitter(streamed, torch.Generator().manual_seed(setting.seed))
         return streamed.to(setting.device)
@@ -194,7 +158,7 @@ def compare_block(setting: Setting) -> Comparison:
             "compiled": partial(prepare, "compile"),
         },
         errors,
-        operations=3 * setting.micro_batch * block_operations(config),
+        operations=3 * setting.micro_batch * sum(config.block_flops(config.tokens).values()),
         many=True,
     )
 
@@ -339,6 +303,6 @@ def compare_tower(setting: Setting) -> Comparison:
             **timm_settings,
         },
         lambda found: relative_errors(found, truth()),
-        operations=setting.micro_batch * tower_operations(config),
+        operations=setting.micro_batch * config.training_flops(),
         many=True,
     )

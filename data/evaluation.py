@@ -1,6 +1,6 @@
-"""Pictures to evaluate on: every one once, in a fixed order, resized and centre-cropped, no crop at random.
+"""Images to evaluate on: every one once, in a fixed order, resized and centre-cropped, no crop at random.
 
-Bad ones are left out, named in the log and counted; nothing stands in for them.
+Bad ones are left out, named in the log and counted; nothing replaces them.
 """
 
 import logging
@@ -112,7 +112,7 @@ def iterate_class_folder(
 
 
 def list_class_images(folder: Path | str) -> list[tuple[Path, int]]:
-    """Return (picture, label) of every picture in a folder of class folders, class by class.
+    """Return (image file, label) of every image in a folder of class folders, class by class.
 
     Raises:
         FileNotFoundError: the folder does not exist, holds no folders, or one of them holds no image.

@@ -197,13 +197,14 @@ def _check_webp(payload: bytes) -> ImageHeader:
     return ImageHeader("webp", width, height)
 
 
-def decode_image(payload: bytes) -> UInt8Array:
-    """Decode a JPEG, PNG or WebP image to RGB, uint8 [H, W, 3].
+def decode_image(payload: bytes, header: ImageHeader | None = None) -> UInt8Array:
+    """Decode a JPEG, PNG or WebP image to RGB, uint8 [H, W, 3]; ``header`` is of the check, where it was done already.
 
     Raises:
         BadImage: the check refuses the image, or (kind damaged) the decoder does.
     """
-    header = check_image(payload)
+    if header is None:
+        header = check_image(payload)
     image = _decode(header, payload)
     if image.shape != (header.height, header.width, 3):
         raise BadImage("damaged", f"the header says {header.width} x {header.height} pixels, not {image.shape[1::-1]}")

@@ -12,8 +12,8 @@ release the interpreter lock. With DALI the same tasks read and check, and decod
 the decoder.
 
 On a GPU that thread also brings the batches to the device, on a stream of its own: when a batch is handed out, the next
-one is copied (from pinned memory) or decoded while the step runs. The device so holds the batch in use and one more;
-those further ahead wait on the host.
+one is copied (from pinned memory) or decoded while the step runs. So the device holds two
+batches; later ones wait on the host.
 """
 
 import json
@@ -27,14 +27,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..settings import FREE_ON_RESUME, NOT_EMPTY, RISING, Settings, above, at_least, at_most
 from .captions import decode_caption
-from .embeddings import StoredText
 from .images import (
     BadSample,
     CropWindow,
@@ -48,6 +48,7 @@ from .images import (
 from .index import DEFAULT_CACHE_DIR, ShardIndex, open_index
 from .order import EpochOrder, SampleOrder
 from .reader import ShardReader
+from .stored_text import StoredText
 
 if TYPE_CHECKING:
     from ..models.text import TextTowerDescription
@@ -83,41 +84,47 @@ _ORDER_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings, section="data"):
     """What the batches are made of."""
 
-    shards: str
+    shards: Annotated[str, NOT_EMPTY, FREE_ON_RESUME]
     """Folder of tar shards with their index (python -m textlock.data.shards), or its URL (s3, gs, https, hf, ...)."""
-    batch_size: int
+    batch_size: Annotated[int, at_least(1)]
     """Global batch: samples a step over all GPUs."""
-    image_size: int
+    image_size: Annotated[int, at_least(1)]
     """Height and width of the images, in pixels."""
-    text_embeddings: str | None = None
+    text_embeddings: Annotated[str | None, FREE_ON_RESUME] = None
     """Folder of stored text embeddings (python -m textlock.data.embeddings); None encodes captions in every step."""
     decoder: Literal["auto", "cpu", "dali"] = "auto"
     """Image decoder; auto takes dali on a GPU where it is installed, else cpu."""
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: Annotated[float, at_least(0), at_most(1)] = 0.65
     """Part of the baseline JPEGs that the GPU's JPEG engine decodes for dali; the rest goes to its CUDA cores."""
-    crop_scale: tuple[float, float] = (0.9, 1.0)
+    crop_scale: Annotated[tuple[float, float], above(0), at_most(1), RISING] = (0.9, 1.0)
     """Part of the image's area that the random crop takes: smallest, largest."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333)
+    crop_ratio: Annotated[tuple[float, float], above(0), RISING] = (0.75, 1.3333333)
     """Width over height of the random crop: smallest, largest."""
-    workers: int
+    workers: Annotated[int, at_least(1), FREE_ON_RESUME]
     """Decoding threads of each rank."""
-    prefetch_batches: int = 2
+    prefetch_batches: Annotated[int, at_least(0), FREE_ON_RESUME] = 2
     """Batches prepared ahead of the one in use."""
-    open_shards: int = 64
+    open_shards: Annotated[int, at_least(1)] = 64
     """Shards shuffled together: more mix better, fewer read more sequentially."""
-    seed: int = 42
+    seed: Annotated[int, at_least(0)] = 42
     """Seed of the order and of the crops."""
-    max_skipped_fraction: float = 0.01
+    max_skipped_fraction: Annotated[float, at_least(0), FREE_ON_RESUME] = 0.01
     """Part of the samples of a run that may be bad before it stops."""
-    cache_dir: str = DEFAULT_CACHE_DIR
+    cache_dir: Annotated[str, FREE_ON_RESUME] = DEFAULT_CACHE_DIR
     """Folder on the local disk for copies of remote shards, which all processes of a node share."""
-    cache_gb: float = 100.0
-    """Room for them there, in 10^9 bytes: for twice open_shards shards or more. The index comes on top."""
-    fetchers: int = 4
+    cache_gb: Annotated[float, at_least(0), FREE_ON_RESUME] = 100.0
+    """Cache size in GB (10^9 bytes); must hold at least 2 x open_shards shards. The index is not counted."""
+    fetchers: Annotated[int, at_least(1), FREE_ON_RESUME] = 4
     """Remote shards that each rank fetches at a time."""
+
+    def local_batch(self, world_size: int) -> int:
+        """Return the samples of one rank in a step. Raises ValueError where the ranks do not divide the batch."""
+        if self.batch_size % world_size:
+            self.refuse("batch_size", f"be divisible by the number of processes, {world_size}")
+        return self.batch_size // world_size
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,8 @@ class Batch:
     """uint8 [b, S, S, 3], on the device of the loader, as the other tensors are."""
     captions: list[str]
     text_embeddings: torch.Tensor | None
-    """Stored rows of the captions, float16 [b, d], where the config names a folder of them."""
+    """Stored embeddings of the captions, float16 [b, d], where the config names a folder of them. `Feed` fills in unit
+    embeddings, float32 [b, d], of all captions."""
     ids: torch.Tensor
     """int64 [b], ``captions.caption_id`` of each caption."""
     keys: list[str]
@@ -140,7 +148,14 @@ class Batch:
 
     @property
     def skipped(self) -> int:
+        """Bad samples of all kinds."""
         return sum(self.skipped_by_kind.values())
+
+    @property
+    def text(self) -> torch.Tensor:
+        """The text embeddings of a batch that has them: a stored or an encoded one."""
+        assert self.text_embeddings is not None
+        return self.text_embeddings
 
 
 @dataclass(frozen=True)
@@ -187,14 +202,8 @@ class _Plan:
         return replace(self, places=self.places[part], samples=self.samples[part], draws=self.draws[part])
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A batch that waits to be handed out, its bad samples, and what the device has to reach before it is used."""
-
-    batch: Batch
-    faults: list[_Skipped]
-    ready: torch.cuda.Event | None
-
+# A batch that waits to be handed out, its bad samples, and what the device has to reach before it is used.
+_Prepared = tuple[Batch, list[_Skipped], torch.cuda.Event | None]
 
 # Decodes a payload and writes the resized window somewhere; raises BadSample.
 _Decode = Callable[[ImageHeader, bytes, CropWindow], None]
@@ -223,7 +232,7 @@ class Loader:
         order: SampleOrder,
         *,
         rank: int,
-        world_size: int,
+        local_batch: int,
         position: int,
         skipped_log: Path | None,
         device: torch.device,
@@ -237,13 +246,13 @@ class Loader:
         self._index = index
         self._order = order
         self._reader = ShardReader(index)
-        self._part = slice(rank * config.batch_size // world_size, (rank + 1) * config.batch_size // world_size)
+        self._part = slice(rank * local_batch, (rank + 1) * local_batch)
         self._position = position
         self._planned = position
         self._expected: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._handed_out = 0
         self._skipped_log = skipped_log
-        self._judges_alone = world_size == 1
+        self._judges_alone = local_batch == config.batch_size
         self._device = device
         self._dali = dali
         self._stored_text = stored_text
@@ -273,16 +282,16 @@ class Loader:
                 plan = self._next_plan()
                 self._expect_shards()
                 self._pending.append(self._start(plan))
-            prepared = self._pending.popleft()()
-            self._account(prepared)
+            batch, faults, ready = self._pending.popleft()()
+            self._account(batch, faults)
         except BaseException:
             self.close()
             raise
-        if prepared.ready is not None:
-            _hand_to_current_stream(prepared.batch, prepared.ready, self._device)
-        self._position = prepared.batch.position
+        if ready is not None:
+            _hand_to_current_stream(batch, ready, self._device)
+        self._position = batch.position
         self._room_for_next.release()
-        return prepared.batch
+        return batch
 
     def state(self) -> dict[str, Any]:
         """Return the state after the batches handed out, for ``open_loader``: JSON-able, the same on every rank."""
@@ -381,7 +390,7 @@ class Loader:
             position=plan.end,
             skipped_by_kind=dict(Counter(fault.kind for fault in faults)),
         )
-        return _Prepared(batch, faults, ready)
+        return batch, faults, ready
 
     def _load(self, plan: _Plan, images: torch.Tensor | None) -> list[_Slot]:
         """Make the slots of a plan; decode them into ``images`` [n, S, S, 3] unless that is None."""
@@ -453,7 +462,7 @@ class Loader:
         """Decode the payloads of some slots into their rows of ``images`` [n, S, S, 3]; replace those of bad samples.
 
         The check lets some images through that do not decode, and DALI drops the whole batch of one. Halves are tried
-        until the bad ones are alone. All other pixels stay DALI's, so that a sample looks the same whatever is beside.
+        until the bad ones are alone. All other pixels stay DALI's, so that a sample looks the same next to any other.
         """
         try:
             dali.decode([slots[row].payload for row in rows], [slots[row].window for row in rows], images, rows)
@@ -465,13 +474,13 @@ class Loader:
                 self._decode_with_dali(dali, plan, slots, images, rows[:half])
                 self._decode_with_dali(dali, plan, slots, images, rows[half:])
 
-    def _account(self, prepared: _Prepared) -> None:
+    def _account(self, batch: Batch, faults: list[_Skipped]) -> None:
         """Log the bad samples of a batch that is handed out. Raises ValueError when there have been too many."""
-        self._handed_out += len(prepared.batch.keys)
-        self.skipped_by_kind.update(prepared.batch.skipped_by_kind)
-        if prepared.faults and self._skipped_log is not None:
+        self._handed_out += len(batch.keys)
+        self.skipped_by_kind.update(batch.skipped_by_kind)
+        if faults and self._skipped_log is not None:
             with open(self._skipped_log, "a", encoding="utf-8") as log:
-                log.writelines(json.dumps(asdict(fault)) + "\n" for fault in prepared.faults)
+                log.writelines(json.dumps(asdict(fault)) + "\n" for fault in faults)
         if self._judges_alone:
             require_few_skipped(self.skipped_by_kind, self._handed_out, self._config)
 
@@ -486,8 +495,8 @@ def require_few_skipped(skipped_by_kind: Mapping[str, int], samples: int, config
     if samples >= _MIN_SAMPLES_TO_JUDGE and skipped > limit * samples:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(skipped_by_kind).most_common())
         raise ValueError(
-            f"{skipped} of {samples} samples are bad ({kinds}), more than max_skipped_fraction {limit}: "
-            f"run python -m textlock.data.shards verify {config.shards}, or raise max_skipped_fraction"
+            f"{skipped} of {samples} samples are bad ({kinds}), more than --data.max-skipped-fraction {limit}: run "
+            f"python -m textlock.data.shards verify {config.shards}, or raise it"
         )
 
 
@@ -502,7 +511,7 @@ def _slots_of(tasks: Sequence[Future[list[_Slot]]]) -> list[_Slot]:
 
 
 def _decode_on_cpu(out: torch.Tensor, header: ImageHeader, payload: bytes, window: CropWindow) -> None:
-    crop_and_resize(decode_image(payload), window, out)
+    crop_and_resize(decode_image(payload, header), window, out)
 
 
 def _decode_one_with_dali(
@@ -546,10 +555,12 @@ def open_loader(
 
     Raises:
         FileNotFoundError: there are no shards, no index, or no stored text embeddings of a shard.
-        ValueError: a setting is impossible, the index is stale, the state belongs to other data or other settings, or
-            the stored text embeddings to another tower.
+        ValueError: the ranks do not divide the batch, the decoder is not installed, the cache is too small, the index
+            is stale, the state belongs to other data or other settings, or the stored text embeddings to another tower.
     """
-    _check_config(config, rank, world_size)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not one of {world_size} ranks: ranks count from 0")
+    local_batch = config.local_batch(world_size)
     device = torch.device(device or "cpu")
     if device.type == "cuda" and device.index is None:  # other threads have a current device of their own
         device = torch.device("cuda", torch.cuda.current_device())
@@ -562,7 +573,9 @@ def open_loader(
     stored_text = None
     if config.text_embeddings is not None:
         if text_tower is None:
-            raise ValueError("text_embeddings is set, but open_loader was not told of which text tower they must be")
+            raise ValueError(
+                "--data.text-embeddings is set, but open_loader was not told of which text tower they must be"
+            )
         stored_text = StoredText(config.text_embeddings, index, text_tower)
     dali = _open_dali(config, device)
     return Loader(
@@ -570,36 +583,13 @@ def open_loader(
         index,
         order,
         rank=rank,
-        world_size=world_size,
+        local_batch=local_batch,
         position=position,
         skipped_log=skipped_log,
         device=device,
         dali=dali,
         stored_text=stored_text,
     )
-
-
-def _check_config(config: DataConfig, rank: int, world_size: int) -> None:
-    for name, least in (
-        ("batch_size", 1),
-        ("image_size", 1),
-        ("workers", 1),
-        ("prefetch_batches", 0),
-        ("open_shards", 1),
-        ("fetchers", 1),
-    ):
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least {least}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not one of {world_size} ranks: ranks count from 0")
-    if config.batch_size % world_size:
-        raise ValueError(f"batch_size {config.batch_size} is not divisible by {world_size} ranks: change one of them")
-    if not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
-        raise ValueError(f"crop_scale is {config.crop_scale}: it must be two rising fractions of the area, at most 1")
-    if not 0 <= config.hw_decoder_load <= 1:
-        raise ValueError(f"hw_decoder_load is {config.hw_decoder_load}: it must be a fraction of the images")
-    if not 0 < config.crop_ratio[0] <= config.crop_ratio[1]:
-        raise ValueError(f"crop_ratio is {config.crop_ratio}: it must be two rising positive ratios")
 
 
 def _check_cache(config: DataConfig, index: ShardIndex) -> None:
@@ -610,8 +600,8 @@ def _check_cache(config: DataConfig, index: ShardIndex) -> None:
     least = sum(sorted(index.shard_sizes, reverse=True)[: groups * config.open_shards])
     if index.remote is not None and round(config.cache_gb * 1e9) < least:
         raise ValueError(
-            f"cache_gb is {config.cache_gb:g}: the shards of {config.shards} that are read at a time, {groups} times "
-            f"open_shards {config.open_shards}, have {least / 1e9:.3g}: raise cache_gb or lower open_shards"
+            f"--data.cache-gb is {config.cache_gb:g}, must be at least {least / 1e9:.3g}: so much have the shards of "
+            f"{config.shards} that are read at a time, {groups} times --data.open-shards {config.open_shards}"
         )
 
 
@@ -644,19 +634,34 @@ def _check_state(state: dict[str, Any], config: DataConfig, index: ShardIndex) -
     return position
 
 
-def _open_dali(config: DataConfig, device: torch.device) -> "DaliDecoder | None":
-    if config.decoder == "cpu" or (config.decoder == "auto" and device.type != "cuda"):
-        return None
+def require_decoder(config: DataConfig) -> None:
+    """Raise ValueError where the decoder that the config names is not installed."""
+    if config.decoder == "dali":
+        _import_dali()
+
+
+def _import_dali() -> "type[DaliDecoder]":
     try:
         # DALI takes seconds to import and is not installed everywhere.
         from .dali import DaliDecoder
     except ImportError as error:
+        raise ValueError(
+            '--data.decoder dali needs DALI, which is not installed: pip install "textlock[gpu]", or take '
+            "--data.decoder cpu"
+        ) from error
+    return DaliDecoder
+
+
+def _open_dali(config: DataConfig, device: torch.device) -> "DaliDecoder | None":
+    if config.decoder == "cpu" or (config.decoder == "auto" and device.type != "cuda"):
+        return None
+    try:
+        decoder = _import_dali()
+    except ValueError:
         if config.decoder == "auto":
             return None
-        raise ValueError(
-            'decoder dali needs DALI, which is not installed: pip install "textlock[gpu]", or take decoder cpu'
-        ) from error
-    return DaliDecoder(
+        raise
+    return decoder(
         config.image_size,
         threads=config.workers,
         device_id=device.index if device.type == "cuda" else None,

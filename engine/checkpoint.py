@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -28,15 +28,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..data.atomic import atomic_folder
-from ..models.vision import VisionTower, build_vision_tower
-from .config import Config, dump_config, load_config
+from ..models.vision import VisionTower
+from ..settings import Settings, at_least
 from .objective import Objective
 from .provenance import versions
-from .sharding import divided_like, whole
+from .sharding import full_tensor, shard_like
 
-_MANIFEST = "MANIFEST.json"
+MANIFEST = "MANIFEST.json"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Settings, section="checkpoint"):
+    """Checkpoints: a folder each, written aside and renamed, with a checksum of every file."""
+
+    every: Annotated[int, at_least(0)] = 1000
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep: Annotated[int, at_least(1)] = 3
+    """Checkpoints kept, the newest ones."""
 
 
 class CorruptCheckpoint(ValueError):
@@ -49,7 +59,7 @@ class Progress:
 
     step: int = 0  # finished optimiser steps
     samples_seen: int = 0
-    skipped_by_kind: dict[str, int] = field(default_factory=dict)  # bad samples that others stood in for
+    skipped_by_kind: dict[str, int] = field(default_factory=dict)  # bad samples that were replaced
     train_seconds: float = 0.0  # in steps, waiting for data included
     wall_seconds: float = 0.0  # in all, evaluations and checkpoints included
     loader: dict[str, Any] | None = None  # state of the loader; None: from the start
@@ -75,17 +85,6 @@ class Checkpoint:
             )
 
 
-@dataclass(frozen=True)
-class LoadedTower:
-    """An image tower read from a training checkpoint."""
-
-    tower: VisionTower
-    logit_scale: float
-    config: Config
-    step: int
-    text_fingerprint: str
-
-
 def save_checkpoint(
     root: Path,
     *,
@@ -94,15 +93,16 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     text_fingerprint: str,
-    config: Config,
+    run_config: str,
+    keep: int,
     writes: bool = True,
 ) -> Path:
-    """Write ``root/step_XXXXXXXX`` and delete all but the newest ``config.checkpoint.keep``.
+    """Write ``root/step_XXXXXXXX``, with ``run_config`` as its config.yaml, and delete all but the newest ``keep``.
 
     Of a sharded tower the files hold whole tensors, as of any other: all ranks must call, and one ``writes``.
 
     Returns the folder. A folder of that step that is already there and whole is left as it is. Folders of later steps
-    are deleted: they were found damaged when the run went on from an earlier one, and their steps are being run again.
+    are deleted: they were found damaged when the run went on from an earlier one, and their steps are being repeated.
     Raises OSError when the disk refuses; what was there before is untouched then.
     """
     final = root / f"step_{progress.step:08d}"
@@ -129,13 +129,13 @@ def save_checkpoint(
             "versions": versions(),
         }
         (draft / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        (draft / "config.yaml").write_text(dump_config(config))
+        (draft / "config.yaml").write_text(run_config)
         manifest = {file.name: _describe(file) for file in sorted(draft.iterdir())}
-        (draft / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     steps = {_step_of(folder): folder for folder in list_checkpoints(root)}
     for later in [step for step in steps if step > progress.step]:
         _delete(steps.pop(later))
-    for old in sorted(steps)[: -config.checkpoint.keep]:
+    for old in sorted(steps)[:-keep]:
         _delete(steps[old])
     return final
 
@@ -153,17 +153,17 @@ def _step_of(folder: Path) -> int:
 def verify_checkpoint(folder: Path) -> None:
     """Raise CorruptCheckpoint, naming the file, unless every file is what the manifest says."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptCheckpoint(f"{folder / _MANIFEST} is missing or damaged") from error
+        raise CorruptCheckpoint(f"{folder / MANIFEST} is missing or damaged") from error
     for name, description in expected.items():
         file = folder / name
         if not file.is_file():
             raise CorruptCheckpoint(f"{file} is missing")
         found = _describe(file)
         if (found["bytes"], found["sha256"]) != description:
-            raise CorruptCheckpoint(f"{file} is damaged: its checksum is not the one in {_MANIFEST}")
+            raise CorruptCheckpoint(f"{file} is damaged: its checksum is not the one in {MANIFEST}")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -207,19 +207,19 @@ def restore(checkpoint: Checkpoint, tower: nn.Module, objective: Objective, opti
 
     Raises ValueError, naming keys, when it belongs to another architecture or objective; nothing is changed then.
     """
-    _require_same_keys(checkpoint.model, tower.state_dict(), checkpoint.folder / "model.safetensors")
+    require_same_keys(checkpoint.model, tower.state_dict(), checkpoint.folder / "model.safetensors")
     named = _trained(tower, objective)
     of_objective = objective.state_dict()
     wanted = {f"{moment}.{name}": value for name, value in named.items() for moment in _MOMENTS} | of_objective
-    _require_same_keys(checkpoint.trainer, wanted, checkpoint.folder / "trainer.safetensors", ignore_shape_of="step.")
+    require_same_keys(checkpoint.trainer, wanted, checkpoint.folder / "trainer.safetensors", ignore_shape_of="step.")
 
     live = tower.state_dict()
-    tower.load_state_dict({name: divided_like(value, live[name]) for name, value in checkpoint.model.items()})
+    tower.load_state_dict({name: shard_like(value, live[name]) for name, value in checkpoint.model.items()})
     objective.load_state_dict({name: checkpoint.trainer[name] for name in of_objective})
     for name, parameter in named.items():
         moments = {moment: checkpoint.trainer[f"{moment}.{name}"] for moment in _MOMENTS}
-        # Step counts included: the fused optimiser keeps them beside the parameters.
-        optimizer.state[parameter] = {key: divided_like(value, parameter).clone() for key, value in moments.items()}
+        # Step counts included: the fused optimiser keeps them next to the parameters.
+        optimizer.state[parameter] = {key: shard_like(value, parameter).clone() for key, value in moments.items()}
 
 
 class RunLock:
@@ -247,43 +247,6 @@ class RunLock:
         self._file = file
 
 
-def load_tower(checkpoint: Path) -> LoadedTower:
-    """Read the image tower of a step folder, or of the newest good checkpoint of a run folder, in float32 on the CPU.
-
-    Raises FileNotFoundError when there is no checkpoint, CorruptCheckpoint when it is damaged, ValueError when the
-    weights are not those of the architecture that its config names.
-    """
-    if (checkpoint / _MANIFEST).is_file():
-        found: Checkpoint | None = read_checkpoint(checkpoint)
-    else:
-        found, _ = read_latest(checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint)
-    if found is None:
-        raise FileNotFoundError(
-            f"{checkpoint} holds no checkpoint: give a run folder or one of its checkpoints/step_* folders"
-        )
-    config = load_config(found.folder / "config.yaml")
-    tower = build_tower(config, found.embed_dim, weights=None)
-    _require_same_keys(found.model, tower.state_dict(), found.folder / "model.safetensors")
-    tower.load_state_dict(found.model)
-    scale = float(found.trainer["log_logit_scale"].double().exp())
-    return LoadedTower(tower, scale, config, found.progress.step, found.text_fingerprint)
-
-
-def build_tower(config: Config, embed_dim: int, weights: str | None) -> VisionTower:
-    """Build the image tower a config asks for; ``embed_dim`` is the width of the text tower."""
-    return build_vision_tower(
-        config.model.name,
-        pooling=config.model.pooling,
-        weights=weights,
-        embed_dim=embed_dim,
-        image_size=config.data.image_size,
-        block=config.model.block,
-        attention=config.model.attention,
-        residual=torch.float32 if config.model.residual == "fp32" else None,
-        kept_patches=config.model.kept_patches,
-    )
-
-
 def _trained(tower: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
     return {**dict(tower.named_parameters()), **dict(objective.named_parameters())}
 
@@ -297,9 +260,10 @@ def _trainer_tensors(tower: nn.Module, objective: Objective, optimizer: torch.op
     return {**objective.state_dict(), **moments}
 
 
-def _require_same_keys(
+def require_same_keys(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: Path, ignore_shape_of: str | None = None
 ) -> None:
+    """Raise ValueError, naming keys, unless a file holds what is wanted of it, in the wanted shapes."""
     missing, unexpected = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     reshaped = [
         f"{key} is {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
@@ -324,7 +288,7 @@ def _gather(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Return whole tensors on the CPU; a rank that does not keep them takes part in gathering one after the other."""
     gathered: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        complete = whole(tensor.detach())
+        complete = full_tensor(tensor.detach())
         if keep:
             gathered[name] = complete.cpu().contiguous()
     return gathered

@@ -1,31 +1,20 @@
-"""Batches with their text rows, made ready on the device while the step before still runs there."""
+"""Batches with their text embeddings, made ready on the device while the step before still runs there."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..data.loader import Batch
 from ..models.text import TextTower
 
 
-@dataclass(frozen=True)
-class FedBatch:
-    """A batch on the device, ready for the current stream."""
-
-    images: Tensor  # uint8 [b, S, S, 3]
-    text: Tensor  # [b, d] unit rows
-    ids: Tensor  # [b] int64
-    source: Batch
-
-
 class Feed:
     """Takes batches from a loader and has their captions encoded, on a CUDA device on a stream of its own.
 
-    The host runs ahead of the device, so the frozen text tower reads the next batch beside the image tower of this one.
-    Images come from the loader on the device; stored text rows are taken where it gives them.
+    The host runs ahead of the device, so the frozen text tower reads the next batch while the image tower works on this
+    one. Images come from the loader on the device; stored text embeddings are taken where it gives them.
     """
 
     def __init__(self, loader: Iterator[Batch], text_tower: TextTower, device: torch.device) -> None:
@@ -34,11 +23,11 @@ class Feed:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __iter__(self) -> Iterator[FedBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         """Return itself: batches come without end."""
         return self
 
-    def __next__(self) -> FedBatch:
+    def __next__(self) -> Batch:
         """Wait for the loader's next batch and queue the encoding of its captions."""
         if self._stream is None:
             return self._read()
@@ -47,13 +36,13 @@ class Feed:
         here = torch.cuda.current_stream(self._device)
         here.wait_stream(self._stream)
         for tensor in (fed.images, fed.text, fed.ids):
-            tensor.record_stream(here)  # or its memory could be given to the batch after while a step reads it
+            tensor.record_stream(here)  # otherwise the next batch may get this memory while the step reads it
         return fed
 
-    def _read(self) -> FedBatch:
+    def _read(self) -> Batch:
         batch = next(self._loader)
         if batch.text_embeddings is None:
             text = self._text_tower.encode(batch.captions)
         else:
             text = F.normalize(batch.text_embeddings.float(), dim=-1)
-        return FedBatch(batch.images, text, batch.ids, batch)
+        return replace(batch, text_embeddings=text)

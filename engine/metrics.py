@@ -11,9 +11,9 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from rich import progress as rich_progress
@@ -24,25 +24,20 @@ from ..data.atomic import write_text_atomically
 from ..data.loader import SKIP_KINDS, Batch
 from ..kernels.device import peak_rate
 from ..models.vision import VisionTower
+from ..settings import Settings, at_least
 from .checkpoint import Progress
-from .config import Config
 from .distributed import World
 from .step import StepResult
 
 
-def flops_per_image(tower: VisionTower) -> int:
-    """Return the floating-point operations of one image, forward and backward, a multiply-add counted as two.
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(Settings, section="log"):
+    """Progress and metrics."""
 
-    Counts what the architecture needs, not what is run twice: matrix products with weights (6 a weight and token) and
-    attention (12 tokens² width a block); norms, activations and pooling of single rows are left out.
-    """
-    tokens = tower.tokens_in_training
-    matrices = sum(
-        parameter.numel()
-        for name, parameter in tower.named_parameters()
-        if name.startswith(("patch_embed.", "blocks.")) and parameter.ndim == 2
-    )
-    return 6 * matrices * tokens + 12 * tokens**2 * tower.config.width * tower.config.depth
+    every: Annotated[int, at_least(1)] = 10
+    """Steps between lines in metrics.jsonl and on the terminal."""
+    trackers: tuple[Literal["wandb", "tensorboard"], ...] = ()
+    """Also send the metrics there (optional packages)."""
 
 
 @dataclass(frozen=True)
@@ -118,22 +113,32 @@ class QueuedStep:
 class Metrics:
     """Keeps the clocks of a run and writes what it has to say. Only the main process writes."""
 
-    def __init__(self, config: Config, world: World, tower: VisionTower, progress: Progress, total_steps: int) -> None:
-        """Open the run's files, dropping lines of later steps than ``progress``: those steps will be repeated.
+    def __init__(
+        self,
+        config: LogConfig,
+        run_dir: Path,
+        run_config: Mapping[str, Any],
+        *,
+        world: World,
+        tower: VisionTower,
+        progress: Progress,
+        total_steps: int,
+    ) -> None:
+        """Open the run's files and trackers, dropping lines of later steps than ``progress``: these will be repeated.
 
         From here on all of ``progress`` but its step is kept up to date by :meth:`step_done`.
         """
-        self._run_dir = Path(config.run_dir)
+        self._run_dir = run_dir
         self._world = world
         self._progress = progress
-        self._flops_per_image = flops_per_image(tower)
+        self._flops_per_image = tower.training_flops
         self._trackers: list[_Tracker] = []
         self._display: _ProgressBar | _PlainLines | None = None
         if world.is_main:
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 _keep_lines(self._run_dir / name, "step", progress.step)
             _keep_lines(self._run_dir / "skipped.jsonl", "position", progress.samples_seen - 1)
-            self._trackers = [_TRACKERS[name](self._run_dir, config) for name in config.log.trackers]
+            self._trackers = [_TRACKERS[name](self._run_dir, run_config) for name in config.trackers]
             console = Console(highlight=False, soft_wrap=True)
             make_display = _ProgressBar if console.is_terminal else _PlainLines
             self._display = make_display(console, progress.step, total_steps)
@@ -204,7 +209,7 @@ class Metrics:
             self._display.step(self._progress.step, record)
 
     def log_evaluation(self, figures: Mapping[str, float]) -> None:
-        """Write one object to evaluations.jsonl and show it; nothing where a run evaluates nothing."""
+        """Write one object to evaluations.jsonl and show it; without figures nothing."""
         if not figures:
             return
         progress = self._progress
@@ -300,10 +305,10 @@ class _Tracker:
 
 
 class _Wandb(_Tracker):
-    def __init__(self, run_dir: Path, config: Config) -> None:
+    def __init__(self, run_dir: Path, run_config: Mapping[str, Any]) -> None:
         wandb = _import_tracker("wandb")
         # The folder's name is the run's identity there, so that a resumed run goes on in the same curves.
-        self._run = wandb.init(project="textlock", dir=run_dir, id=run_dir.name, resume="allow", config=asdict(config))
+        self._run = wandb.init(project="textlock", dir=run_dir, id=run_dir.name, resume="allow", config=run_config)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         self._run.log(dict(record), step=step)
@@ -313,7 +318,7 @@ class _Wandb(_Tracker):
 
 
 class _Tensorboard(_Tracker):
-    def __init__(self, run_dir: Path, config: Config) -> None:
+    def __init__(self, run_dir: Path, run_config: Mapping[str, Any]) -> None:
         _import_tracker("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 

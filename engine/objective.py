@@ -7,15 +7,44 @@
 """
 
 import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..kernels.contrastive import contrastive_loss
+from ..kernels.contrastive import Mode, contrastive_loss
 from ..kernels.image_to_text import image_to_text_loss
 from ..kernels.sigmoid import sigmoid_loss
-from .config import LossConfig
+from ..settings import FREE_ON_RESUME, Settings, above, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Settings, section="loss"):
+    """The loss of the global batch."""
+
+    objective: Literal["infonce", "sigmoid", "image_to_text"] = "infonce"
+    """infonce: every image chooses its text and every text its image, as published. sigmoid: every pair is a yes-or-no
+    question (SigLIP). image_to_text: only the images choose. The last two are exact in one pass over the images,
+    whatever the memory, and are other losses: their results are not those of the recipe."""
+    mode: Annotated[Mode, FREE_ON_RESUME] = "auto"
+    """Implementation of infonce: the table at the top of kernels/contrastive.py. All compute the same loss."""
+    initial_logit_scale: Annotated[float, above(0)] = 1 / 0.07
+    """Start of the learnable, unclamped logit scale. SigLIP starts at 10."""
+    initial_logit_bias: float = -10.0
+    """Start of the learnable bias of the sigmoid objective."""
+    mask_duplicates: bool = False
+    """Do not use equal captions in a batch as negatives of each other. Off in the published recipe."""
+    text_bank: Annotated[int, at_least(0)] = 0
+    """Text embeddings of earlier steps that are further negatives of every image. They cost no encoding and never go
+    stale, but the loss is another than that of the recipe, with more candidates. 0: none."""
+
+    def __post_init__(self) -> None:
+        """Refuse an implementation of another loss, too."""
+        super().__post_init__()
+        if self.mode != "auto" and self.objective != "infonce":
+            self.refuse("mode", f"be auto: the others are of the objective infonce, not {self.objective}")
 
 
 class Objective(nn.Module):

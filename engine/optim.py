@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..data.loader import SKIP_KINDS
-from .sharding import own_part
+from ..settings import FREE_ON_RESUME, Settings, above, at_least, below
+from .sharding import local_shard
 
 # 16-byte steps of float32: the fused optimiser loads four values at a time from aligned addresses.
 _ALIGNMENT = 4
@@ -30,48 +31,39 @@ _FUSED_ADAM = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings, section="optim"):
     """AdamW, warm-up and cosine decay."""
 
-    optimizer: Literal["torch", "apex", "transformer-engine"] = "torch"
+    optimizer: Annotated[Literal["torch", "apex", "transformer-engine"], FREE_ON_RESUME] = "torch"
     """Implementation of AdamW: torch's fused one, or FusedAdam of NVIDIA Apex or Transformer Engine, which need a GPU.
     A checkpoint of one goes on with another."""
-    steps: int | None = None
+    steps: Annotated[int | None, at_least(1)] = None
     """Optimiser steps of the run. Give either this or epochs."""
-    epochs: float | None = None
+    epochs: Annotated[float | None, above(0)] = None
     """Passes over the data; an epoch is the samples of whole global batches."""
-    learning_rate: float = 1e-3
+    learning_rate: Annotated[float, at_least(0)] = 1e-3
     """Peak, reached at the end of the warm-up."""
-    warmup_steps: int = 2000
+    warmup_steps: Annotated[int, at_least(0)] = 2000
     """Steps of linear warm-up from zero."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], at_least(0), below(1)] = (0.9, 0.95)
     """Decay of AdamW's first and second moment."""
-    eps: float = 1e-8
+    eps: Annotated[float, above(0)] = 1e-8
     """Added to the root of AdamW's second moment."""
-    tower_weight_decay: float = 0.0
+    tower_weight_decay: Annotated[float, at_least(0)] = 0.0
     """Of the transformer's weight matrices. 0 for a pretrained tower."""
-    head_weight_decay: float = 0.0
+    head_weight_decay: Annotated[float, at_least(0)] = 0.0
     """Of the weight matrices of the new pooling head."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, above(0)] = 1.0
     """Gradients are scaled down to this global norm."""
     released_clipping: bool = False
     """Clip as the released Nomic code does: its loss is world-size times too large before the clip, so its threshold is
     max_grad_norm / world size (0.0625 on 16 GPUs)."""
 
     def __post_init__(self) -> None:
-        """Refuse a schedule that is missing, doubled or impossible."""
+        """Refuse a schedule that is missing or doubled, too."""
+        super().__post_init__()
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of --optim.steps and --optim.epochs")
-        if (self.steps is not None and self.steps < 1) or (self.epochs is not None and self.epochs <= 0):
-            raise ValueError("--optim.steps and --optim.epochs must be positive")
-        if not 0 <= min(self.betas) <= max(self.betas) < 1 or self.eps <= 0:
-            raise ValueError("--optim.betas must lie in [0, 1) and --optim.eps above 0")
-        if min(self.tower_weight_decay, self.head_weight_decay) < 0:
-            raise ValueError("--optim.tower-weight-decay and --optim.head-weight-decay must not be negative")
-        if self.learning_rate < 0 or self.warmup_steps < 0 or self.max_grad_norm <= 0:
-            raise ValueError(
-                "--optim.learning-rate and --optim.warmup-steps must not be negative, nor the clip norm zero"
-            )
+            raise ValueError(f"give exactly one of {self.flag('steps')} and {self.flag('epochs')}")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the optimiser steps of the whole run."""
@@ -93,6 +85,14 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
         return config.learning_rate * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, total_steps: int) -> float:
+    """Give an optimiser the `learning_rate` of a step, and return it."""
+    rate = learning_rate(config, step, total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def parameter_groups(tower: nn.Module, objective: nn.Module, config: OptimConfig) -> list[dict[str, object]]:
@@ -117,14 +117,27 @@ def parameter_groups(tower: nn.Module, objective: nn.Module, config: OptimConfig
 def build_optimizer(tower: nn.Module, objective: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Return the fused AdamW that the config asks for, over the groups of :func:`parameter_groups`.
 
-    Raises ValueError where its package is not installed or the parameters are on no GPU.
+    Raises ValueError where its package is not installed.
     """
     groups = parameter_groups(tower, objective, config)
     if config.optimizer == "torch":
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-    if next(tower.parameters()).device.type != "cuda":
-        raise ValueError(f"--optim.optimizer {config.optimizer} runs on GPUs only: choose --optim.optimizer torch")
     return _build_fused_adam(groups, config)
+
+
+def build_gradients(tower: nn.Module, objective: nn.Module, group: dist.ProcessGroup | None) -> "FlatGradients":
+    """Return the gradients of all parameters; ``group`` is that of a sharded tower, None for whole parameters."""
+    if group is None:
+        return FlatGradients([*tower.parameters(), *objective.parameters()])
+    return ShardedGradients(tower.parameters(), objective.parameters(), group)
+
+
+def require_optimizer(config: OptimConfig, device: torch.device, *, sharded: bool) -> None:
+    """Raise ValueError where the optimiser that the config asks for cannot run: on no GPU, or over parts of weights."""
+    if config.optimizer != "torch" and device.type != "cuda":
+        config.refuse("optimizer", "be torch where there is no GPU")
+    if config.optimizer != "torch" and sharded:
+        config.refuse("optimizer", "be torch with --step.sharding fsdp: the others know whole parameters only")
 
 
 def _build_fused_adam(groups: list[dict[str, object]], config: OptimConfig) -> torch.optim.Optimizer:
@@ -153,7 +166,7 @@ def _count_on(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 
 def _store_counts(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Store the step count beside the moments, as torch does. On the CPU, where reading it waits for no GPU."""
+    """Store the step count next to the moments, as torch does. On the CPU, where reading it waits for no GPU."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
@@ -166,7 +179,7 @@ class FlatGradients:
     blocks add their weight gradients themselves (Megatron's and Transformer Engine's name for it).
 
     The buffer ends in slots that are no gradients: how many ranks were asked to stop, and how many bad samples of each
-    kind were replaced in this step. The reduction the step needs anyway so tells every rank, in the same step.
+    kind were replaced in this step. The step's all-reduce carries them to every rank, at no extra message.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -266,7 +279,7 @@ class ShardedGradients(FlatGradients):
 
     def clip(self, max_norm: float) -> Tensor:
         """As in `FlatGradients`; all ranks must call and get the same norm."""
-        shards = [own_part(parameter.grad) for parameter in self._sharded if parameter.grad is not None]
+        shards = [local_shard(parameter.grad) for parameter in self._sharded if parameter.grad is not None]
         squares = torch.stack(torch._foreach_norm(shards)).square().sum()
         dist.all_reduce(squares, group=self._group)
         replicated = self._buffer[:-_SLOTS]

@@ -1,9 +1,9 @@
 """Which activations each micro-batch keeps between its forward and its backward.
 
 Every tier gives the same gradients, so memory and time decide. The four tiers of models/block.py keep part of every
-block; ``none`` keeps nothing and runs the forward again when its backward is due (GradCache,
+block; ``none`` keeps nothing and recomputes the forward when its backward is due (GradCache,
 https://arxiv.org/abs/2101.06983). Micro-batches may have different tiers: the plan fills the memory it is given so that
-the least time goes into computing again what was not kept.
+the least time goes into recomputing what was not kept.
 
 Bytes are exact. Times are those of an H100 as the kernels are meant to use it, by counting: matrix products, attention
 and memory traffic at the rates below. Only their ratios matter for the choice.
@@ -12,13 +12,16 @@ and memory traffic at the rates below. Only their ratios matter for the choice.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..models.block import Block, Keep, kept_bytes, product_dtype
 from ..models.vision import VisionTower
+from ..settings import Settings, at_least
+from .distributed import World
+from .sharding import gathered
 
 Tier = Literal["all", "no-mlp", "lean", "block", "none"]
 
@@ -28,8 +31,33 @@ _ATTENTION_RATE = 200e12
 _ATTENTION_BACKWARD_RATE = 160e12
 _BANDWIDTH = 2.7e12
 
-# What is left to the allocator's rounding and to what nobody counts.
+# Safety margin for allocator rounding and uncounted buffers.
 SHARE_OF_FREE_MEMORY = 0.94
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig(Settings, section="step"):
+    """How one global batch is computed. Changes memory and speed, never the result beyond rounding."""
+
+    micro_batch: Annotated[int, at_least(1)] = 512
+    """Images per forward pass on one rank."""
+    keep: Literal["auto", "all", "no-mlp", "lean", "block", "none"] = "auto"
+    """What every micro-batch keeps for its backward: the table at the top of models/block.py, or none, which recomputes
+    the forward. auto: the mix of tiers that recomputes least within the memory budget."""
+    memory_gib: Annotated[float | None, at_least(0)] = None
+    """Memory for activations in GiB; None asks the device."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the image tower; weights and optimiser stay float32. auto: bf16 on a GPU, fp32 on a CPU."""
+    sharding: Literal["replicated", "fsdp"] = "replicated"
+    """Where weights, gradients and moments lie. replicated: all on every GPU, the fastest where they fit. fsdp: divided
+    among the GPUs, every block gathered where it is needed (FSDP2), for towers that do not fit; under torchrun only."""
+
+    def micro_batch_of(self, local_batch: int) -> int:
+        """Return the images of a forward pass where a rank has ``local_batch``; raises ValueError unless it divides."""
+        micro_batch = min(self.micro_batch, local_batch)
+        if local_batch % micro_batch:
+            self.refuse("micro_batch", f"divide the {local_batch} images of one process")
+        return micro_batch
 
 
 @dataclass(frozen=True)
@@ -38,7 +66,7 @@ class TierCost:
 
     kept_bytes: int  # between forward and backward
     working_bytes: int  # besides, while its micro-batch goes backward
-    extra_time: float  # of running again what was not kept, as a share of forward and backward
+    extra_time: float  # of recomputing what was not kept, as a share of forward and backward
 
 
 @dataclass(frozen=True)
@@ -47,7 +75,7 @@ class Plan:
 
     tiers: tuple[Tier, ...]
     micro_batch: int
-    again: Keep  # the tier of a second forward
+    recompute_tier: Keep  # of a second forward
     costs: Mapping[Tier, TierCost]
     waits_for_loss: bool = True  # or each micro-batch goes backward before the next goes forward
 
@@ -63,15 +91,15 @@ class Plan:
         of_kept = max((self.costs[tier].working_bytes for tier in self.tiers if tier != "none"), default=0)
         peak = self.kept_bytes + self.micro_batch * of_kept
         if "none" in self.tiers:
-            again = self.costs[self.again]
-            peak = max(peak, self.micro_batch * (again.kept_bytes + again.working_bytes))
+            second = self.costs[self.recompute_tier]
+            peak = max(peak, self.micro_batch * (second.kept_bytes + second.working_bytes))
         return peak
 
     @property
     def extra_time(self) -> float:
-        """Predicted time of computing again what was not kept, as a share of keeping all."""
+        """Predicted time of recomputing what was not kept, as a share of keeping all."""
         lost = sum(self.costs[tier].extra_time for tier in self.tiers)
-        lost += self.tiers.count("none") * self.costs[self.again].extra_time
+        lost += self.tiers.count("none") * self.costs[self.recompute_tier].extra_time
         return lost / len(self.tiers)
 
     @property
@@ -90,33 +118,56 @@ class Plan:
         )
 
 
-def choose_plan(
+def plan_step(
+    config: StepConfig,
+    tower: VisionTower,
+    autocast: torch.autocast,
+    world: World,
     *,
+    batch_size: int,
+    couples: bool,
+) -> Plan:
+    """Choose the plan of a training run, for the memory that this rank's device has left; all ranks must call.
+
+    Args:
+        config: see there.
+        tower: on its device, sharded where the config says so.
+        autocast: the context that the tower computes in.
+        world: see there.
+        batch_size: of the global batch.
+        couples: whether the loss couples the images of the batch, so that all go forward before one goes backward.
+
+    Raises ValueError as `choose_plan` does.
+    """
+    shards = world.world_size if config.sharding == "fsdp" else 1
+    local_batch = batch_size // world.world_size
+    fixed = fixed_bytes(tower, autocast, local_batch=local_batch, global_batch=batch_size, shards=shards)
+    with gathered(tower):
+        costs = tier_costs(tower, autocast)
+    memory = available_bytes(world.device, config.memory_gib, fixed_bytes=fixed)
+    return choose_plan(config, costs, local_batch=local_batch, memory_bytes=memory, waits_for_loss=couples)
+
+
+def choose_plan(
+    config: StepConfig,
     costs: Mapping[Tier, TierCost],
+    *,
     local_batch: int,
-    micro_batch: int,
-    keep: Literal["auto"] | Tier,
     memory_bytes: int,
     waits_for_loss: bool = True,
 ) -> Plan:
     """Choose the tier of each of the ``local_batch / micro_batch`` micro-batches.
 
     Args:
+        config: the size of a micro-batch, and the tier of all or ``auto``: the plan with the least extra time.
         costs: of the tiers that the tower knows, as `tier_costs` counts them.
         local_batch: images of one rank in a step.
-        micro_batch: images of one forward pass.
-        keep: the tier of all micro-batches; ``auto``: the plan with the least extra time.
         memory_bytes: for the activations, kept ones and those in work.
         waits_for_loss: whether no backward can start before the last forward has ended, as under the symmetric loss.
 
-    Raises ValueError when the micro-batch does not divide the local batch, for a tier that the tower does not know, and
-    when not even one micro-batch fits.
+    Raises ValueError when the micro-batch does not divide the local batch, and when not even one micro-batch fits.
     """
-    micro_batch = min(micro_batch, local_batch)
-    if local_batch % micro_batch:
-        raise ValueError(
-            f"--step.micro-batch {micro_batch} does not divide the {local_batch} images of one rank; choose a divisor"
-        )
+    micro_batch = config.micro_batch_of(local_batch)
     count = local_batch // micro_batch
     fitting: list[Keep] = [
         tier
@@ -124,32 +175,31 @@ def choose_plan(
         if tier != "none" and micro_batch * (cost.kept_bytes + cost.working_bytes) <= memory_bytes
     ]
     # For a micro-batch by itself.
-    again = min(fitting, key=lambda tier: costs[tier].extra_time, default=None)
-    if keep != "auto":
-        if keep not in costs:
-            raise ValueError(f"--step.keep {keep} is not for this --model.block; choose from auto, {', '.join(costs)}")
-        if keep != "none":
-            again = keep
-        return Plan((keep,) * count, micro_batch, again or "block", costs, waits_for_loss)
-    if again is None:
+    recompute = min(fitting, key=lambda tier: costs[tier].extra_time, default=None)
+    if config.keep != "auto":
+        if config.keep != "none":
+            recompute = config.keep
+        return Plan((config.keep,) * count, micro_batch, recompute or "block", costs, waits_for_loss)
+    if recompute is None:
         least = min(cost.kept_bytes + cost.working_bytes for tier, cost in costs.items() if tier != "none")
         divisors = [n for n in range(1, micro_batch) if local_batch % n == 0 and n * least <= memory_bytes]
-        advice = f"set --step.micro-batch {divisors[-1]}" if divisors else "not even one image fits"
+        advice = f"set {config.flag('micro_batch')} {divisors[-1]}" if divisors else "not even one image fits"
         raise ValueError(
-            f"the activations of a micro-batch of {micro_batch} images need {micro_batch * least / 2**30:.2f} GiB and "
-            f"{memory_bytes / 2**30:.2f} GiB are to be had: {advice}"
+            f"the activations of a micro-batch of {micro_batch} images need {micro_batch * least / 2**30:.2f} GiB, but "
+            f"only {memory_bytes / 2**30:.2f} GiB is available: {advice}"
         )
     if count == 1 or not waits_for_loss:
-        return Plan((again,) * count, micro_batch, again, costs, waits_for_loss)
+        return Plan((recompute,) * count, micro_batch, recompute, costs, waits_for_loss)
 
-    tiers = _least_extra_time(costs, again, count, memory_bytes // micro_batch)
-    return Plan(tiers, micro_batch, again, costs)
+    tiers = _least_extra_time(costs, recompute, count, memory_bytes // micro_batch)
+    return Plan(tiers, micro_batch, recompute, costs)
 
 
-def _least_extra_time(costs: Mapping[Tier, TierCost], again: Keep, count: int, memory: int) -> tuple[Tier, ...]:
+def _least_extra_time(costs: Mapping[Tier, TierCost], recompute: Keep, count: int, memory: int) -> tuple[Tier, ...]:
     """Return the tiers of ``count`` micro-batches, in the order of the table, by looking at all ways to count them.
 
-    Beyond 128 micro-batches, at all ways whose counts are multiples of a 128th.
+    Where memory is short it beats filling up greedily by up to half a percent of the step. Beyond
+    128 micro-batches it looks at the ways whose counts are multiples of a 128th.
     """
     *upper, lowest = [tier for tier in costs if tier != "none"]
     kept, working = (torch.tensor([getattr(costs[t], name) for t in upper]) for name in ("kept_bytes", "working_bytes"))
@@ -158,14 +208,14 @@ def _least_extra_time(costs: Mapping[Tier, TierCost], again: Keep, count: int, m
     rest = count - counts.sum(1)
     used = (counts * kept).sum(1)
     at_work = torch.where(counts > 0, working, 0).amax(1)
-    # Of the rest, as many as fit keep the least; the others run twice.
+    # Of the rest, as many as fit keep the least; the others recompute all.
     with_lowest = at_work.clamp(min=costs[lowest].working_bytes)
     room = (memory - used - with_lowest).clamp(min=0)
     of_lowest = torch.minimum(rest, room // costs[lowest].kept_bytes)
     used += of_lowest * costs[lowest].kept_bytes
     fits = used + torch.where(of_lowest > 0, with_lowest, at_work) <= memory
     extra = torch.tensor([costs[tier].extra_time for tier in upper], dtype=torch.float64)
-    twice = costs["none"].extra_time + costs[again].extra_time
+    twice = costs["none"].extra_time + costs[recompute].extra_time
     time = (counts * extra).sum(1) + of_lowest * costs[lowest].extra_time + (rest - of_lowest) * twice
     best = torch.where(fits, time, torch.inf).argmin()
     chosen = [*counts[best].tolist(), int(of_lowest[best]), int(rest[best] - of_lowest[best])]
@@ -196,13 +246,15 @@ def tier_costs(tower: VisionTower, autocast: torch.autocast) -> dict[Tier, TierC
         costs = {
             "all": TierCost(every, _working_bytes(blocks[0], tokens, compute, "all"), 0.0),
             # One block's activations come back while its backward runs.
-            "block": TierCost(least, (every - least) // len(blocks), (seconds.forward - seconds.beside) / seconds.step),
+            "block": TierCost(
+                least, (every - least) // len(blocks), (seconds.forward - seconds.outside) / seconds.step
+            ),
         }
     else:
-        beside = every - kept("all")
+        outside = every - kept("all")
         costs = {
-            tier: TierCost(beside + kept(tier), _working_bytes(blocks[0], tokens, compute, tier), again / seconds.step)
-            for tier, again in seconds.again.items()
+            tier: TierCost(outside + kept(tier), _working_bytes(blocks[0], tokens, compute, tier), time / seconds.step)
+            for tier, time in seconds.recompute.items()
         }
     return {**costs, "none": TierCost(0, 0, seconds.forward / seconds.step)}  # type: ignore[dict-item]
 
@@ -213,43 +265,45 @@ class _Seconds:
 
     forward: float
     step: float  # forward and backward
-    beside: float  # part of the forward outside of the blocks
-    again: Mapping[Keep, float]  # run again in the backward
+    outside: float  # part of the forward outside of the blocks
+    recompute: Mapping[Keep, float]  # in the backward
 
     @classmethod
     def of(cls, tower: VisionTower, tokens: int, compute: torch.dtype) -> "_Seconds":
         """Count the tower's matrix products, attention and memory traffic for ``tokens`` tokens."""
-        block, depth = tower.blocks[0], len(tower.blocks)
-        assert isinstance(block, Block)
-        stream = tokens * tower.config.width * compute.itemsize  # bytes of a tensor [T, D]
-        first = tokens * block.mlp.first.out_features * compute.itemsize
-        hidden = tokens * block.mlp.fc2.in_features * compute.itemsize
+        config = tower.config
+        stream = tokens * config.width * compute.itemsize  # bytes of a tensor [T, D]
+        first = tokens * config.first_width * compute.itemsize
+        hidden = tokens * config.hidden * compute.itemsize
 
-        def product(layer: torch.nn.Linear) -> float:
-            return 2 * tokens * layer.weight.numel() / _MATRIX_RATE
-
-        attention = 4 * tokens**2 * tower.config.width
+        flops = config.block_flops(tokens)
+        attention = flops.pop("attention")
+        product = {name: count / _MATRIX_RATE for name, count in flops.items()}
+        products = sum(product.values())
         # Reads and writes of what is no product: two residual additions with LayerNorm and the activation; backward,
-        # LayerNorms made again, the activation's backward, and two backwards of LayerNorm.
+        # recomputed LayerNorms, the activation's backward, and two backwards of LayerNorm.
         forward = 8 * stream + first + hidden
         backward = 12 * stream + 2 * first + 2 * hidden
-        products = product(block.qkv) + product(block.out_proj) + product(block.mlp.first) + product(block.mlp.fc2)
         of_block = products + attention / _ATTENTION_RATE + forward / _BANDWIDTH
         of_block_backward = 2 * products + 2 * attention / _ATTENTION_BACKWARD_RATE + backward / _BANDWIDTH
-        beside = product(tower.patch_embed) + 4 * stream / _BANDWIDTH
-        in_lean = product(block.mlp.first) + product(block.qkv)
-        in_block = in_lean + product(block.out_proj) + attention / _ATTENTION_RATE + 4 * stream / _BANDWIDTH
-        again: dict[Keep, float] = {"all": 0.0, "no-mlp": product(block.mlp.first), "lean": in_lean, "block": in_block}
+        embedding = config.embedding_flops(tokens - config.prefix_tokens) / _MATRIX_RATE
+        # Attention pooling reads the tokens; backward, it reads them again and writes their gradient.
+        head, reads = (config.pooling_flops(tokens) / _MATRIX_RATE, 1) if tower.pooling == "map" else (0.0, 0)
+        outside = embedding + head + (4 + reads) * stream / _BANDWIDTH
+        outside_backward = embedding + 2 * head + (8 + 2 * reads) * stream / _BANDWIDTH
+        in_lean = product["first"] + product["qkv"]
+        in_block = in_lean + product["out_proj"] + attention / _ATTENTION_RATE + 4 * stream / _BANDWIDTH
+        recompute: dict[Keep, float] = {"all": 0.0, "no-mlp": product["first"], "lean": in_lean, "block": in_block}
         return cls(
-            forward=depth * of_block + beside,
-            step=depth * (of_block + of_block_backward) + 3 * beside,
-            beside=beside,
-            again={tier: depth * time for tier, time in again.items()},
+            forward=config.depth * of_block + outside,
+            step=config.depth * (of_block + of_block_backward) + outside + outside_backward,
+            outside=outside,
+            recompute={tier: config.depth * time for tier, time in recompute.items()},
         )
 
 
 def _working_bytes(block: Block, tokens: int, compute: torch.dtype, tier: Keep) -> int:
-    """Return the most that a block's backward holds for one image beside what the tier keeps."""
+    """Return the most that a block's backward holds for one image besides what the tier keeps."""
     width, first, hidden = block.qkv.in_features, block.mlp.first.out_features, block.mlp.fc2.in_features
     # In the MLP: LayerNorm's output, the gradients of y and x2; of h, h itself and the gradient of what made it.
     held = 3 * width + 2 * hidden + first
@@ -261,10 +315,8 @@ def _working_bytes(block: Block, tokens: int, compute: torch.dtype, tier: Keep) 
 
 
 def available_bytes(device: torch.device, memory_gib: float | None, *, fixed_bytes: int) -> int:
-    """Return the bytes that activations may take: the setting, or what is free on the device beside ``fixed_bytes``."""
+    """Return the bytes that activations may take: the setting, or what is free on the device less ``fixed_bytes``."""
     if memory_gib is not None:
-        if memory_gib < 0:
-            raise ValueError(f"--step.memory-gib is {memory_gib}, must not be negative")
         return int(memory_gib * 2**30)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -277,10 +329,10 @@ def available_bytes(device: torch.device, memory_gib: float | None, *, fixed_byt
 def fixed_bytes(
     tower: VisionTower, autocast: torch.autocast, *, local_batch: int, global_batch: int, shards: int = 1
 ) -> int:
-    """Return the bytes that a step needs beside activations and what was there before: all but weights and gradients.
+    """Return the bytes that a step needs besides activations and what was there before: all but weights and gradients.
 
     The optimiser's two moments; the weights' copies in the type of the products; three batches of images: of the step
-    in work, of the one queued behind it, and on their way to the one after; rows of images and texts; the loss's
+    in work, of the one queued behind it, and on their way to the one after; embeddings of images and texts; the loss's
     exponentials, 2 bytes a logit up to a gibibyte, or its chunks beyond that.
 
     Of a tower divided into ``shards``: this rank's part of the moments and of the summed gradients, the gradients of
@@ -295,8 +347,8 @@ def fixed_bytes(
         weights = parameters * (8 + copy)
     else:
         of_block = sum(parameter.numel() for parameter in tower.blocks[0].parameters())
-        beside = parameters - len(tower.blocks) * of_block
-        weights = parameters * 12 // shards + parameters * 4 + (beside + 4 * of_block) * 4 + of_block * copy
+        outside = parameters - len(tower.blocks) * of_block
+        weights = parameters * 12 // shards + parameters * 4 + (outside + 4 * of_block) * 4 + of_block * copy
     images = 3 * local_batch * tower.image_size**2 * 3
     rows = (4 * local_batch + 2 * global_batch) * tower.embed_dim * 4
     loss = 2 * min(2 * local_batch * global_batch, 2**30)  # the loss stores exponentials in half of what is free

@@ -1,7 +1,7 @@
 """Weights, gradients and moments divided among the ranks: FSDP2 (https://arxiv.org/abs/2304.11277).
 
-Every block, and what is left of the tower, is gathered from the ranks where a forward or backward reads it and given up
-after that. Gradients are summed into the rank that keeps the shard.
+Each block, and the remaining parameters as one unit, is all-gathered for its forward or backward and freed afterwards.
+Gradients are summed into the rank that keeps the shard.
 """
 
 from collections.abc import Iterator
@@ -21,19 +21,15 @@ from .distributed import World
 def shard_tower(tower: VisionTower, world: World) -> None:
     """Divide a tower that is the same on all ranks; its parameters become DTensors on the rank's device.
 
-    Every forward under autocast needs a context of its own: autocast hands a weight that it has cast on to the next
-    forward in the same context, whose gradient would come when FSDP takes it for complete.
+    Every forward under autocast needs a context of its own. Autocast caches cast weights within a context; a second
+    forward would reuse them and its gradient would arrive after FSDP has reduced.
 
-    A tower on the CPU goes to the device block by block, so that it need not fit there whole. Raises ValueError in a
-    run without a launcher.
+    A tower on the CPU goes to the device block by block, so that it need not fit there whole.
     """
-    if world.group is None:
-        raise ValueError(
-            "--step.sharding fsdp divides the weights among processes: start with torchrun, or leave it out"
-        )
+    assert world.group is not None
     mesh = DeviceMesh.from_group(world.group, world.device.type)
     for block in tower.blocks:
-        # Before FSDP's own hook, which gives up the block's weights.
+        # Before FSDP's own hook, which frees the block's weights.
         block.register_forward_hook(_own_bias)
         fully_shard(block, mesh=mesh)
     fully_shard(tower, mesh=mesh)
@@ -75,17 +71,17 @@ def sum_after_backward(tower: VisionTower, sums: bool) -> None:
     tower.set_is_last_backward(sums)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor with the parts of all ranks; all ranks must call. What is not divided is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return the part of a divided tensor that this rank keeps, in the same memory; it may have no elements."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def divided_like(tensor: Tensor, example: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, example: Tensor) -> Tensor:
     """Divide a tensor that every rank has as ``example`` is; undivided where that is not or is of another shape."""
     if not isinstance(example, DTensor) or tensor.shape != example.shape:
         return tensor.to(example.device)
@@ -97,6 +93,6 @@ def _sharded_modules(tower: nn.Module) -> list[FSDPModule]:
 
 
 def _own_bias(block: nn.Module, inputs: Any, stream: Stream) -> Stream:
-    """Hand on a copy of the bias that the next block adds: by then this block's parameters are given up."""
+    """Hand on a copy of the bias that the next block adds: by then this block's parameters are freed."""
     assert stream.bias is not None
     return stream._replace(bias=stream.bias.clone())

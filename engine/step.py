@@ -134,7 +134,7 @@ class LargeBatchStep:
         for number, (tier, images) in enumerate(zip(tiers, micro_batches, strict=True)):
             if tier == "none":
                 with torch.no_grad():
-                    output = self._forward(step, number, images, self._plan.again)
+                    output = self._forward(step, number, images, self._plan.recompute_tier)
             else:
                 output = kept[number] = self._forward(step, number, images, tier)
             self._part_of(embeddings, number).copy_(output.detach())
@@ -151,7 +151,7 @@ class LargeBatchStep:
         # the room of all that were kept.
         for number, tier in enumerate(tiers):
             if tier == "none":
-                output = self._forward(step, number, micro_batches[number], self._plan.again)
+                output = self._forward(step, number, micro_batches[number], self._plan.recompute_tier)
             else:
                 output = kept.pop(number)
             self._back(number, output, self._part_of(embeddings.grad, number))
@@ -162,7 +162,7 @@ class LargeBatchStep:
         texts: Tensor | None = None
         ids: Tensor | None = None
         for number, images in enumerate(micro_batches):
-            output = self._forward(step, number, images, self._plan.again)
+            output = self._forward(step, number, images, self._plan.recompute_tier)
             if texts is None:
                 texts, ids = candidates()  # on their way while the first micro-batch went forward
             embeddings = output.detach().requires_grad_()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.captions import caption_id
-from .zero_shot import TILE_ELEMENTS, gather_rows
+from .zero_shot import TILE_ELEMENTS, gather_ragged
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class RetrievalRows:
     """What this rank encoded, for a report: its images and its distinct captions."""
 
     image_rows: Tensor
-    """float32 [n, d] unit rows, one an image."""
+    """float32 [n, d] unit embeddings, one an image."""
     keys: list[str]
     """Sample key of each image."""
     text_rows: Tensor
-    """float32 [m, d] unit rows, one a distinct caption."""
+    """float32 [m, d] unit embeddings, one a distinct caption."""
     captions: list[str]
     """Text of each row of ``text_rows``."""
     pairs: Tensor
@@ -118,17 +118,17 @@ def _merge_ranks(mine: RetrievalRows, ids: Tensor, group: dist.ProcessGroup | No
     if group is None:
         return mine.image_rows, mine.text_rows, mine.pairs
     sizes = torch.tensor([[len(mine.image_rows), len(mine.text_rows)]], device=ids.device)
-    offset = gather_rows(sizes, group)[: dist.get_rank(group)].sum(dim=0)
-    pairs = gather_rows(mine.pairs + offset, group)
-    text_rows = gather_rows(mine.text_rows, group)
+    offset = gather_ragged(sizes, group)[: dist.get_rank(group)].sum(dim=0)
+    pairs = gather_ragged(mine.pairs + offset, group)
+    text_rows = gather_ragged(mine.text_rows, group)
 
     column_of: dict[int, int] = {}
-    columns = [column_of.setdefault(identifier, len(column_of)) for identifier in gather_rows(ids, group).tolist()]
+    columns = [column_of.setdefault(identifier, len(column_of)) for identifier in gather_ragged(ids, group).tolist()]
     column = torch.tensor(columns, dtype=torch.int64, device=ids.device)
     first = torch.full((len(column_of),), len(columns), device=ids.device)
     first.scatter_reduce_(0, column, torch.arange(len(columns), device=ids.device), "amin")
     pairs[:, 1] = column[pairs[:, 1]]
-    return gather_rows(mine.image_rows, group), text_rows[first], pairs
+    return gather_ragged(mine.image_rows, group), text_rows[first], pairs
 
 
 def _recall(

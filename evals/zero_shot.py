@@ -16,7 +16,7 @@ class TextEncoder(Protocol):
     """What zero-shot classification needs of ``models.text.TextTower``."""
 
     def encode(self, captions: Sequence[str], /) -> Tensor:
-        """Return float32 [N, d] unit rows."""
+        """Return float32 [N, d] unit embeddings."""
         ...
 
 
@@ -54,7 +54,7 @@ def class_embeddings(
     # Rank r holds classes r, r + P, ...: put them back in order.
     ranks = dist.get_world_size(group)
     order = torch.tensor([index for rank in range(ranks) for index in range(rank, len(class_names), ranks)])
-    return gather_rows(rows, group)[order.argsort().to(rows.device)]
+    return gather_ragged(rows, group)[order.argsort().to(rows.device)]
 
 
 def zero_shot_accuracy(
@@ -112,7 +112,7 @@ def evaluate_zero_shot(
     return _to_accuracy(counts, len(class_rows), ks)
 
 
-def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_ragged(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Concatenate the rows of all ranks, [n, ...] -> [N, ...], in the order of ranks; n may differ between ranks."""
     if group is None:
         return rows

@@ -1,7 +1,7 @@
 """The transformer block of every image tower: pre-norm self-attention with 2-D RoPE, then a SwiGLU or GELU MLP.
 
 One class covers EVA02 (SwiGLU with a LayerNorm inside, https://arxiv.org/abs/2303.11331), the plain ViT, and the ViT
-with RoPE and layer scale; what differs is given by arguments.
+with RoPE and layer scale; a `BlockShape` says what differs.
 
 Between blocks the tokens travel as a `Stream`: the residual stream as it was before the last branch was added, that
 branch, and the bias of the linear layer that made it. So every addition to the residual stream is one pass over memory
@@ -51,6 +51,41 @@ Implementation = Literal["fused", "plain", "compile"]
 _SUB_NORM_EPS = 1e-5
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """What a block computes: everything but how. Raises ValueError for a shape that cannot be built."""
+
+    width: int  # channels D of a token
+    heads: int  # of the attention
+    hidden: int  # inner channels of the MLP
+    gated: bool  # SwiGLU, else GELU
+    sub_norm: bool  # LayerNorm inside the MLP
+    layer_scale: float | None  # start of a learned factor per channel on both branches; None: no layer scale
+    norm_eps: float = 1e-6  # of the two LayerNorms
+
+    def __post_init__(self) -> None:
+        """Refuse shapes that cannot be built."""
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        if self.sub_norm and not self.gated:
+            raise ValueError("a LayerNorm inside the MLP needs SwiGLU: set gated, or leave sub_norm out")
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        return self.width // self.heads
+
+    @property
+    def first_width(self) -> int:
+        """Channels that the MLP's first projection gives: gate and value for SwiGLU."""
+        return 2 * self.hidden if self.gated else self.hidden
+
+
+def tiers_of(implementation: Implementation) -> tuple[Keep, ...]:
+    """Return the tiers that blocks of an implementation know."""
+    return get_args(Keep) if implementation == "fused" else ("all", "block")
+
+
 class Stream(NamedTuple):
     """Tokens between two blocks: their value is x + (branch + bias)."""
 
@@ -71,15 +106,15 @@ class FeedForward(nn.Module):
     SwiGLU projects to gate and value with one matrix, ``gate_up``: the first ``hidden`` rows are the gate.
     """
 
-    def __init__(self, width: int, hidden: int, *, gated: bool, sub_norm: bool) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.gated = gated
-        if gated:
-            self.gate_up = nn.Linear(width, 2 * hidden)
+        self.gated = shape.gated
+        if shape.gated:
+            self.gate_up = nn.Linear(shape.width, 2 * shape.hidden)
         else:
-            self.fc1 = nn.Linear(width, hidden)
-        self.norm = nn.LayerNorm(hidden, eps=_SUB_NORM_EPS) if sub_norm else None
-        self.fc2 = nn.Linear(hidden, width)
+            self.fc1 = nn.Linear(shape.width, shape.hidden)
+        self.norm = nn.LayerNorm(shape.hidden, eps=_SUB_NORM_EPS) if shape.sub_norm else None
+        self.fc2 = nn.Linear(shape.hidden, shape.width)
 
     @property
     def first(self) -> nn.Linear:
@@ -104,54 +139,29 @@ class Block(nn.Module):
     """Pre-norm transformer block.
 
     Args:
-        width: channels D of a token.
-        heads: attention heads; D is a multiple of it.
-        hidden: inner channels of the MLP.
-        gated: SwiGLU instead of GELU.
-        sub_norm: LayerNorm inside the MLP; only with ``gated``.
-        layer_scale: start value of the learned per-channel factor on both branches (https://arxiv.org/abs/2103.17239);
-            None for none.
-        norm_eps: epsilon of the two LayerNorms.
+        shape: what it computes; layer scale is that of https://arxiv.org/abs/2103.17239.
         implementation: ``fused``: the kernels and the backward pass of this file, which on a CPU are their references;
             ``plain``: torch's own operations under autograd; ``compile``: these under torch.compile.
-        attention_backend: of the fused block, see `attention`.
-
-    Raises ValueError for an unknown implementation and for a ``sub_norm`` without ``gated``.
+        attention: backend of the fused block, see `attention`.
 
     In the fused block the gradients of weight matrices that have an attribute ``main_grad`` (float32, of the weight's
     shape) are added to that tensor by the matrix product itself, and autograd sees none.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        hidden: int,
-        *,
-        gated: bool,
-        sub_norm: bool,
-        layer_scale: float | None,
-        norm_eps: float,
-        implementation: Implementation = "fused",
-        attention_backend: str = "auto",
-    ) -> None:
+    def __init__(self, shape: BlockShape, *, implementation: Implementation = "fused", attention: str = "auto") -> None:
         super().__init__()
-        if implementation not in get_args(Implementation):
-            raise ValueError(
-                f"block implementation {implementation!r} is unknown: choose from {', '.join(get_args(Implementation))}"
-            )
-        if sub_norm and not gated:
-            raise ValueError("a LayerNorm inside the MLP needs SwiGLU: set gated, or leave sub_norm out")
-        self.heads = heads
+        width = shape.width
+        self.heads = shape.heads
         self.implementation = implementation
-        self.attention_backend = attention_backend
-        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attention_backend = attention
+        self.norm1 = nn.LayerNorm(width, eps=shape.norm_eps)
         self.qkv = nn.Linear(width, 3 * width)  # the key bias matters: RoPE turns it by a different angle for every key
         self.out_proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = FeedForward(width, hidden, gated=gated, sub_norm=sub_norm)
-        self.scale1 = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
-        self.scale2 = None if layer_scale is None else nn.Parameter(torch.full((width,), layer_scale))
+        self.norm2 = nn.LayerNorm(width, eps=shape.norm_eps)
+        self.mlp = FeedForward(shape)
+        scales = shape.layer_scale
+        self.scale1 = None if scales is None else nn.Parameter(torch.full((width,), scales))
+        self.scale2 = None if scales is None else nn.Parameter(torch.full((width,), scales))
 
     def forward(self, stream: Stream, rope: Tensor | None, keep: Keep = "all") -> Stream:
         """Run the block.
@@ -165,8 +175,7 @@ class Block(nn.Module):
         Raises:
             ValueError: a tier that there is not; fused, on a GPU without the kernels; tensors that `attention` refuses.
         """
-        tiers = get_args(Keep) if self.implementation == "fused" else ("all", "block")
-        if keep not in tiers:
+        if keep not in (tiers := tiers_of(self.implementation)):
             raise ValueError(f"a {self.implementation} block keeps {', '.join(tiers)}, not {keep!r}")
         if self.implementation == "fused":
             return self._fused(stream, rope, keep)
@@ -316,7 +325,7 @@ class _Settings:
 
 
 class _Pieces(NamedTuple):
-    """The pieces that the forward pass is made of, and from which the backward pass recomputes what was not kept."""
+    """The pieces that the forward pass is made of; the backward pass recomputes with them what was not kept."""
 
     settings: _Settings
     rope: Tensor | None

@@ -8,6 +8,7 @@ averaged before the value projection. This is exact, and two projections of T to
 The key bias adds the same number to all scores of a head and drops out of the softmax.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,25 +16,26 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..kernels.latent_pool import latent_pool, latent_pool_backward
-from .block import FeedForward
+from .block import BlockShape, FeedForward
 
 
 class AttentionPooling(nn.Module):
-    """The MAP head: tokens [b, T, D] to one row [b, D] per image.
+    """The MAP head: tokens [b, T, D] to one row [b, D] per image, with width, heads and MLP of the trunk's blocks.
 
     The latent query starts at zero and the projections at PyTorch's defaults, as in the released training code.
     ``key_value`` holds the key rows, then the value rows.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, gated: bool, norm_eps: float) -> None:
+    def __init__(self, shape: BlockShape) -> None:
         super().__init__()
-        self.heads = heads
+        width = shape.width
+        self.heads = shape.heads
         self.latent = nn.Parameter(torch.zeros(1, 1, width))
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)
         self.out_proj = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = FeedForward(width, hidden, gated=gated, sub_norm=False)
+        self.norm = nn.LayerNorm(width, eps=shape.norm_eps)
+        self.mlp = FeedForward(replace(shape, sub_norm=False))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[b, T, D] to [b, D]."""

@@ -14,9 +14,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModel, AutoTokenizer, NomicBertConfig
 from transformers.utils import logging as transformers_logging
+
+from ..settings import FREE_ON_RESUME, NOT_EMPTY, Settings, at_least
 
 _POOLING: Final = "mean"
 
@@ -56,7 +58,7 @@ _NOMIC_FIELDS: Final = {
     "rope_theta": "rotary_emb_base",
 }
 
-# Variants that Nomic's code has and NomicBertModel has not: it would compute something else without a word.
+# Options of Nomic's code that NomicBertModel silently ignores.
 _NOMIC_FIXED: Final = {
     "activation_function": "swiglu",
     "prenorm": False,
@@ -72,9 +74,23 @@ _NOMIC_FIXED: Final = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextConfig(Settings, section="text"):
+    """The frozen text tower."""
+
+    name: Annotated[str, NOT_EMPTY, FREE_ON_RESUME] = "nomic-ai/nomic-embed-text-v1.5"
+    """A transformers or sentence-transformers folder, or a hub name."""
+    layer_norm: bool = True
+    """LayerNorm without affine after pooling: True for Nomic Embed Text v1.5, False for v1."""
+    prefix: str = "search_query: "
+    """Written in front of every caption."""
+    max_length: Annotated[int, at_least(1)] = 77
+    """Tokens kept of a caption, prefix included."""
+
+
 @dataclass(frozen=True)
 class TextTowerDescription:
-    """What the rows of a text tower are made with, for files that hold some."""
+    """What the embeddings of a text tower are made with, for files that hold some."""
 
     name: str
     """The folder or hub name it was loaded by."""
@@ -86,7 +102,7 @@ class TextTowerDescription:
     layer_norm: bool
     embed_dim: int
     fingerprint: str
-    """:meth:`TextTower.fingerprint`: the one field that decides whether rows are the same."""
+    """:meth:`TextTower.fingerprint`: the one field that decides whether embeddings are the same."""
 
 
 class TextTower:
@@ -94,38 +110,32 @@ class TextTower:
 
     def __init__(
         self,
+        config: TextConfig,
         model: Any,
         tokenizer: Any,
         folder: Path,
         *,
-        name: str,
         revision: str | None,
-        layer_norm: bool,
-        prefix: str,
-        max_length: int,
         device: torch.device,
     ) -> None:
-        self.name = name
+        self.config = config
         self.revision = revision
         self.embed_dim: int = model.config.hidden_size
         self.device = device
-        self.layer_norm = layer_norm
-        self.prefix = prefix
-        self.max_length = max_length
         self._model = model.requires_grad_(False).eval().to(device)
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length, direction=tokenizer.truncation_side)
+        self._tokenizer.enable_truncation(config.max_length, direction=tokenizer.truncation_side)
         self._pad_token_id: int = tokenizer.pad_token_id or 0
         self._folder = folder
         self._fingerprint: str | None = None
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Return the unit rows of the captions in the order given, float32 [N, embed_dim] on ``device``.
+        """Return the unit embeddings of the captions in the order given, float32 [N, embed_dim] on ``device``.
 
-        A caption's row does not depend on the captions around it beyond rounding. Equal captions are encoded once.
-        float32 on a CPU; bfloat16 autocast with float32 pooling on a GPU.
+        A caption's embedding does not depend on the captions around it beyond rounding. Equal captions are encoded
+        once. float32 on a CPU; bfloat16 autocast with float32 pooling on a GPU.
         """
         if not captions:
             return torch.empty(0, self.embed_dim, device=self.device)
@@ -141,7 +151,7 @@ class TextTower:
         return rows[self._on_device(torch.tensor([row_of[text] for text in texts]))]
 
     def fingerprint(self) -> str:
-        """Sha256 (hex) of what the rows depend on, so that stored rows can be told from those of another tower.
+        """Sha256 (hex) of what the embeddings depend on, so that stored ones can be told from those of another tower.
 
         Over the tensors of the weight files (names, dtypes, shapes, bytes), config.json, the tokenizer's files, and
         prefix, max_length, layer_norm and pooling. It is taken from files, so it survives a new transformers version.
@@ -154,28 +164,25 @@ class TextTower:
             for name, tensor in _tensors(self._folder):
                 digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            settings = [self.prefix, self.max_length, self.layer_norm, _POOLING]
+            settings = [self.config.prefix, self.config.max_length, self.config.layer_norm, _POOLING]
             digest.update(json.dumps(settings).encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     def describe(self) -> TextTowerDescription:
-        """Return what the rows are made with."""
+        """Return what the embeddings are made with."""
         return TextTowerDescription(
-            self.name,
-            self.revision,
-            self.prefix,
-            self.max_length,
-            _POOLING,
-            self.layer_norm,
-            self.embed_dim,
-            self.fingerprint(),
+            **asdict(self.config),
+            revision=self.revision,
+            pooling=_POOLING,
+            embed_dim=self.embed_dim,
+            fingerprint=self.fingerprint(),
         )
 
     def _with_prefix(self, caption: str) -> str:
         # A lone surrogate (an undecodable byte of a file name) is refused by the tokenizer.
-        text = caption[: _CHARACTERS_PER_TOKEN * self.max_length].encode("utf-8", "replace").decode()
-        return self.prefix + text
+        text = caption[: _CHARACTERS_PER_TOKEN * self.config.max_length].encode("utf-8", "replace").decode()
+        return self.config.prefix + text
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         # From pinned memory, or the host would wait for all that the GPU has queued.
@@ -196,34 +203,24 @@ class TextTower:
 
         weight = mask.unsqueeze(-1).float()  # [n, T, 1]
         rows = (hidden.float() * weight).sum(dim=1) / weight.sum(dim=1)  # [n, d]
-        if self.layer_norm:
+        if self.config.layer_norm:
             rows = F.layer_norm(rows, (self.embed_dim,), eps=1e-5)
         return F.normalize(rows, dim=-1)
 
 
-def build_text_tower(
-    path_or_name: str | Path,
-    *,
-    layer_norm: bool = True,
-    prefix: str = "search_query: ",
-    max_length: int = 77,
-    device: str | torch.device = "cpu",
-) -> TextTower:
-    """Load a frozen text tower from a transformers folder, a sentence-transformers folder or a hub name.
+def make_text_tower(config: TextConfig, device: torch.device) -> TextTower:
+    """Load the frozen text tower that a config names.
 
     Args:
-        path_or_name: a folder with config.json, *.safetensors and tokenizer.json; or the same behind a modules.json of
-            sentence-transformers with mean pooling; or the hub name of either.
-        layer_norm: LayerNorm without affine (eps 1e-5) between pooling and normalisation: Nomic Embed Text v1.5.
-        prefix: written in front of every caption.
-        max_length: tokens kept of prefix and caption together, special tokens included.
-        device: where the weights live and the rows come out.
+        config: it names a folder with config.json, *.safetensors and tokenizer.json; or the same behind a modules.json
+            of sentence-transformers with mean pooling; or the hub name of either.
+        device: where the weights live and the embeddings come out.
 
     Raises:
         FileNotFoundError: no such folder or hub model, or the folder lacks its config, weights or tokenizer.
         ValueError: the folder's configuration, weights or pooling cannot be used as they are.
     """
-    local = _local_folder(path_or_name)
+    local = _local_folder(config.name)
     folder = _transformer_folder(local)
     for file, remedy in (
         ("config.json", "give the folder that save_pretrained wrote"),
@@ -234,33 +231,39 @@ def build_text_tower(
     _weight_files(folder)  # the same kind of error, before a slow load
 
     with quiet_transformers():
-        config = _read_config(folder)
+        architecture = _read_config(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the libraries below raise whatever a damaged file makes them trip over
             raise ValueError(f"the tokenizer of text tower {folder} cannot be read: {_first_line(error)}") from error
-        model = _load_model(folder, config)
+        model = _load_model(folder, architecture)
 
-    longest = getattr(config, "max_position_embeddings", max_length)
-    if max_length > longest:
-        raise ValueError(f"text tower {folder} reads at most {longest} tokens; set max_length to that or less")
+    longest = getattr(architecture, "max_position_embeddings", config.max_length)
+    if config.max_length > longest:
+        config.refuse("max_length", f"be at most {longest}, the tokens that text tower {folder} reads")
     largest_id, vocabulary = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if largest_id >= vocabulary:
         raise ValueError(
             f"{folder}/tokenizer.json has token ids up to {largest_id} and the weights only rows for {vocabulary}; "
             "the tokenizer belongs to another model"
         )
-    return TextTower(
-        model,
-        tokenizer,
-        folder,
-        name=str(path_or_name),
-        revision=local.name if local.parent.name == "snapshots" else None,  # how the hub's cache names a commit
-        layer_norm=layer_norm,
-        prefix=prefix,
-        max_length=max_length,
-        device=torch.device(device),
-    )
+    revision = local.name if local.parent.name == "snapshots" else None  # how the hub's cache names a commit
+    return TextTower(config, model, tokenizer, folder, revision=revision, device=device)
+
+
+def build_text_tower(path_or_name: str | Path, *, device: str | torch.device = "cpu", **settings: Any) -> TextTower:
+    """Load a frozen text tower: `make_text_tower` for those who have no config.
+
+    Args:
+        path_or_name: a folder or a hub name.
+        device: see `make_text_tower`.
+        settings: other fields of `TextConfig`: ``layer_norm``, ``prefix``, ``max_length``.
+
+    Raises:
+        FileNotFoundError: no such folder or hub model, or the folder lacks its config, weights or tokenizer.
+        ValueError: a setting, or the folder's configuration, weights or pooling, cannot be used.
+    """
+    return make_text_tower(TextConfig(name=str(path_or_name), **settings), torch.device(device))
 
 
 def bucket_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -7,14 +7,14 @@ after the last block. The ViTs are the other backbones of that report; the small
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.patchify import patchify
-from .block import Block, Implementation, Keep, Stream, product_dtype
+from ..settings import FREE_ON_RESUME, Settings, at_least
+from .block import Block, BlockShape, Implementation, Keep, Stream, product_dtype
 from .pooling import AttentionPooling
 from .weights import load_weights
 
@@ -26,24 +26,17 @@ Pooling = Literal["cls", "mean", "map"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(BlockShape):
     """Shape of a tower's trunk; the MAP head takes its MLP, heads and epsilon from it."""
 
     image_size: int
     patch_size: int
-    width: int
-    depth: int
-    heads: int
-    hidden: int  # inner channels of the MLPs
-    gated: bool  # SwiGLU, else GELU
-    sub_norm: bool  # LayerNorm inside the MLPs of the trunk
+    depth: int  # blocks
     class_token: bool
     register_tokens: int
     absolute_position: bool  # learned, prefix tokens included
     rotary_grid: int | None  # side of the patch grid that positions are scaled to for RoPE; None: no RoPE
-    layer_scale: float | None  # start value; None: no layer scale
     final_norm: bool
-    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         """Refuse shapes that cannot be built."""
@@ -51,15 +44,11 @@ class VisionConfig:
             raise ValueError(
                 f"image size {self.image_size} is not a positive multiple of the patch size {self.patch_size}"
             )
-        if self.width % self.heads or (self.rotary_grid is not None and self.head_dim % 4):
+        super().__post_init__()
+        if self.rotary_grid is not None and self.head_dim % 4:
             raise ValueError(f"width {self.width} does not divide into {self.heads} heads of a multiple of 4 channels")
         if self.prefix_tokens == 0:
             raise ValueError("a tower needs a class token or a register token: pooling reads the first token")
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of an attention head."""
-        return self.width // self.heads
 
     @property
     def grid(self) -> int:
@@ -75,6 +64,43 @@ class VisionConfig:
     def tokens(self) -> int:
         """Length of the sequence."""
         return self.prefix_tokens + self.grid**2
+
+    def embedding_flops(self, patches: int) -> int:
+        """Return the FLOPs of embedding so many patches."""
+        return 2 * patches * 3 * self.patch_size**2 * self.width
+
+    def block_flops(self, tokens: int) -> dict[str, int]:
+        """Return the FLOPs of a block's forward pass for one image of ``tokens`` tokens, by product.
+
+        A multiplication and an addition are two. ``attention`` is queries with keys and weights with values; the other
+        keys are the block's linear layers, ``first`` being the one to the hidden channels.
+        """
+        channels = {"qkv": 3 * self.width, "out_proj": self.width, "first": self.first_width, "fc2": self.hidden}
+        products = {name: 2 * tokens * self.width * width for name, width in channels.items()}
+        return products | {"attention": 4 * tokens**2 * self.width}
+
+    def pooling_flops(self, tokens: int) -> int:
+        """Return the FLOPs of attention pooling's forward pass for one image, with absorbed projections."""
+        mlp = (3 if self.gated else 2) * self.width * self.hidden
+        return 4 * tokens * self.heads * self.width + 2 * (2 * self.width**2 + mlp)
+
+    def training_flops(self, *, patches: int | None = None, pooling: Pooling = "map") -> int:
+        """Return the FLOPs that training on one image needs, forward and backward: what MFU is counted in.
+
+        Counted are the matrix products that the computation cannot do without, a multiply-add as two: linear layers,
+        attention, the pooling head with its absorbed key and value projections (models/pooling.py). A backward pass is
+        two products for each of the forward, and one for the patch embedding: images have no gradient. Not counted:
+        norms, activations, what is recomputed, and the projection of a tower of another width.
+
+        Args:
+            patches: of an image that go through the trunk; None: all.
+            pooling: only ``map`` has products.
+        """
+        patches = self.grid**2 if patches is None else patches
+        tokens = self.prefix_tokens + patches
+        head = self.pooling_flops(tokens) if pooling == "map" else 0
+        blocks = self.depth * sum(self.block_flops(tokens).values())
+        return 3 * (blocks + head) + 2 * self.embedding_flops(patches)
 
 
 def _eva02(image_size: int, patch_size: int, *, width: int, depth: int, heads: int, hidden: int) -> VisionConfig:
@@ -131,6 +157,59 @@ VISION_CONFIGS: dict[str, VisionConfig] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Settings, section="model"):
+    """The image tower."""
+
+    name: str = "eva02_base_patch16_224"
+    """Architecture; models/vision.py lists them."""
+    pooling: Pooling = "map"
+    """How tokens become one embedding: the class token, the mean of the patches, or attention pooling."""
+    weights: str | None = None
+    """Starting weights: a .safetensors file, a folder, a hub name, or None for random ones."""
+    block: Annotated[Implementation, FREE_ON_RESUME] = "fused"
+    """How the transformer blocks run: with this project's kernels (on a CPU, their references in torch); with torch's
+    own operations; or with these under torch.compile, for GPUs that the kernels do not run on."""
+    attention: Annotated[
+        Literal["auto", "triton", "sdpa", "flash-attn", "flash-attn-4", "reference"], FREE_ON_RESUME
+    ] = "auto"
+    """Kernel of the fused blocks' attention; auto goes by GPU and sequence length."""
+    residual: Literal["auto", "fp32"] = "auto"
+    """Type of the tokens between the blocks. auto: that of the arithmetic, as in the released code. fp32 with bf16
+    arithmetic rounds less, and takes more memory and time."""
+    kept_patches: Annotated[int | None, at_least(1)] = None
+    """Patches of an image that go through the tower while training, drawn at random (FLIP). None: all, as published."""
+
+    def __post_init__(self) -> None:
+        """Refuse a name that is none, too."""
+        super().__post_init__()
+        if self.name not in VISION_CONFIGS:
+            self.refuse("name", f"be one of {', '.join(VISION_CONFIGS)}")
+
+    def shape(self, image_size: int | None = None) -> VisionConfig:
+        """Return the shape of the trunk for images of this size; None: the size that the architecture has.
+
+        Raises ValueError, naming the flag, where size, patches and pooling do not go together.
+        """
+        shape = VISION_CONFIGS[self.name]
+        if image_size is not None:
+            if image_size % shape.patch_size:
+                raise ValueError(
+                    f"--data.image-size is {image_size}, must be a multiple of {shape.patch_size}, the patch size of "
+                    f"{self.name}"
+                )
+            shape = replace(shape, image_size=image_size)
+        self.require_shape(shape)
+        return shape
+
+    def require_shape(self, shape: VisionConfig) -> None:
+        """Raise ValueError where a trunk of this shape lacks what the settings ask for."""
+        if self.pooling == "cls" and not shape.class_token:
+            self.refuse("pooling", "be mean or map: this tower has no class token")
+        if self.kept_patches is not None and self.kept_patches > shape.grid**2:
+            self.refuse("kept_patches", f"be at most {shape.grid**2}, the patches of an image")
+
+
 def rotary_table(config: VisionConfig) -> Tensor:
     """Cosine and sine of the RoPE angles, [T, head_dim / 2, 2] float32 on the CPU.
 
@@ -150,18 +229,17 @@ def rotary_table(config: VisionConfig) -> Tensor:
 
 
 class VisionTower(nn.Module):
-    """An image encoder with random weights; `build_vision_tower` loads given ones.
+    """An image encoder with random weights; `make_vision_tower` loads given ones.
 
     Args:
         config: shape of the trunk.
-        pooling: ``cls`` (the class token), ``mean`` (over patch tokens) or ``map`` (attention pooling).
+        model: how tokens become one embedding and how the blocks are computed; its name and weights are not read.
+            With ``kept_patches`` these are drawn anew for each image and forward in training mode
+            (https://arxiv.org/abs/2212.00794); their positions stay their own.
         embed_dim: width d of the embeddings; a projection without bias is added only where it differs from the trunk's
             width. None: the trunk's width.
-        block: how the blocks are computed, see `Block`.
-        attention: backend of the fused blocks' attention, see `attention`.
-        residual: type of the tokens between the blocks. None: that of the blocks' products.
-        kept_patches: patches of each image that go through the trunk in training mode, drawn anew for each image and
-            forward (https://arxiv.org/abs/2212.00794); their positions stay their own. None: all.
+
+    Raises ValueError where the trunk lacks what ``model`` asks for.
 
     The trunk's weights are drawn as DeiT and EVA draw them (https://arxiv.org/abs/2012.12877): truncated normal with
     standard deviation 0.02, biases zero. The head keeps PyTorch's defaults.
@@ -169,30 +247,15 @@ class VisionTower(nn.Module):
 
     rope: Tensor | None
 
-    def __init__(
-        self,
-        config: VisionConfig,
-        *,
-        pooling: Pooling = "map",
-        embed_dim: int | None = None,
-        block: Implementation = "fused",
-        attention: str = "auto",
-        residual: torch.dtype | None = None,
-        kept_patches: int | None = None,
-    ) -> None:
+    def __init__(self, config: VisionConfig, model: ModelConfig, *, embed_dim: int | None = None) -> None:
         super().__init__()
-        if pooling not in get_args(Pooling):
-            raise ValueError(f"pooling {pooling!r} is unknown: choose from {', '.join(get_args(Pooling))}")
-        if pooling == "cls" and not config.class_token:
-            raise ValueError("pooling 'cls' needs a class token, which this tower has not: choose mean or map")
-        if kept_patches is not None and not 0 < kept_patches <= config.grid**2:
-            raise ValueError(f"{kept_patches} patches of an image cannot be kept: it has {config.grid**2}")
+        model.require_shape(config)
         self.config = config
-        self.pooling = pooling
+        self.pooling = model.pooling
         self.embed_dim = config.width if embed_dim is None else embed_dim
         self.image_size = config.image_size
-        self.residual = residual
-        self.kept_patches = kept_patches
+        self.residual = torch.float32 if model.residual == "fp32" else None  # None: the type of the blocks' products
+        self.kept_patches = model.kept_patches
 
         def learned_tokens(count: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(1, count, config.width)) if count else None
@@ -203,27 +266,12 @@ class VisionTower(nn.Module):
         self.position = learned_tokens(config.tokens if config.absolute_position else 0)
         self.register_buffer("rope", None if config.rotary_grid is None else rotary_table(config), persistent=False)
         self.blocks = nn.ModuleList(
-            Block(
-                config.width,
-                config.heads,
-                config.hidden,
-                gated=config.gated,
-                sub_norm=config.sub_norm,
-                layer_scale=config.layer_scale,
-                norm_eps=config.norm_eps,
-                implementation=block,
-                attention_backend=attention,
-            )
-            for _ in range(config.depth)
+            Block(config, implementation=model.block, attention=model.attention) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.final_norm else None
         self._initialise_trunk()
 
-        self.pool = (
-            AttentionPooling(config.width, config.heads, config.hidden, gated=config.gated, norm_eps=config.norm_eps)
-            if pooling == "map"
-            else None
-        )
+        self.pool = AttentionPooling(config) if model.pooling == "map" else None
         self.projection = (
             nn.Linear(config.width, self.embed_dim, bias=False) if self.embed_dim != config.width else None
         )
@@ -232,6 +280,11 @@ class VisionTower(nn.Module):
     def tokens_in_training(self) -> int:
         """Length of the sequence in training mode."""
         return self.config.prefix_tokens + (self.kept_patches or self.config.grid**2)
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs that training on one image needs, as `VisionConfig.training_flops` counts them."""
+        return self.config.training_flops(patches=self.kept_patches, pooling=self.pooling)
 
     def _initialise_trunk(self) -> None:
         for module in self.modules():
@@ -252,7 +305,7 @@ class VisionTower(nn.Module):
     def forward(
         self, images: Tensor, *, keep: Keep = "all", on_gradients: Callable[[int], None] | None = None
     ) -> Tensor:
-        """Embed images; the rows are not normalised.
+        """Embed images; the embeddings are not normalised.
 
         Args:
             images: uint8 [b, S, S, 3] raw, or floating point [b, 3, S, S] normalised by IMAGE_MEAN and IMAGE_STD.
@@ -326,53 +379,48 @@ def _call_with(function: Callable[[int], None], number: int, _: Tensor) -> None:
     function(number)
 
 
+def make_vision_tower(
+    model: ModelConfig, *, image_size: int | None = None, embed_dim: int | None = None, pretrained: bool = True
+) -> VisionTower:
+    """Make the image tower that a config asks for, in float32 on the CPU.
+
+    Args:
+        model: its weights may have this project's keys, timm's or those of Nomic Embed Vision. A trunk without a head
+            leaves head and projection at their random start.
+        image_size: side of the images in pixels; None: the size that the architecture has.
+        embed_dim: width of the embeddings; None: the width of the trunk.
+        pretrained: False leaves ``model.weights`` unread, for a checkpoint that will overwrite them.
+
+    Raises:
+        ValueError: an image size or pooling that the architecture does not have, or weights that do not fit.
+        FileNotFoundError: weights that are not there.
+    """
+    shape = model.shape(image_size)
+    tower = VisionTower(shape, model, embed_dim=embed_dim)
+    if pretrained and model.weights is not None:
+        load_weights(tower, model.weights)
+    return tower
+
+
 def build_vision_tower(
     name: str,
     *,
-    pooling: Pooling = "map",
-    weights: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
-    embed_dim: int | None = None,
     image_size: int | None = None,
-    block: Implementation = "fused",
-    attention: str = "auto",
-    residual: torch.dtype | None = None,
-    kept_patches: int | None = None,
+    embed_dim: int | None = None,
+    **settings: Any,
 ) -> VisionTower:
-    """Build a tower by name, on the CPU.
+    """Make an image tower by name: `make_vision_tower` for those who have no config.
 
     Args:
         name: a key of VISION_CONFIGS.
-        pooling: ``cls``, ``mean`` or ``map``.
-        weights: None for random ones; or a .safetensors file, a folder with model.safetensors, or a hub name
-            "owner/name", with this project's keys, timm's or those of Nomic Embed Vision. A trunk without a head leaves
-            head and projection at their random start.
         dtype: type of the parameters. RoPE angles stay in float32.
-        embed_dim: width of the embeddings; None: the width of the trunk.
-        image_size: side of the images in pixels; None: the one in the name's configuration.
-        block: as in `VisionTower`, like attention, residual and kept_patches.
-        attention: see there.
-        residual: see there.
-        kept_patches: see there.
+        image_size: see `make_vision_tower`.
+        embed_dim: see there.
+        settings: other fields of `ModelConfig`, such as ``pooling`` and ``weights``.
 
     Raises:
-        ValueError: an unknown name or pooling, an impossible size, or weights that do not fit.
+        ValueError: a setting that is impossible, or weights that do not fit.
         FileNotFoundError: weights that are not there.
     """
-    if name not in VISION_CONFIGS:
-        raise ValueError(f"vision tower {name!r} is unknown: choose from {', '.join(VISION_CONFIGS)}")
-    config = VISION_CONFIGS[name]
-    if image_size is not None:
-        config = replace(config, image_size=image_size)
-    tower = VisionTower(
-        config,
-        pooling=pooling,
-        embed_dim=embed_dim,
-        block=block,
-        attention=attention,
-        residual=residual,
-        kept_patches=kept_patches,
-    )
-    if weights is not None:
-        load_weights(tower, weights)
-    return tower.to(dtype)
+    return make_vision_tower(ModelConfig(name=name, **settings), image_size=image_size, embed_dim=embed_dim).to(dtype)

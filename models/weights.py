@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# Our key -> the foreign keys whose rows make it up, in order; None stands for rows of zeros.
+# Our key -> the foreign keys whose rows make it up, in order; None means rows of zeros.
 KeyMap = dict[str, tuple[str | None, ...]]
 
 _WEIGHTS_FILE = "model.safetensors"

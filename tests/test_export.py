@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from textlock import export
-from textlock.engine.config import TextConfig
 from textlock.export import load_exported_tower, write_transformers_folder
-from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
+from textlock.models.text import TextConfig
+from textlock.models.vision import VISION_CONFIGS, ModelConfig, VisionTower, build_vision_tower
 from textlock.models.weights import to_nomic
 
 MICRO = "eva02_micro_patch8_32"
@@ -72,7 +72,7 @@ def released_keys():
 
 def test_base_tower_has_the_released_tensors():
     with torch.device("meta"):
-        tower = VisionTower(VISION_CONFIGS["eva02_base_patch16_224"])
+        tower = VisionTower(VISION_CONFIGS["eva02_base_patch16_224"], ModelConfig())
     shapes = {key: list(value.shape) for key, value in to_nomic(tower.state_dict()).items()}
     assert shapes == released_keys()
     assert len(shapes) == 211
@@ -144,7 +144,7 @@ def test_refuses_what_the_format_cannot_hold(tmp_path, arguments):
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_rope_reg1_gap_256"])
 def test_refuses_other_trunks(tmp_path, name):
     with torch.device("meta"):
-        tower = VisionTower(VISION_CONFIGS[name])
+        tower = VisionTower(VISION_CONFIGS[name], ModelConfig())
     with pytest.raises(ValueError, match="EVA02 towers with map pooling and no projection"):
         write(tower, tmp_path / "out")
 

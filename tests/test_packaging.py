@@ -28,7 +28,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     names = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     rooms = ("kernels", "models", "data", "engine", "evals", "demo", "bench")
     expected = {Path("textlock") / path.relative_to(ROOT) for room in rooms for path in (ROOT / room).glob("*.py")}
-    expected |= {Path("textlock") / name for name in ("__init__.py", "train.py", "evaluate.py", "export.py")}
+    expected |= {
+        Path("textlock") / name for name in ("__init__.py", "train.py", "evaluate.py", "export.py", "settings.py")
+    }
     expected |= {Path("textlock/engine/page") / name for name in ("page.html", "style.css", "script.js")}
     assert names == expected
 

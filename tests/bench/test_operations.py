@@ -96,7 +96,7 @@ def test_products_are_those_of_the_layers(tower, candidates):
     assert len(names) == 12 and names >= candidates | {"qkv_d_input", "out_proj_forward", "fc2_d_weight"}
 
 
-def test_operations_of_a_block_and_of_the_tower_are_those_of_the_literature():
+def test_layers_are_those_of_a_block():
     config = VISION_CONFIGS["eva02_base_patch16_224"]
     assert bench.layers_of(config) == {
         "qkv": (2304, 768),
@@ -104,9 +104,6 @@ def test_operations_of_a_block_and_of_the_tower_are_those_of_the_literature():
         "gate_up": (4096, 768),
         "fc2": (768, 2048),
     }
-    assert 12 * tower.block_operations(config) == pytest.approx((33.46 + 1.43) * 1e9, rel=1e-3)
-    assert tower.tower_operations(config) == pytest.approx(106.58e9, rel=1e-4)
-    assert tower.block_operations(VISION_CONFIGS["vit_base_patch16_224"]) == pytest.approx(2.9e9, rel=1e-2)
 
 
 def test_products_and_the_least_traffic_add_up_to_what_a_block_does():
@@ -114,7 +111,7 @@ def test_products_and_the_least_traffic_add_up_to_what_a_block_does():
     at = setting()
     products = sum(c.operations for c in bench.comparisons("gemm", at) if c.operation.endswith("_forward"))
     attention = next(c for c in bench.comparisons("kernels", at) if c.operation == "attention").operations
-    assert products + attention == 3 * tower.block_operations(at.config)
+    assert products + attention == 3 * sum(at.config.block_flops(at.config.tokens).values())
 
 
 @pytest.fixture

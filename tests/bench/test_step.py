@@ -16,8 +16,6 @@ from textlock.bench import loops
 from textlock.bench import step as bench
 from textlock.bench.ceilings import Ceilings
 from textlock.bench.entry import CPU, Session
-from textlock.bench.tower import tower_operations
-from textlock.engine.feed import FedBatch
 from textlock.models.vision import VISION_CONFIGS
 
 EAGER = tuple(name for name in bench.CANDIDATES if "compiled" not in name)
@@ -51,7 +49,7 @@ def test_every_loop_is_checked_and_measured(measure):
     for line in lines:
         local_batch = line["case"]["local_batch"]
         assert line["case"]["texts"] == 8 and line["case"]["ranks"] == 8 // local_batch and line["runs"] >= 3
-        assert line["floor_ms"] == pytest.approx(local_batch * (tower_operations(config) + 4 * 8 * config.width) / 1e6)
+        assert line["floor_ms"] == pytest.approx(local_batch * (config.training_flops() + 4 * 8 * config.width) / 1e6)
         assert line["percent_of_floor"] == pytest.approx(100 * line["floor_ms"] / line["ms"])
         assert line["images_per_second"] == pytest.approx(1e3 * local_batch / line["ms"]) and line["peak_bytes"] > 0
         assert line["shares"].keys() == set(bench.PHASES) and sum(line["shares"].values()) == pytest.approx(1)
@@ -69,7 +67,7 @@ def test_one_rank_of_many_computes_its_share_of_the_global_batch(setting, keep):
     source = bench.batch_of(images, case.text[:8])
     prepared = bench.CANDIDATES["ours"].prepare(setting, case)
     assert (set(prepared.plan.tiers) == {"all"}) == (keep == 4)
-    found = prepared.weight_gradients(FedBatch(images, case.text[:8], source.ids, source))
+    found = prepared.weight_gradients(replace(source, images=images, text_embeddings=case.text[:8]))
 
     tower, exact = setting.build("plain").double(), case.double()
     logits = exact.scale * torch.cat([F.normalize(tower(images), dim=-1), exact.images[8:]]) @ exact.text.T

@@ -26,7 +26,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent))
 import zoo  # type: ignore[import-not-found]  # a plain script finds its neighbour so
 
-from textlock.data import embeddings
+from textlock.data import stored_text
 from textlock.data.captions import MAX_CAPTION_BYTES, caption_id, decode_caption
 from textlock.data.images import BadSample, CropWindow, check_image, crop_and_resize, decode_image
 from textlock.models.text import TextTowerDescription
@@ -113,13 +113,13 @@ def stored_rows(samples: int = 5) -> bytes:
 
 
 def sealed(header: bytes) -> bytes:
-    start = embeddings._START.pack(b"TEXTROWS", 1, len(header))
+    start = stored_text._START.pack(b"TEXTROWS", 1, len(header))
     content = start + header + hashlib.sha256(start + header).digest()
     return content + bytes(-len(content) % 64)
 
 
 def records(samples: int) -> bytes:
-    rows = np.zeros(samples, embeddings.record_dtype(8))
+    rows = np.zeros(samples, stored_text.record_dtype(8))
     rows["key_hash"] = rows["caption_hash"] = 1
     rows["row"] = 0.5
     rows["crc32"] = zlib.crc32(rows["row"][0].tobytes())
@@ -144,7 +144,7 @@ def fuzz_stored_rows(rng: np.random.Generator) -> tuple[bytes, Callable[[], None
             first_sample=np.array([0, 5]),
             samples=np.repeat(sample, 5),
         )
-        stored = embeddings.StoredText(FOLDER, index, TOWER)
+        stored = stored_text.StoredText(FOLDER, index, TOWER)
         for number in range(5):
             with contextlib.suppress(BadSample):
                 assert (stored.row(number) == 0.5).all(), "a damaged row was believed"

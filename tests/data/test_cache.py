@@ -217,11 +217,16 @@ def test_shards_are_fetched_before_they_are_read(memory, tmp_path):
 def test_a_cache_for_less_than_what_is_read_at_a_time_is_refused(shards, memory, tmp_path, prefetch, groups):
     least = size_of(shards, 2 * groups)
     config = settings(memory, tmp_path, prefetch_batches=prefetch, cache_gb=(least - 1) / 1e9)
-    with pytest.raises(ValueError, match=rf"cache_gb is .* {groups} times open_shards 2, have .*: raise cache_gb or"):
+    with pytest.raises(
+        ValueError, match=rf"data.cache-gb is .*, must be at least .*, {groups} times --data.open-shards"
+    ):
         open_loader(config, rank=0, world_size=1)
     take(replace(config, cache_gb=least / 1e9), 1)
-    with pytest.raises(ValueError, match="fetchers is 0"):
-        open_loader(replace(config, fetchers=0), rank=0, world_size=1)
+
+
+def test_impossible_settings(memory, tmp_path):
+    with pytest.raises(ValueError, match=r"--data\.fetchers is 0"):
+        open_loader(settings(memory, tmp_path, fetchers=0), rank=0, world_size=1)
 
 
 def test_evaluation_reads_remote_shards_too(shards, memory, tmp_path, monkeypatch):

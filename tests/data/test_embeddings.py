@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from textlock.data import embeddings
-from textlock.data.embeddings import StoredText, encode_shards, file_name, read_header, record_dtype
+from textlock.data.embeddings import encode_shards
 from textlock.data.images import BadSample
 from textlock.data.index import index_shards, open_index
 from textlock.data.loader import DataConfig, open_loader
+from textlock.data.stored_text import StoredText, file_name, read_header, record_dtype
 from textlock.demo.text_tower import write_random_text_tower
 from textlock.models.text import build_text_tower
 
@@ -71,7 +72,7 @@ def test_the_file_is_a_matrix_that_maps_into_memory(shards, tower):
     expected = tower.encode([f"caption {number}" for number in range(11, 16)])
     assert np.abs(rows - expected.numpy()).max() < 1e-3
     assert header.tower == {
-        "name": tower.name,
+        "name": tower.config.name,
         "revision": None,
         "prefix": "",
         "max_length": 16,
@@ -172,7 +173,7 @@ def test_a_damaged_row_costs_its_sample_and_no_other(shards, tower, tmp_path):
     found = {(line["sample"], line["kind"], line["key"]) for line in lines}
     assert found <= {(15, "damaged-embedding", "000000015"), (3, "no-caption", "000000003")}
     assert "000000015" not in [key for batch in batches for key in batch.keys]
-    with pytest.raises(BadSample, match=r"row 4 of 00001\.embeddings does not have its checksum"):
+    with pytest.raises(BadSample, match=r"embedding 4 of 00001\.embeddings does not have its checksum"):
         StoredText(shards / embeddings.FOLDER_NAME, open_index(shards), tower.describe()).row(15)
 
 
@@ -209,12 +210,12 @@ def test_other_weights_are_refused_also_in_a_later_file(shards, tower, tmp_path)
     write_random_text_tower(tmp_path / "other", [" ".join(WORDS)], width=16, depth=1, heads=1, std=0.1, seed=1)
     other = build_text_tower(tmp_path / "other", prefix="", max_length=16)
     with pytest.raises(
-        ValueError, match=r"00000\.embeddings holds rows of another text tower.*weights or the tokenizer"
+        ValueError, match=r"00000\.embeddings holds embeddings of another text tower.*weights or the tokenizer"
     ):
         take(settings(shards), 1, other)
     encode_shards(shards, other, tmp_path / "rows")
     shutil.copy(tmp_path / "rows" / "00002.embeddings", shards / embeddings.FOLDER_NAME / "00002.embeddings")
-    with pytest.raises(ValueError, match=r"00002\.embeddings holds rows of another text tower"):
+    with pytest.raises(ValueError, match=r"00002\.embeddings holds embeddings of another text tower"):
         take(settings(shards), 4, tower)
 
 
@@ -258,7 +259,8 @@ def test_a_damaged_file_is_named(shards, tower, damage, message):
 
 @pytest.mark.gpu  # the command takes one where there is one
 def test_the_command(shards, tower_folder, capsys):
-    options = embeddings.Options(shards=shards, tower=str(tower_folder), prefix="", max_length=16)
+    text = embeddings.Tower(name=str(tower_folder), prefix="", max_length=16)
+    options = embeddings.Options(shards=shards, text=text)
     embeddings.main(replace(options, rank=1, world_size=2))
     said = capsys.readouterr().out
     assert said.splitlines()[0] == "00001.tar" and "5 captions of 1 shards encoded" in said

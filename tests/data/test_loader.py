@@ -343,7 +343,7 @@ def test_skip_budget_stops_the_run(tmp_path, monkeypatch):
         for _ in range(4):
             next(loader)
         with pytest.raises(
-            ValueError, match=r"5 of 40 samples are bad \(.*1 truncated.*more than max_skipped_fraction 0.05"
+            ValueError, match=r"5 of 40 samples are bad \(.*1 truncated.*more than --data.max-skipped-fraction 0.05"
         ):
             next(loader)
         with pytest.raises(ValueError, match="closed"):
@@ -423,12 +423,12 @@ raise SystemExit("the training loop failed")
     ("changes", "options", "message"),
     [
         ({"batch_size": 38}, {}, "the shards hold 37 samples, fewer than one global batch of 38"),
-        ({}, {"world_size": 3}, "batch_size 8 is not divisible by 3 ranks"),
+        ({}, {"world_size": 3}, "--data.batch-size is 8, must be divisible by the number of processes, 3"),
         ({}, {"rank": 2, "world_size": 2}, "rank 2 is not one of 2 ranks"),
-        ({"workers": 0}, {}, "workers is 0: it must be at least 1"),
-        ({"open_shards": 0}, {}, "open_shards is 0"),
-        ({"crop_scale": (0.9, 1.1)}, {}, "crop_scale"),
-        ({"crop_ratio": (0.0, 1.0)}, {}, "crop_ratio"),
+        ({"workers": 0}, {}, "--data.workers is 0, must be at least 1"),
+        ({"open_shards": 0}, {}, "--data.open-shards is 0"),
+        ({"crop_scale": (0.9, 1.1)}, {}, r"--data.crop-scale is \(0.9, 1.1\), must be at most 1"),
+        ({"crop_ratio": (0.0, 1.0)}, {}, r"--data.crop-ratio is \(0.0, 1.0\), must be above 0"),
     ],
 )
 def test_impossible_settings(shards, changes, options, message):
@@ -449,7 +449,7 @@ def test_stale_and_missing_index(tmp_path):
 
 def test_dali_that_is_not_installed(shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "textlock.data.dali", None)
-    with pytest.raises(ValueError, match=r'decoder dali needs DALI.*"textlock\[gpu\]", or take decoder cpu'):
+    with pytest.raises(ValueError, match=r'decoder dali needs DALI.*"textlock\[gpu\]", or take --data.decoder cpu'):
         open_loader(settings(shards, decoder="dali"), rank=0, world_size=1)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,16 @@ from textlock.engine.checkpoint import (
     CorruptCheckpoint,
     Progress,
     list_checkpoints,
-    load_tower,
     read_checkpoint,
     read_latest,
     restore,
     save_checkpoint,
 )
-from textlock.engine.config import LossConfig, parse_config
-from textlock.engine.objective import Objective
+from textlock.engine.config import dump_config, parse_config
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, build_optimizer
+from textlock.engine.trained import load_tower
+from textlock.models.vision import make_vision_tower
 
 FLAGS = [
     "--run-dir",
@@ -44,7 +46,7 @@ class Trained:
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.tower = module.build_tower(CONFIG, 64, weights=None)
+        self.tower = make_vision_tower(CONFIG.model, image_size=32)
         loss = LossConfig(objective="sigmoid", initial_logit_scale=11.0 + seed, initial_logit_bias=-3.0, text_bank=5)
         self.objective = Objective(loss, texts=8, width=64, dtype=torch.float32, device=torch.device("cpu"))
         for buffer in self.objective.buffers():
@@ -62,7 +64,8 @@ class Trained:
             optimizer=self.optimizer,
             progress=Progress(step=step, samples_seen=8 * step, loader={"position": 8 * step}),
             text_fingerprint="abc",
-            config=CONFIG,
+            run_config=dump_config(CONFIG),
+            keep=CONFIG.checkpoint.keep,
         )
 
     def tensors(self) -> list[torch.Tensor]:
@@ -192,7 +195,7 @@ def test_a_full_disk_keeps_what_was_there(trained, tmp_path, monkeypatch):
 def test_another_architecture_is_named_and_nothing_changed(trained, tmp_path):
     found = read_checkpoint(trained.save(tmp_path, 1))
     torch.manual_seed(0)
-    other = module.build_vision_tower("eva02_micro_patch8_32", pooling="mean")
+    other = make_vision_tower(replace(CONFIG.model, pooling="mean"), image_size=32)
     objective = Objective(LossConfig(), texts=8, width=64, dtype=torch.float32, device=torch.device("cpu"))
     before = [parameter.detach().clone() for parameter in other.parameters()]
     with pytest.raises(ValueError, match=r"another architecture .* unexpected pool\."):

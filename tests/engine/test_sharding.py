@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from textlock.data.loader import DataConfig
 from textlock.engine.checkpoint import Progress, read_checkpoint, restore, save_checkpoint
-from textlock.engine.config import Config, LossConfig, StepConfig
+from textlock.engine.config import Config, dump_config
 from textlock.engine.distributed import World
-from textlock.engine.objective import Objective
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import OptimConfig, ShardedGradients, build_optimizer
 from textlock.engine.plan import fixed_bytes, tier_costs
-from textlock.engine.sharding import gathered, own_part, shard_tower, sum_after_backward, whole
+from textlock.engine.sharding import full_tensor, gathered, local_shard, shard_tower, sum_after_backward
 from textlock.engine.step import autocast_for, image_rows
-from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
+from textlock.models.vision import VISION_CONFIGS, ModelConfig, VisionTower, build_vision_tower
 
 RANKS = 2
 CPU = torch.device("cpu")
@@ -71,7 +71,8 @@ class Trained:
             optimizer=self.optimizer,
             progress=Progress(step=1),
             text_fingerprint="abc",
-            config=CONFIG,
+            run_config=dump_config(CONFIG),
+            keep=CONFIG.checkpoint.keep,
             writes=world.is_main,
         )
 
@@ -82,7 +83,9 @@ def every_parameter_has_a_gradient_that_is_the_sum(world, folder):
     tower(images(4, world.rank)).square().sum().backward()
     alone(torch.cat([images(4, rank) for rank in range(RANKS)])).square().sum().backward()
     for (name, parameter), twin in zip(tower.named_parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter.grad), twin.grad, rtol=1e-4, atol=1e-5, msg=lambda t, n=name: n + t)
+        torch.testing.assert_close(
+            full_tensor(parameter.grad), twin.grad, rtol=1e-4, atol=1e-5, msg=lambda t, n=name: n + t
+        )
 
 
 def a_rank_holds_half(world, folder):
@@ -96,7 +99,7 @@ def a_rank_holds_half(world, folder):
         ([p.grad for p in trained.tower.parameters()], 1),
         (of_state, 2),
     ):
-        storages = [own_part(tensor).untyped_storage() for tensor in tensors]  # gradients of a block share one
+        storages = [local_shard(tensor).untyped_storage() for tensor in tensors]  # gradients of a block share one
         held = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         assert held == pytest.approx(times * every * 4 / RANKS, rel=0.02)
 
@@ -116,7 +119,7 @@ class Exchanges(TorchDispatchMode):
 def nothing_is_exchanged_while_gathered(world, folder):
     trained = Trained(world)
     alone = make_tower()
-    alone.load_state_dict({name: whole(tensor) for name, tensor in trained.tower.state_dict().items()})
+    alone.load_state_dict({name: full_tensor(tensor) for name, tensor in trained.tower.state_dict().items()})
     for _ in range(2):
         with gathered(trained.tower), torch.no_grad():
             with Exchanges() as exchanges:
@@ -125,7 +128,7 @@ def nothing_is_exchanged_while_gathered(world, folder):
             assert exchanges.count == 0
         torch.testing.assert_close(found, alone(images(3)))
         # What was gathered is given up again, and a training step runs as before.
-        local = sum(own_part(parameter).numel() for parameter in trained.tower.parameters())
+        local = sum(local_shard(parameter).numel() for parameter in trained.tower.parameters())
         assert local < 0.52 * sum(parameter.numel() for parameter in alone.parameters())
         with Exchanges() as exchanges:
             trained.tower(images(2)).sum().backward()
@@ -138,7 +141,7 @@ def a_checkpoint_is_whole_and_restores_anywhere(world, folder):
     dist.barrier()
     saved = read_checkpoint(path)
     for name, tensor in trained.tower.state_dict().items():
-        assert torch.equal(saved.model[name], whole(tensor)), name
+        assert torch.equal(saved.model[name], full_tensor(tensor)), name
 
     sharded = Trained(world, seed=5)
     restore(saved, sharded.tower, sharded.objective, sharded.optimizer)
@@ -149,12 +152,12 @@ def a_checkpoint_is_whole_and_restores_anywhere(world, folder):
     for (name, mine), theirs, source in zip(
         sharded.tower.named_parameters(), replicated.parameters(), trained.tower.parameters(), strict=True
     ):
-        assert torch.equal(own_part(mine), own_part(source)), name
-        assert torch.equal(whole(mine.detach()), theirs), name
+        assert torch.equal(local_shard(mine), local_shard(source)), name
+        assert torch.equal(full_tensor(mine.detach()), theirs), name
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             value = sharded.optimizer.state[mine][moment]
-            assert torch.equal(own_part(value), own_part(trained.optimizer.state[source][moment])), (name, moment)
-            assert torch.equal(whole(value), optimizer.state[theirs][moment]), (name, moment)
+            assert torch.equal(local_shard(value), local_shard(trained.optimizer.state[source][moment])), (name, moment)
+            assert torch.equal(full_tensor(value), optimizer.state[theirs][moment]), (name, moment)
     # A folder written by another number of ranks has the same bytes.
     if world.is_main:
         again = save_checkpoint(
@@ -164,7 +167,8 @@ def a_checkpoint_is_whole_and_restores_anywhere(world, folder):
             optimizer=optimizer,
             progress=Progress(step=1),
             text_fingerprint="abc",
-            config=CONFIG,
+            run_config=dump_config(CONFIG),
+            keep=CONFIG.checkpoint.keep,
         )
         for name in ("model.safetensors", "trainer.safetensors"):
             assert (again / name).read_bytes() == (path / name).read_bytes()
@@ -193,7 +197,7 @@ def low_precision_is_that_of_a_whole_tower(world, folder):
         towers = []
         for sharded in (False, True):
             torch.manual_seed(0)
-            tower = VisionTower(config, block=block)
+            tower = VisionTower(config, ModelConfig(block=block))
             torch.nn.init.normal_(tower.pool.latent)
             if sharded:
                 shard_tower(tower, world)
@@ -204,7 +208,7 @@ def low_precision_is_that_of_a_whole_tower(world, folder):
                 output.backward(torch.randn(output.shape, generator=torch.Generator().manual_seed(number)))
             towers.append(tower)
         for (name, twin), parameter in zip(towers[0].named_parameters(), towers[1].parameters(), strict=True):
-            error = (whole(parameter.grad) / RANKS - twin.grad).norm() / twin.grad.norm()
+            error = (full_tensor(parameter.grad) / RANKS - twin.grad).norm() / twin.grad.norm()
             assert error < 1e-5, (keep, block, name, error)
 
 
@@ -249,17 +253,6 @@ def ranked(tmp_path_factory):
 def test_sharded(ranked, case):
     folder, said = ranked
     assert all((folder / f"{case}-{rank}").exists() for rank in range(RANKS)), said
-
-
-def test_a_run_without_a_launcher_has_nobody_to_share_with():
-    with pytest.raises(ValueError, match="start with torchrun"):
-        shard_tower(make_tower(), World(0, 1, CPU, None))
-
-
-@pytest.mark.parametrize("name", ["apex", "transformer-engine"])
-def test_optimisers_of_whole_parameters_are_refused(name):
-    with pytest.raises(ValueError, match=f"--optim.optimizer {name} knows whole parameters only"):
-        replace(CONFIG, step=StepConfig(sharding="fsdp"), optim=OptimConfig(steps=3, optimizer=name))
 
 
 def test_fixed_bytes_are_divided():

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from textlock.engine.config import LossConfig
 from textlock.engine.distributed import World
 from textlock.engine.feed import Feed
 from textlock.engine.metrics import QueuedStep
-from textlock.engine.objective import Objective
+from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, ShardedGradients, build_optimizer
 from textlock.engine.plan import Plan, TierCost
 from textlock.engine.sharding import shard_tower, whole

@@ -9,7 +9,7 @@ from PIL import Image
 
 from textlock.data.index import index_shards
 from textlock.data.pack import pack_shards
-from textlock.evals.suite import EvaluationSuite
+from textlock.evals.suite import EvalConfig, EvaluationSuite
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 UNSEEN = {"cyan": (0, 255, 255)}
@@ -56,7 +56,8 @@ def suite(folders, **changes):
         "retrieval": str(folders / "shards"),
         "templates": ("a {} wall",),
     }
-    return EvaluationSuite(ColourText(), **{**settings, **changes}, image_size=16, batch_size=2, group=None)
+    config = EvalConfig(**{**settings, **changes}, batch_size=2)
+    return EvaluationSuite(ColourText(), config, image_size=16, group=None)
 
 
 def test_a_perfect_encoder_is_perfect_and_a_blind_one_guesses(folders):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from textlock.evals import zero_shot
-from textlock.evals.zero_shot import class_embeddings, evaluate_zero_shot, gather_rows, zero_shot_accuracy
+from textlock.evals.zero_shot import class_embeddings, evaluate_zero_shot, gather_ragged, zero_shot_accuracy
 
 CLASSES, IMAGES, WIDTH = 7, 53, 8
 NAMES = [f"class {number}" for number in range(CLASSES)]
@@ -190,7 +190,7 @@ def evaluate_as_rank(rank, ranks, folder):
         batches = batches_of(images[mine], labels[mine], 10) if len(images[mine]) else []
         results[case] = evaluate_zero_shot(toy_encoder, batches, class_rows, group=group)
     results["one class"] = class_embeddings(ToyTower(), NAMES[:1], TEMPLATES, group=group).tolist()
-    results["gathered"] = gather_rows(torch.full((rank * 2, 3), rank), group).tolist()
+    results["gathered"] = gather_ragged(torch.full((rank * 2, 3), rank), group).tolist()
     try:
         bad = batches_of(images[:5], labels[:5] + (CLASSES if rank == 1 else 0), 5)
         evaluate_zero_shot(toy_encoder, bad, class_rows, group=group)

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from textlock.models import block as module
-from textlock.models.block import Block, ComputeCopies, Keep, Stream, kept_bytes, weight_gradient
-from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower, rotary_table
+from textlock.models.block import Block, BlockShape, ComputeCopies, Keep, Stream, kept_bytes, weight_gradient
+from textlock.models.vision import VISION_CONFIGS, ModelConfig, VisionTower, build_vision_tower, rotary_table
 from textlock.tests.kernels.rounding import sum_rounding
 
 TIERS = get_args(Keep)
@@ -25,7 +25,8 @@ WIDTH, HEADS, HIDDEN, TOKENS = 16, 2, 12, 5
 
 
 def make_block(kind, *, shape=(WIDTH, HEADS, HIDDEN), seed=0, dtype=torch.float64, **arguments):
-    block = Block(*shape, norm_eps=1e-6, **KINDS[kind], **arguments)
+    width, heads, hidden = shape
+    block = Block(BlockShape(width=width, heads=heads, hidden=hidden, **KINDS[kind]), **arguments)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -328,15 +329,15 @@ def test_low_precision_is_as_exact_as_torchs(device, kind, first, turned):
         assert all(torch.equal(value, fused[name]) for name, value in again.items()), keep
 
 
-@pytest.mark.parametrize("residual", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("residual", ["auto", "fp32"])
 def test_stream_is_of_the_asked_type(residual):
-    tower = VisionTower(VISION_CONFIGS["eva02_micro_patch8_32"], pooling="mean", residual=residual)
+    tower = build_vision_tower("eva02_micro_patch8_32", pooling="mean", residual=residual)
     seen = []
     for block in tower.blocks:
         block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     with torch.autocast("cpu", torch.bfloat16):
         tower(random_images())
-    assert {stream.x.dtype for stream in seen} == {residual or torch.bfloat16}
+    assert {stream.x.dtype for stream in seen} == {torch.float32 if residual == "fp32" else torch.bfloat16}
     assert seen[1].branch.dtype == torch.bfloat16
 
 
@@ -375,7 +376,7 @@ def test_kept_patches_keep_their_positions(name):
         )
     )
     torch.manual_seed(0)
-    tower = VisionTower(config, pooling="mean", kept_patches=5).double()
+    tower = VisionTower(config, ModelConfig(pooling="mean", kept_patches=5)).double()
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     torch.manual_seed(7)
     kept = tower._draw_tokens(3)
@@ -423,16 +424,16 @@ def run_with(keep, **arguments):
 
 
 REFUSED = {
-    "form": (lambda: make_block("gelu", implementation="triton"), "'triton' is unknown: choose from fused, plain"),
+    "form": (lambda: tower_of(block="triton"), "--model.block is 'triton', must be one of fused, plain, compile"),
     "tier": (lambda: run_with("none"), "a fused block keeps all, no-mlp, lean, block, not 'none'"),
     "tier of another form": (lambda: run_with("lean", implementation="plain"), "a plain block keeps all, block, not"),
     "sub-norm": (
-        lambda: Block(8, 1, 8, gated=False, sub_norm=True, layer_scale=None, norm_eps=1e-6),
+        lambda: BlockShape(width=8, heads=1, hidden=8, gated=False, sub_norm=True, layer_scale=None),
         "a LayerNorm inside the MLP needs SwiGLU",
     ),
     "old GPU": (lambda: on_an_old_gpu(make_block("gelu")), "this one has 7.5: set --model.block compile"),
-    "patches": (lambda: tower_of(kept_patches=17), "17 patches of an image cannot be kept: it has 16"),
-    "attention": (lambda: tower_of(attention="fast")(random_images()), "backend 'fast' is unknown"),
+    "patches": (lambda: tower_of(kept_patches=17), "--model.kept-patches is 17, must be at most 16, the patches"),
+    "attention": (lambda: tower_of(attention="fast"), "--model.attention is 'fast', must be one of auto, triton"),
 }
 
 

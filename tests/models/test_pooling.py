@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import AttentionPoolLatent
 
+from textlock.models.block import BlockShape
 from textlock.models.pooling import AttentionPooling
+from textlock.models.vision import VISION_CONFIGS
 
 SHAPES = [
     pytest.param((2, 197, 48, 4), id="197-tokens"),
@@ -17,7 +19,8 @@ SHAPES = [
 
 def randomised_head(width, heads, *, gated=True, dtype=torch.float64):
     torch.manual_seed(0)
-    head = AttentionPooling(width, heads, 20, gated=gated, norm_eps=1e-6).to(dtype)
+    shape = BlockShape(width=width, heads=heads, hidden=20, gated=gated, sub_norm=False, layer_scale=None)
+    head = AttentionPooling(shape).to(dtype)
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return head
@@ -119,7 +122,7 @@ def results_of(form, head, tokens, direction):
 
 def test_starts_from_a_zero_latent_and_default_projections():
     torch.manual_seed(0)
-    head = AttentionPooling(64, 2, 176, gated=True, norm_eps=1e-6)
+    head = AttentionPooling(VISION_CONFIGS["eva02_micro_patch8_32"])
     assert torch.count_nonzero(head.latent) == 0
     for linear in (head.query, head.key_value, head.out_proj, head.mlp.gate_up):
         # nn.Linear draws from a uniform distribution of half-width 1 / sqrt(inputs).

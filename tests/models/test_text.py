@@ -147,7 +147,9 @@ def test_encode_uses_the_buckets(tower_folder, monkeypatch):
     captions = [f"{'dog ' * (1 + number % 40)}{number}" for number in range(300)]
     tower.encode(captions)
     tokenizer = AutoTokenizer.from_pretrained(tower_folder)
-    tokens = tokenizer([tower.prefix + caption for caption in captions], truncation=True, max_length=77)["input_ids"]
+    tokens = tokenizer([tower.config.prefix + caption for caption in captions], truncation=True, max_length=77)[
+        "input_ids"
+    ]
     real = sum(map(len, tokens))
     assert real <= sum(rows * length for rows, length in shapes) < 1.1 * real
 

@@ -6,6 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from textlock.kernels.attention import rotate
 from textlock.models.block import ComputeCopies, Keep
@@ -13,6 +15,7 @@ from textlock.models.vision import (
     IMAGE_MEAN,
     IMAGE_STD,
     VISION_CONFIGS,
+    ModelConfig,
     VisionConfig,
     VisionTower,
     build_vision_tower,
@@ -91,7 +94,7 @@ def relative_error(value, truth):
 
 def feature_error(model, config, *, key_bias=None):
     """Compare in float64, where what is left is no rounding: tables of both are made in float32."""
-    tower = VisionTower(config, pooling="mean").double().eval()
+    tower = VisionTower(config, ModelConfig(pooling="mean")).double().eval()
     state = from_timm(model.state_dict(), final_norm=config.final_norm)
     if key_bias is not None:
         for layer, bias in enumerate(key_bias):
@@ -194,7 +197,7 @@ def plain_tower(tower, images):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_are_those_of_the_plain_form(kind):
-    tower = randomise(VisionTower(KINDS[kind], pooling="mean")).double()
+    tower = randomise(VisionTower(KINDS[kind], ModelConfig(pooling="mean"))).double()
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(2, 3, 12, 12, dtype=torch.float64, generator=generator).requires_grad_()
     direction = torch.randn(2, 16, dtype=torch.float64, generator=generator)
@@ -215,7 +218,7 @@ def test_values_and_gradients_are_those_of_the_plain_form(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
-    tower = randomise(VisionTower(KINDS[kind], pooling="map")).double()
+    tower = randomise(VisionTower(KINDS[kind], ModelConfig())).double()
     images = torch.randn(1, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     names = [name for name, _ in tower.named_parameters()]
 
@@ -254,7 +257,7 @@ def test_projection_only_where_the_width_differs():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pooling", ["mean", "map"])
 def test_runs_in_low_precision(kind, pooling):
-    tower = randomise(VisionTower(KINDS[kind], pooling=pooling))
+    tower = randomise(VisionTower(KINDS[kind], ModelConfig(pooling=pooling)))
     images = torch.randint(0, 256, (8, 12, 12, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     truth = tower.double()(images)
     tower.float()
@@ -290,7 +293,7 @@ def test_bfloat16_loses_what_torch_loses(device, name):
     images = torch.randint(0, 256, (6, 80, 80, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
     def make(block, dtype=torch.float32):
-        tower = randomise(VisionTower(config, pooling="map", block=block))
+        tower = randomise(VisionTower(config, ModelConfig(block=block)))
         return tower.to(device if dtype == torch.float32 else "cpu", dtype)
 
     truth = gradients_of(make("plain", torch.float64), images)
@@ -367,9 +370,9 @@ def test_refuses_other_images(images):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param({"name": "eva02_huge"}, "'eva02_huge' is unknown: choose from eva02_base", id="name"),
-        pytest.param({"pooling": "max"}, "'max' is unknown: choose from cls, mean, map", id="pooling"),
-        pytest.param({"image_size": 36}, "36 is not a positive multiple of the patch size 8", id="size"),
+        pytest.param({"name": "eva02_huge"}, "--model.name is 'eva02_huge', must be one of eva02_base", id="name"),
+        pytest.param({"pooling": "max"}, "--model.pooling is 'max', must be one of cls, mean, map", id="pooling"),
+        pytest.param({"image_size": 36}, "--data.image-size is 36, must be a multiple of 8, the patch size", id="size"),
     ],
 )
 def test_refuses_other_towers(arguments, message):
@@ -378,8 +381,11 @@ def test_refuses_other_towers(arguments, message):
 
 
 def test_refuses_class_token_pooling_without_class_token():
-    with pytest.raises(ValueError, match="'cls' needs a class token"):
-        VisionTower(KINDS["vit-rope"], pooling="cls")
+    message = "--model.pooling is 'cls', must be mean or map: this tower has no class token"
+    with pytest.raises(ValueError, match=message):
+        VisionTower(KINDS["vit-rope"], ModelConfig(pooling="cls"))
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(name="vit_base_patch16_rope_reg1_gap_256", pooling="cls").shape()
 
 
 @pytest.mark.parametrize(
@@ -392,3 +398,34 @@ def test_refuses_class_token_pooling_without_class_token():
 def test_refuses_impossible_configurations(change, message):
     with pytest.raises(ValueError, match=message):
         VisionConfig(**{**vars(KINDS["eva02"]), **change})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pooling", ["mean", "map"])
+def test_flops_are_those_that_torch_counts(kind, pooling):
+    """The difference of two batches: what is done once a batch is none of an image's."""
+    tower = VisionTower(KINDS[kind], ModelConfig(pooling=pooling, block="plain", kept_patches=3)).train()
+    size = tower.image_size
+
+    def counted(images):
+        with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):
+            out = tower(torch.zeros(images, size, size, 3, dtype=torch.uint8))
+        with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
+            out.sum().backward()
+        return forward.get_total_flops(), backward.get_total_flops()
+
+    forward, backward = (two - one for one, two in zip(counted(1), counted(2), strict=True))
+    config, tokens = tower.config, tower.tokens_in_training
+    embedding = config.embedding_flops(3)
+    # Attention pooling computes its scores a second time on the way back, as flash attention does.
+    again = 2 * tokens * config.heads * config.width if pooling == "map" else 0
+    assert forward == (tower.training_flops + embedding) / 3
+    assert backward == 2 * forward - embedding + again
+
+
+def test_flops_of_the_base_tower_are_the_published_ones():
+    """106.6 GFLOP, of which absorption removes the products of all tokens with the head's key and value weights."""
+    config = VISION_CONFIGS["eva02_base_patch16_224"]
+    absorbed = 3 * (2 * config.tokens * 2 * config.width**2 - 4 * config.width**2)
+    assert (config.training_flops() + absorbed) / 1e9 == pytest.approx(106.6, abs=0.05)
+    assert config.training_flops() / 1e9 == pytest.approx(105.20, abs=0.01)
