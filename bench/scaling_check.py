@@ -31,7 +31,7 @@ from textlock.data.atomic import write_text_atomically
 from textlock.engine.distributed import World, join_world
 from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
-from textlock.engine.plan import choose_plan, tier_costs
+from textlock.engine.plan import StepConfig, choose_plan, tier_costs
 from textlock.engine.provenance import device_name
 from textlock.engine.step import LargeBatchStep, autocast_for, text_dtype
 from textlock.kernels.contrastive import contrastive_loss
