@@ -6,10 +6,6 @@ DEMO := runs/demo
 
 .PHONY: demo test test-processors lint gpu-check bench report clean
 
-# glibc would hand the activations' memory back to the system again and again, and fault it in anew: 2 to 6 % of the CPU
-# time of 150 steps, all of it in the system.
-demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
-demo: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 demo: $(DEMO)/data/captions.txt $(DEMO)/text_tower/config.json
 	$(RUN) train.py --config configs/demo.yaml --run-dir $(DEMO)
 
@@ -33,7 +29,8 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p textlock.kernels -p textlock.models -p textlock.data -p textlock.engine -p textlock.evals \
-		-p textlock.demo -p textlock.bench -m textlock.train -m textlock.evaluate -m textlock.export
+		-p textlock.demo -p textlock.bench -m textlock.settings -m textlock.train -m textlock.evaluate \
+		-m textlock.export
 
 # A machine with a GPU may have everything but a package registry: without .venv its own Python is used as it is.
 HERE := $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
