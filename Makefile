@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
-.PHONY: demo test lint gpu-check bench report clean
+.PHONY: demo test test-processors lint gpu-check bench report clean
 
 # glibc would hand the activations' memory back to the system at every step and fetch it again: a fifth of the time.
 demo: export MALLOC_MMAP_THRESHOLD_ = 33554432
@@ -19,8 +19,14 @@ $(DEMO)/text_tower/config.json: $(DEMO)/data/captions.txt
 	rm -rf $(DEMO)/text_tower
 	$(RUN) -m textlock.models.text --captions $(DEMO)/data/captions.txt --output $(DEMO)/text_tower
 
+# A process a core, one thread each, at most eight: a process may take four GiB.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-test lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+# The numeric tests with other instruction sets, numbers of threads and roundings than this machine's own: half an hour.
+test-processors: $(VENV)/.installed-test
+	$(RUN) -m textlock.tests.processors $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

@@ -1,9 +1,12 @@
 """A small run's inputs, made once a session by the project's own commands."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,11 @@ import yaml
 # Where there is no GPU the kernels run in Triton's interpreter, which has to be known before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What torch compiled for one processor, or for one setting of ATEN_CPU_CAPABILITY, is wrong on another.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="textlock-tests-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 ROOT = Path(__file__).parents[1]
 # Towers this small are slower on two threads than on one.
