@@ -33,7 +33,7 @@ def test_scale_within_the_documented_range_is_exact_and_beyond_it_loud():
     ids=["evaluate in chunks", "gradient in chunks", "evaluate at once", "gradient at once keeps the logits"],
 )
 def test_number_of_matrix_products(chunk, learnt, products):
-    inputs = inputs_of(LOSS, *make_rows(20, 20, 8), device="cpu", learnt=learnt)
+    inputs = inputs_of(LOSS, *make_rows(20, 20, 8), dtype=torch.float64, device="cpu", learnt=learnt)
     with in_chunks_of(chunk):
         assert profiled(lambda: LOSS.function(**inputs))[2] == products
 
