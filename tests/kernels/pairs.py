@@ -1,8 +1,8 @@
 """What the tests of the pairwise losses share: data, one way to run a loss in any mode, and bounds on its error.
 
-A bound follows from the arithmetic. With u = 2^-24, the unit roundoff of float32:
-- a dot product of d terms of unit vectors is off by about sqrt(d) u (Higham and Mary, 2019), so a logit by s sqrt(d) u,
-  and a sum over B texts by sqrt(B) u of itself; the matching pair is exact. A loss is off by at most that, relatively.
+A bound follows from the arithmetic; `rounding.py` says by how much a sum of K products is off:
+- a logit by s times that of d products, a sum over B texts by that of B, relative to itself; the matching pair is
+  exact. A loss is off by at most that, relative to itself.
 - a weight of the gradient is off by four times that (a logit and a normaliser, in two softmaxes), and by what its type
   rounds off: 2^-11 in float16, 2^-9 stored.
 - embeddings that float16 does not hold shift every logit by 3e-4 s / sqrt(d).
@@ -24,6 +24,8 @@ from torch import Tensor
 from textlock.kernels import contrastive, image_to_text, sigmoid
 from textlock.kernels.tiles import runs_tiles
 from textlock.tests.kernels.rounding import UNIT
+
+from .rounding import sum_rounding
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WEIGHTS = {
@@ -179,7 +181,7 @@ def assert_close(loss, mode, result, truth, image, text, scale, *, exact=True, f
     `exact` says that float16 holds the rows. `factor` widens the bounds where parts of a gradient cancel.
     """
     (b, d), B = image.shape, len(text)
-    logit = UNIT * (scale * math.sqrt(d) + math.sqrt(B))
+    logit = scale * sum_rounding(d) + sum_rounding(B)
     rounding = WEIGHTS.get(f"{loss} {mode}", 0.0)
     logit += 0.0 if exact or not rounding else 3e-4 * scale / math.sqrt(d)
     weight = 4 * logit + rounding + (0 if image.dtype == torch.float64 else torch.finfo(image.dtype).eps)

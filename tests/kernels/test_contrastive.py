@@ -33,7 +33,7 @@ def test_scale_within_the_documented_range_is_exact_and_beyond_it_loud():
     ids=["evaluate in chunks", "gradient in chunks", "evaluate at once", "gradient at once keeps the logits"],
 )
 def test_number_of_matrix_products(chunk, learnt, products):
-    inputs = inputs_of(LOSS, *make_rows(20, 20, 8), device="cpu", learnt=learnt)
+    inputs = inputs_of(LOSS, *make_rows(20, 20, 8), dtype=torch.float64, device="cpu", learnt=learnt)
     with in_chunks_of(chunk):
         assert profiled(lambda: LOSS.function(**inputs))[2] == products
 
@@ -53,7 +53,7 @@ def test_a_gradient_wanted_by_the_text_alone_is_the_same():
 
 def test_auto_is_chunked_without_a_gpu_and_goes_by_memory_with_one(monkeypatch):
     def choice(b, B, *, allocated=0, d=768, dtype=torch.float32, cuda=True):
-        image = SimpleNamespace(is_cuda=cuda, shape=(b, d), dtype=dtype, device="cuda:0")
+        image = SimpleNamespace(is_cuda=cuda, shape=(b, d), dtype=dtype, device=torch.device("cuda:0"))
         text = SimpleNamespace(shape=(B, d), dtype=dtype)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)

@@ -235,7 +235,7 @@ def test_chunked_never_holds_the_logits(loss, trained):
 
 @every_loss
 def test_evaluation_without_grad_takes_one_pass(loss):
-    inputs = inputs_of(loss, *make_rows(20, 20, 8), device="cpu", learnt=loss.learnt)
+    inputs = inputs_of(loss, *make_rows(20, 20, 8), dtype=torch.float64, device="cpu", learnt=loss.learnt)
     with torch.no_grad():
         assert profiled(lambda: loss.function(**inputs))[2] == 1
 
