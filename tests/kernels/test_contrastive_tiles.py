@@ -423,7 +423,7 @@ def test_parts_fill_the_last_wave():
 
 def test_auto_is_chunked_without_a_gpu_and_goes_by_memory_with_one(monkeypatch):
     def choice(b, B, *, allocated=0, d=768, dtype=torch.float32, cuda=True):
-        image = SimpleNamespace(is_cuda=cuda, shape=(b, d), dtype=dtype, device="cuda:0")
+        image = SimpleNamespace(is_cuda=cuda, shape=(b, d), dtype=dtype, device=torch.device("cuda:0"))
         text = SimpleNamespace(shape=(B, d), dtype=dtype)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: allocated)
