@@ -23,7 +23,6 @@ from torch import Tensor
 
 from textlock.kernels import contrastive, image_to_text, sigmoid
 from textlock.kernels.tiles import runs_tiles
-from textlock.tests.kernels.rounding import UNIT
 
 from .rounding import sum_rounding
 

@@ -71,8 +71,10 @@ def test_every_output_is_as_good_as_plain_torch_in_every_run(card, one, sizes):
         assert (found[name].dtype, found[name].shape) == (plain[name].dtype, true.shape), name
         assert true.ndim > 1 or found[name].dtype == F32, f"{name}: a sum over rows is float32"
         assert torch.equal(found[name], second[name]), f"{name}: two runs differ"
-        bound = 2 * relative_error(by_others[name], true) + TINY
-        if DEVICE.type == "cpu" and getattr(sizes, "dtype", None) == BF16:
+        # No more than some roundings to the type of the products, whatever others do: the truth may be what is wrong.
+        dtype = getattr(sizes, "dtype", F32)
+        bound = min(2 * relative_error(by_others[name], true), 16 * torch.finfo(dtype).eps) + TINY
+        if DEVICE.type == "cpu" and dtype == BF16:
             bound += CUT_OFF
         error = relative_error(found[name], true)
         assert error <= bound, f"{name}: relative error {error:.2e} exceeds {bound:.2e}"
