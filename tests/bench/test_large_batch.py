@@ -63,7 +63,7 @@ def test_a_wrong_step_prints_no_figure(spoil, names, measure, monkeypatch):
     ("flaw", "message"),
     [
         ({"check": 50}, "--check 50 is no multiple of the 8 micro-batches"),
-        ({"micro_batch": 11}, "does not divide"),
+        ({"micro_batch": 11}, "--step.micro-batch is 11, must divide the 96 images"),
         ({"memory_gib": 0.0}, "not even one image fits"),
     ],
 )

@@ -69,7 +69,7 @@ def test_every_operation_is_checked_and_measured_next_to_its_floor(part, ceiling
         assert line["percent_of_floor"] == pytest.approx(100 * max(by_traffic, by_operations))
         assert line["percent_of_floor"] > 0
         assert line["errors"] and max(line["errors"].values()) < 1e-4
-        assert ("speedup" in line) == name.startswith("ours")
+        assert "speedup" not in line or name.startswith("ours")
         assert line["device"] and line["versions"]["torch"] == torch.__version__.partition("+")[0]
         if part in ("block", "tower"):
             assert line["images_per_second"] == pytest.approx(3e3 / line["ms"])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -17,13 +18,14 @@ import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from textlock.data.loader import Batch
 from textlock.engine.distributed import World
 from textlock.engine.feed import Feed
 from textlock.engine.metrics import QueuedStep
 from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, ShardedGradients, build_optimizer
 from textlock.engine.plan import Plan, TierCost
-from textlock.engine.sharding import shard_tower, whole
+from textlock.engine.sharding import full_tensor, shard_tower
 from textlock.engine.step import LargeBatchStep, autocast_for, text_dtype
 from textlock.models.vision import build_vision_tower
 
@@ -114,7 +116,7 @@ class Training:
             for group in self.optimizer.param_groups:
                 group["lr"] = 1e-3
             self.optimizer.step()
-        weights = {name: whole(parameter.detach()) for name, parameter in self.parameters().items()}
+        weights = {name: full_tensor(parameter.detach()) for name, parameter in self.parameters().items()}
         return {"losses": torch.stack(losses), "norms": torch.stack(norms), **weights}
 
 
@@ -355,13 +357,13 @@ def test_the_host_waits_for_nothing(name, device):
 def test_a_feed_encodes_what_is_not_stored():
     images, rows, ids = batch_of(0)
     tower = mock.Mock(encode=mock.Mock(return_value=rows))
-    online = mock.Mock(images=images, captions=["a"], text_embeddings=None, ids=ids)
-    stored = mock.Mock(images=images, captions=["b"], text_embeddings=rows + 1, ids=ids)
+    online = Batch(images, ["a"], None, ids, ["key"], epoch=0, position=len(ids), skipped_by_kind={})
+    stored = replace(online, captions=["b"], text_embeddings=rows + 1)
     feed = Feed(iter([online, stored]), tower, CPU)
     first, second = next(feed), next(feed)
     tower.encode.assert_called_once_with(["a"])
     assert torch.equal(first.text, rows) and torch.equal(second.text, F.normalize(rows + 1, dim=-1))
-    assert first.images is images and first.source is online and second.ids is ids
+    assert replace(first, text_embeddings=None) == online and second.ids is ids
 
 
 RANKED = {

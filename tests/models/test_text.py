@@ -499,7 +499,7 @@ def test_a_hub_name_is_fetched_and_a_failure_is_one_sentence(tower_folder, monke
 
 
 def test_too_long_a_max_length_is_refused(tower_folder):
-    with pytest.raises(ValueError, match="at most 512 tokens"):
+    with pytest.raises(ValueError, match=r"--text\.max-length is 513, must be at most 512"):
         build_text_tower(tower_folder, max_length=513)
 
 
