@@ -59,7 +59,7 @@ NOT_EMPTY: Final = Bound(lambda text: bool(text.strip()), "not be empty")
 RISING: Final = Bound(lambda pair: pair[0] <= pair[1], "be two numbers, the smaller one first", of_all=True)
 # Of every number.
 _FINITE: Final = Bound(lambda value: isinstance(value, int) or math.isfinite(value), "be a finite number")
-_STORABLE: Final = Bound(lambda value: value < 2**63, "be less than 2^63")
+_STORABLE: Final = Bound(lambda value: isinstance(value, float) or value < 2**63, "be less than 2^63")
 
 
 class Settings:

@@ -127,7 +127,10 @@ def check_scale(value: Tensor | float) -> None:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return  # asking a GPU would make the host wait for it
     if value <= 0:
-        raise ValueError(f"logit_scale is {float(value)}; pass the exponentiated scale, which is above 0")
+        raise ValueError(
+            f"logit_scale is {float(value)}; pass the exponentiated scale, which is above 0: a learned one that is not "
+            f"has diverged, and a lower learning rate is the remedy"
+        )
 
 
 def check_settings(

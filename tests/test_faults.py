@@ -20,11 +20,12 @@ from .conftest import records, run
 STRUCK = """
 import os, signal, sys, time
 from textlock import train
+from textlock.engine import optim
 
 rank, step, attempts, blow = sys.argv.pop(1).split(":")
 struck = os.environ["RANK"] == rank and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) < int(attempts)
 
-class Gradients(train.FlatGradients):
+class Gradients(optim.FlatGradients):
     steps = 0
 
     def finish_reduction(self, group):
@@ -40,7 +41,7 @@ class Gradients(train.FlatGradients):
                 os.kill(os.getpid(), signal.Signals[blow])
         super().finish_reduction(group)
 
-train.FlatGradients = Gradients
+optim.FlatGradients = Gradients
 train.main()
 print(f"a rank took {Gradients.steps} steps", flush=True)
 """
