@@ -5,8 +5,10 @@ Run as a module this file is one rank: `python -m tests.kernels.test_ranks RANK 
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from textlock.kernels import contrastive
 from textlock.kernels.contrastive import contrastive_loss
-from textlock.kernels.gather import TextGather, gather_rows
+from textlock.kernels.gather import gather_rows
 from textlock.kernels.sigmoid import sigmoid_loss
 
 from .pairs import DEVICE, LOSSES, assert_close, make_rows, relative_error, run, truth_of
@@ -73,20 +75,10 @@ SPLITS = {
 }
 CASES = [(name, mode) for name, split in SPLITS.items() for mode in split.modes]
 
-# What somebody's own trainer has in place of open_clip's ClipLoss, under DistributedDataParallel: the README shows it.
-TRAINED_TEXT = """
-all_text = gather_rows(text_features, group)
-loss = contrastive_loss(image_features, all_text, logit_scale, first_row=rank * len(image_features), group=group,
-                        gradient_reduction="mean")
-"""
-BEFORE_THE_LOOP = """
-gather = TextGather(group, tuple(text_features.shape), text_features.dtype)
-"""
-FROZEN_TEXT = """
-gathering = gather.start(text_features)
-loss = contrastive_loss(image_features, gathering.wait(), logit_scale, first_row=rank * len(image_features),
-                        group=group, gradient_reduction="mean")
-"""
+# What README shows for somebody's own trainer, under DistributedDataParallel; here in float64.
+README = (ROOT / "README.md").read_text().replace("torch.float16", "torch.float64").replace(".half()", "")
+TRAINED_TEXT, FROZEN_TEXT, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BEFORE_THE_LOOP, IN_THE_LOOP = FROZEN_TEXT.split("for images, text in batches:\n")
 
 
 class TwoTowers(nn.Module):
@@ -138,16 +130,25 @@ def in_parallel(kind: str, group: dist.ProcessGroup) -> dict[str, Tensor]:
     if kind == "towers apart":  # each tower in a module of its own, the scale with the image tower's
         text_tower, model.text = DistributedDataParallel(model.text), nn.Identity()
     parallel = DistributedDataParallel(model)
-    scope = {"contrastive_loss": contrastive_loss, "gather_rows": gather_rows, "TextGather": TextGather}
+    scope = {
+        "contrastive_loss": contrastive_loss,
+        "torch": torch,
+        "F": F,
+        "rank": rank,
+        "group": group,
+        "b": 6,
+        "d": 24,
+    }
     for step in range(2):
         for parameter in (*model.parameters(), *text_tower.parameters()):
             parameter.grad = None
         image, text, scale, bias = parallel(images, text_tower(texts) if kind == "towers apart" else texts)
-        scope |= {"image_features": image, "text_features": text, "logit_scale": scale, "rank": rank, "group": group}
+        scope |= {"images": images, "image": image, "text": text, "logit_scale": scale}
+        scope["tower"] = lambda images, image=image: image
         if kind == "frozen":
             if step == 0:
                 exec(BEFORE_THE_LOOP, scope)
-            exec(FROZEN_TEXT, scope)
+            exec(textwrap.dedent(IN_THE_LOOP), scope)
         elif kind == "sigmoid":
             everyone = gather_rows(text, group)
             settings = {"first_row": own.start, "group": group, "gradient_reduction": "mean"}
