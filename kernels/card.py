@@ -2,8 +2,8 @@
 
 A pass is a launcher of Triton kernels and its reference in plain torch, two functions of one signature. Every file of
 an operation ends in ``CARDS``, and everybody who needs to know an operation walks these cards: the tests compare
-launcher and reference, the benchmarks time them next to the floor, the check of the machine code launches them on
-tensors without data, the profile of a step finds the floor of a kernel by its name.
+launcher and reference, the benchmarks time those of a tower next to the floor, the check of the machine code launches
+them on tensors without data, the profile of a step finds the floor of a kernel by its name.
 
 Names tie the passes together. A backward pass names its arguments as the forward pass names its inputs and outputs,
 and ``d_NAME`` for the gradient of an output; it returns ``d_NAME`` for the gradient of an input, the name of an output

@@ -688,7 +688,6 @@ def finish_gradient(parts: Tensor, own: Tensor, matching: Tensor, one_minus_p: T
     return Finished(gradient, dots)
 
 
-# What the card compares: the references compute in float64 if the embeddings are, and round nothing then.
 class SumsOfPairs(NamedTuple):
     """Pass 1 as the card compares it."""
 
@@ -730,7 +729,7 @@ def _logits(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None, firs
 def sums_reference(
     image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None, first_row: int, store: bool
 ) -> SumsOfPairs:
-    """Compute pass 1 in plain torch, dense; arguments as `sum_exponentials`."""
+    """Compute pass 1 in plain torch, dense; arguments as `sum_exponentials`, in float64 nothing is rounded."""
     logits = _logits(image, text, scale, ids, first_row)
     values = logits.exp2()
     rows, columns = (values.sum(axis, dtype=torch.float64) for axis in (1, 0))
