@@ -864,11 +864,12 @@ def _weights_inputs(sizes: _Sizes, data: Data) -> Inputs:
 
 
 def _stored_inputs(sizes: _Sizes, data: Data) -> Inputs:
-    """Draw codes of 2^(S - k + HEADROOM) with S - k in [-12, 0), some of them zero; behind the texts lies anything."""
+    """Draw codes of 2^(S - k + HEADROOM) with S - k in [-12, 0), some of them zero; behind the texts lies nan."""
     b, B = sizes.images, sizes.texts
     width, block_n = -(-B // 8) * 8, sums_shape(store=True, has_ids=sizes.ids).block_n
     codes = ((127 + HEADROOM - 12) << 8) + data.integers(12 << 8, b, width, dtype=torch.int32)
     codes *= data.integers(8, b, width, dtype=torch.int32) > 0
+    codes[:, B:] = -1  # nan, decoded and as float16
     column_lse = data.normal(B, dtype=torch.float32, mean=8)
     column_lse[: sizes.first_row] = torch.inf
     return {
