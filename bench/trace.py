@@ -183,7 +183,7 @@ class Least:
 
 def least_of_kernels(setting: Setting, pairs: PairSizes) -> dict[str, Least]:
     """Return the least of each kernel of the tower and of the losses, by name."""
-    found = {}
+    found: dict[str, Least] = {}
     for card in find_cards():
         of_tower, of_loss = (issubclass(card.sizes, kind) for kind in (TowerSizes, PairSizes))
         if not (of_tower or of_loss):
@@ -213,8 +213,8 @@ def floors_of_launches(
             continue
         parts = len(numbers) if least.once_a_step else 1
         for number, given in zip(numbers, noted[name], strict=True):
-            traffic, operations = min(least.traffic / parts, given), least.operations / parts
-            floors[number] = ceilings.floor(least.dtype, traffic=traffic, operations=operations)
+            least_traffic = min(least.traffic / parts, given)
+            floors[number] = ceilings.floor(least.dtype, traffic=least_traffic, operations=least.operations / parts)
     return floors
 
 
