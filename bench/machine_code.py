@@ -18,33 +18,25 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 from unittest import mock
 
-import torch
 import triton
 import tyro
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from textlock.kernels import contrastive_tiles, gather, sigmoid
 from textlock.kernels.card import Data, find_cards
 
 # An H100, and what one of its multiprocessors holds (CUDA programming guide, table of compute capability 9.0).
 MULTIPROCESSORS = 132
 REGISTERS, THREADS, PROGRAMS, SHARED_BYTES = 64 * 1024, 2048, 32, 228 * 1024
 RESERVED_BYTES = 1024  # of shared memory, for each program
-
-# The shape that the cases are launched at: one rank of 16 at a batch of 65,536.
-b, B, d = 4096, 65536, 768
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,97 +85,13 @@ class Binary:
         return found
 
 
-def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return a tensor without data, which is all that a compiler needs."""
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def cases() -> Iterator[Case]:
-    for of_loss in (contrastive_cases, sigmoid_cases, image_to_text_cases, gather_cases):
-        yield from (replace(case, programs=PERSISTENT) for case in of_loss())
     for card in find_cards():
         for one in card.passes:
             for name, sizes in card.compiled.items():
                 programs = one.programs if one.programs == "grid" else one.programs(sizes)
                 launch = partial(one.launch, **one.inputs(sizes, Data("meta")))
                 yield Case(name, launch, {one.kernel.__name__: programs})
-
-
-# Of the losses' kernels that start as many programs as are to run at once.
-PERSISTENT: dict[str, int | Literal["grid"]] = dict.fromkeys(
-    ("sums_kernel", "weights_kernel", "sigmoid_kernel"), "grid"
-)
-
-
-def contrastive_cases() -> Iterator[Case]:
-    image, text, scale = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
-    all_ids = tensor(B, dtype=torch.int32)
-    for ids, store in product((None, all_ids), (False, True)):
-        yield Case(
-            listed(ids=ids is not None, store=store),
-            partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, store=store),
-        )
-    yield Case("", partial(contrastive_tiles.matching_cosines, image, tensor(b, d, dtype=torch.float16)))
-    row_lse, column_lse, one_minus_p, weights = tensor(b), tensor(B), tensor(b), tensor(b, B, dtype=torch.float16)
-    for ids in (None, all_ids):
-        yield Case(
-            listed(ids=ids is not None),
-            partial(contrastive_tiles.write_weights, image, text, scale, ids, 0, row_lse, column_lse, weights),
-        )
-    stored = contrastive_tiles.Stored(tensor(b, B, dtype=torch.int16), tensor(B // 128, b), 128, tensor(b))
-    yield Case("", partial(contrastive_tiles.multiply_stored, stored, text, row_lse, column_lse))
-    yield Case("", partial(contrastive_tiles.weigh_stored, stored, B, row_lse, column_lse))
-    for splits, dtype in product((1, 4), (torch.float16, torch.float32)):
-        parts, own, matching = tensor(splits, b, d), tensor(b, d), tensor(b, d, dtype=dtype)
-        yield Case(
-            listed(split=splits > 1, half_width_text=dtype == torch.float16),
-            partial(contrastive_tiles.finish_gradient, parts, own, matching, one_minus_p, scale),
-        )
-
-
-def sigmoid_cases() -> Iterator[Case]:
-    image, text, scalar = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
-    all_ids = tensor(B, dtype=torch.int32)
-    for ids, with_grad in product((None, all_ids), (False, True)):
-        weigh = sigmoid.tile_weigher(text, scalar, scalar, ids, b, with_grad)
-        yield Case(listed(ids=ids is not None, gradient=with_grad), partial(weigh, image, 0))
-
-
-def image_to_text_cases() -> Iterator[Case]:
-    """Return what the kernels of the contrastive loss do for rows alone."""
-    image, text, scale = tensor(b, d, dtype=torch.float16), tensor(B, d, dtype=torch.float16), tensor()
-    for ids, store in product((None, tensor(B, dtype=torch.int32)), (False, True)):
-        settings: dict[str, Any] = {"store": store, "with_columns": False}
-        yield Case(
-            listed(ids=ids is not None, store=store, rows_alone=True),
-            partial(contrastive_tiles.sum_exponentials, image, text, scale, ids, 0, **settings),
-        )
-    stored = contrastive_tiles.Stored(tensor(b, B, dtype=torch.int16), tensor(B // 128, b), 128, tensor(b))
-    yield Case("rows alone", partial(contrastive_tiles.multiply_stored, stored, text, tensor(b), None))
-
-
-def gather_cases() -> Iterator[Case]:
-    """Return the gather of one rank of eight on a node, and of one of sixteen on two."""
-    for nodes in ([[*range(8)]], [[*range(8)], [*range(8, 16)]]):
-        group: Any = SimpleNamespace(rank=lambda: 0, size=partial(sum, map(len, nodes)))
-        others: dict[str, Any] = {
-            "_part_of": lambda group, parts: parts[0],
-            "_ranks_of": lambda part, group: part,
-            "_exchange": lambda group, numbers, device: [numbers] * group.size(),
-            "_open_peers": lambda nbytes, peers, device: (
-                tensor(nbytes, dtype=torch.uint8),
-                tensor(8, dtype=torch.int64),
-            ),
-        }
-        with mock.patch.multiple(gather, **others), mock.patch("torch.distributed.all_gather_into_tensor"):
-            rows = tensor(b, d, dtype=torch.float16)
-            yield Case(
-                listed(across_nodes=len(nodes) > 1), partial(gather._SymmetricGather(group, nodes, rows).start, rows)
-            )
-
-
-def listed(**settings: bool) -> str:
-    return ", ".join(name.replace("_", " ") for name, value in settings.items() if value)
 
 
 class H100:

@@ -5,7 +5,7 @@
     python -m textlock.bench.operations --only tower --tower eva02_base_patch16_224 --micro-batch 8
     pytest bench/test_operations.py --benchmark-only                     # the same figures through pytest-benchmark
 
-Kernels are those of all cards (`textlock.kernels.card`).
+Kernels are those of all cards of a tower (`textlock.kernels.card`).
 Products are in bfloat16 on a GPU and in float32 on a CPU, data is random. The floor of everything is its least memory
 traffic over the bandwidth of copies or its operations over the rate of large products (`textlock.bench.ceilings`),
 whichever takes longer; for a block and a tower it is the operations alone. Every candidate is first compared with

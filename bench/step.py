@@ -81,6 +81,7 @@ from textlock.bench.measure import LEAST_RUNS, Spread, peak_bytes, relative_erro
 from textlock.bench.records import profile_table
 from textlock.bench.tower import flat
 from textlock.data.loader import Batch
+from textlock.kernels.card import PairSizes
 from textlock.kernels.device import peak_rate
 from textlock.models.vision import VISION_CONFIGS
 
@@ -229,7 +230,8 @@ def profiled(
         prepared.step(feed).wait()
         recorded = trace.record(lambda: prepared.step(feed), setting.device)
     trace.write_trace(recorded, path)
-    return trace.largest(trace.activities(recorded, shapes, found))
+    pairs = PairSizes(images=case.b, texts=case.B, width=case.d)
+    return trace.largest(trace.activities(recorded, shapes, pairs, found))
 
 
 def timed(step: Callable[[Clock | None], Clock], seconds: float) -> list[dict[Phase, float]]:

@@ -9,8 +9,9 @@ for kernels, without the time of those that they call.
 The floor of a kernel is that of all its launches, and is left out where one of them is unknown. Known are
 
     matrix products     operations, from the shapes of the operator that launched it, over the rate of large products
-    kernels of a tower  traffic and operations as their cards count them; of a launch that is given less, such as a
-                        LayerNorm with nothing to add, the bytes of its tensors
+    kernels             traffic and operations as their cards count them; of a launch that is given less, such as a
+                        LayerNorm with nothing to add, the bytes of its tensors. A kernel of the loss visits every
+                        pair once a step: its launches share that floor equally
     copies and fills    their bytes
     sums and the like   what plain element-wise operators read and write
 """
@@ -20,9 +21,9 @@ import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from textlock.bench.ceilings import Ceilings
 from textlock.bench.comparison import Setting
 from textlock.bench.measure import Unavailable, to_its_end
-from textlock.bench.operations import sizes_of, tower_cards
+from textlock.bench.operations import sizes_of
+from textlock.kernels.card import PairSizes, TowerSizes, find_cards
 
 LARGEST = 10
 LONGEST_NAME = 80
@@ -133,8 +135,8 @@ def on_gpu(events: Iterable[dict[str, Any]]) -> bool:
     return any(event.get("cat") in ON_GPU for event in events)
 
 
-def activities(recorded: Recorded, setting: Setting, ceilings: Ceilings) -> list[Activity]:
-    """Return what ran on the device, with floors; ``setting`` is that of a micro-batch."""
+def activities(recorded: Recorded, setting: Setting, pairs: PairSizes, ceilings: Ceilings) -> list[Activity]:
+    """Return what ran on the device, with floors; ``setting`` is that of a micro-batch, ``pairs`` those of the step."""
     events = [event for event in recorded.trace["traceEvents"] if event["ph"] == "X"]
     operators = [event for event in events if event["cat"] == "cpu_op"]
     if not on_gpu(events):
@@ -143,7 +145,7 @@ def activities(recorded: Recorded, setting: Setting, ceilings: Ceilings) -> list
             for e, own in own_times(operators)
         ]
     found = sorted((event for event in events if event["cat"] in ON_GPU), key=lambda event: event["ts"])
-    floors = floors_of_launches(found, recorded.launches, setting, ceilings)
+    floors = floors_of_launches(found, recorded.launches, least_of_kernels(setting, pairs), ceilings)
     floors |= floors_by_operators(found, operators, ceilings)
     return [
         Activity(shortened(e["name"]), *span(e), e["dur"] / 1e6, floors.get(number)) for number, e in enumerate(found)
@@ -169,32 +171,51 @@ def own_times(operators: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any],
     return [(event, seconds) for event, seconds in own]
 
 
+@dataclass(frozen=True)
+class Least:
+    """What has to be done by a kernel."""
+
+    traffic: float
+    operations: float
+    dtype: torch.dtype  # of matrix products
+    once_a_step: bool  # by all launches together; otherwise by each
+
+
+def least_of_kernels(setting: Setting, pairs: PairSizes) -> dict[str, Least]:
+    """Return the least of each kernel of the tower and of the losses, by name."""
+    found: dict[str, Least] = {}
+    for card in find_cards():
+        of_tower, of_loss = (issubclass(card.sizes, kind) for kind in (TowerSizes, PairSizes))
+        if not (of_tower or of_loss):
+            continue
+        sizes = sizes_of(card, setting) if of_tower else card.sizes(**asdict(pairs))
+        for one in card.passes:
+            if one.kernel is not None:
+                least = Least(one.traffic(sizes), one.operations(sizes), sizes.dtype, once_a_step=of_loss)
+                found.setdefault(one.kernel.__name__, least)
+    return found
+
+
 def floors_of_launches(
-    found: Sequence[dict[str, Any]], launches: Iterable[tuple[str, int]], setting: Setting, ceilings: Ceilings
+    found: Sequence[dict[str, Any]],
+    launches: Iterable[tuple[str, int]],
+    least_by_kernel: Mapping[str, Least],
+    ceilings: Ceilings,
 ) -> dict[int, float]:
-    """Return floors of the tower's kernels, by their number among those found, which ran in the order of launches."""
+    """Return floors of Triton kernels, by their number among those found, which ran in the order of launches."""
     noted: dict[str, list[int]] = defaultdict(list)
     for name, traffic in launches:
         noted[name].append(traffic)
     floors = {}
-    for name, (counted, operations) in least_of_tower(setting).items():
+    for name, least in least_by_kernel.items():
         numbers = [number for number, event in enumerate(found) if event["name"] == name]
         if len(numbers) != len(noted[name]):  # then nobody knows which is which
             continue
+        parts = len(numbers) if least.once_a_step else 1
         for number, given in zip(numbers, noted[name], strict=True):
-            floors[number] = ceilings.floor(setting.dtype, traffic=min(counted, given), operations=operations)
+            least_traffic = min(least.traffic / parts, given)
+            floors[number] = ceilings.floor(least.dtype, traffic=least_traffic, operations=least.operations / parts)
     return floors
-
-
-def least_of_tower(setting: Setting) -> dict[str, tuple[float, float]]:
-    """Return the traffic and the operations of one launch of each kernel of the tower."""
-    return {
-        one.kernel.__name__: (one.traffic(sizes), one.operations(sizes))
-        for card in tower_cards()
-        for sizes in (sizes_of(card, setting),)
-        for one in card.passes
-        if one.kernel is not None
-    }
 
 
 def floors_by_operators(

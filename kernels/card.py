@@ -2,8 +2,8 @@
 
 A pass is a launcher of Triton kernels and its reference in plain torch, two functions of one signature. Every file of
 an operation ends in ``CARDS``, and everybody who needs to know an operation walks these cards: the tests compare
-launcher and reference, the benchmarks time them next to the floor, the check of the machine code launches them on
-tensors without data, the profile of a step finds the floor of a kernel by its name.
+launcher and reference, the benchmarks time those of a tower next to the floor, the check of the machine code launches
+them on tensors without data, the profile of a step finds the floor of a kernel by its name.
 
 Names tie the passes together. A backward pass names its arguments as the forward pass names its inputs and outputs,
 and ``d_NAME`` for the gradient of an output; it returns ``d_NAME`` for the gradient of an input, the name of an output
@@ -16,14 +16,16 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .device import AMPERE
 
-S = TypeVar("S")  # `TowerSizes` or an operation's own: a frozen dataclass of what decides shapes and types
+# `TowerSizes`, `PairSizes` or an operation's own: a frozen dataclass of what decides shapes and types
+S = TypeVar("S")
 Inputs = dict[str, Any]  # arguments by name: tensors, None, and settings
 Outputs = dict[str, Tensor]
 
@@ -51,6 +53,37 @@ class TowerSizes:
     def rows(self) -> int:
         """Tokens of all images."""
         return self.images * self.tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSizes:
+    """Plain numbers of a loss of images against texts; an operation adds its own settings in a subclass."""
+
+    images: int = 1
+    texts: int = 1
+    width: int = 64
+    first_row: int = 0  # the text that matches image 0
+    ids: bool = False  # some texts are equal
+    dtype: ClassVar[torch.dtype] = torch.float16  # of matrix products
+
+    @property
+    def product(self) -> int:
+        """Operations of a product that has every pair."""
+        return 2 * self.images * self.texts * self.width
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Bytes of all embeddings, as the kernels read them."""
+        return (self.images + self.texts) * self.width * self.dtype.itemsize
+
+
+# For the cards of losses. The interpreter's tiles are 32 x 32 x 32, and a launch of the sums takes 64 images.
+ODD_PAIRS: Mapping[str, Mapping[str, Any]] = {
+    "1x40x64 one image, last text": {"texts": 40, "first_row": 39},
+    "33x70x72 ragged in all three, duplicates": {"images": 33, "texts": 70, "width": 72, "first_row": 11, "ids": True},
+    "70x98x136 two launches": {"images": 70, "texts": 98, "width": 136, "first_row": 28},
+}
+ONE_OF_16_RANKS: Mapping[str, Any] = {"images": 4096, "texts": 65536, "width": 768}  # at a batch of 65,536
 
 
 class Data:
@@ -114,6 +147,28 @@ class Card(Generic[S]):
     multiplies: bool = False
     least: tuple[int, int] = AMPERE  # compute capability that the kernels need
     empty: bool = True  # a batch without images is allowed
+
+
+def draw_pairs(sizes: PairSizes, data: Data) -> Inputs:
+    """Return image [b, d] and text [B, d], unit embeddings in float16, scale [] float32, ids [B] int32 and first_row.
+
+    An image is nearer to its text than to others, but not by so much that only that counts.
+    """
+    b, B, d = sizes.images, sizes.texts, sizes.width
+    text = F.normalize(data.normal(B, d, dtype=torch.float32))
+    image = F.normalize(data.normal(b, d, dtype=torch.float32, std=d**-0.5) + 0.2 * text[sizes.first_row :][:b])
+    return {
+        "image": image.to(sizes.dtype),
+        "text": text.to(sizes.dtype),
+        "scale": torch.full((), 14.3, device=data.device),
+        "ids": data.integers(max(1, 2 * B // 3), B, dtype=torch.int32) if sizes.ids else None,
+        "first_row": sizes.first_row,
+    }
+
+
+def listed(**settings: bool) -> str:
+    """Return the names of the settings that are on, as the name of some sizes."""
+    return ", ".join(name.replace("_", " ") for name, on in settings.items() if on)
 
 
 def find_cards() -> Iterator[Card[Any]]:

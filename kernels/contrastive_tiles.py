@@ -20,14 +20,18 @@ Without columns (`image_to_text.py`) pass 1 sums rows alone, and `multiply_store
 Floor at 790 TFLOP/s: 0.52 ms a pass at 4,096 × 65,536 × 768, two passes stored, three recomputed. Not yet measured.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import multiprocessors_of
+from .card import ODD_PAIRS, ONE_OF_16_RANKS, Card, Data, Inputs, PairSizes, Pass, draw_pairs, listed
+from .device import HOPPER, multiprocessors_of
 from .tiles import (
     INTERPRETED,
     INTERPRETED_SHAPE,
@@ -648,9 +652,14 @@ def weigh_stored(stored: Stored, B: int, row_lse: Tensor, column_lse: Tensor) ->
     return stored.exponentials.view(torch.float16)
 
 
-def finish_gradient(
-    parts: Tensor, own: Tensor, matching: Tensor, one_minus_p: Tensor, factor: Tensor
-) -> tuple[Tensor, Tensor]:
+class Finished(NamedTuple):
+    """What `finish_gradient` returns."""
+
+    gradient: Tensor  # [n, D] float32
+    dots: Tensor  # [n] float32
+
+
+def finish_gradient(parts: Tensor, own: Tensor, matching: Tensor, one_minus_p: Tensor, factor: Tensor) -> Finished:
     """Return factor·(Σ parts / WEIGHT_UNIT - one_minus_p·matching) and its dot product with `own`, row by row.
 
     Args:
@@ -659,9 +668,6 @@ def finish_gradient(
         matching: [n, D], contiguous, the rows they match.
         one_minus_p: [n] float32.
         factor: [] float32.
-
-    Returns:
-        The gradient [n, D] and the dot products [n], float32.
     """
     splits, n, D = parts.shape
     gradient, dots = torch.empty_like(parts[0]), parts.new_empty(n)
@@ -679,4 +685,301 @@ def finish_gradient(
         UNIT=WEIGHT_UNIT,
         BLOCK_D=triton.next_power_of_2(D),
     )
-    return gradient, dots
+    return Finished(gradient, dots)
+
+
+class SumsOfPairs(NamedTuple):
+    """Pass 1 as the card compares it."""
+
+    rows: Tensor  # [b] float64: Σ_j e^S
+    columns: Tensor | None  # [B] float64: Σ_i e^S
+    exponentials: Tensor | None  # [b, B]: e^S, decoded
+    tops: Tensor | None  # [b]: highest k of each row
+
+
+class _Cosines(NamedTuple):
+    cosine: Tensor  # [n]
+
+
+class _Weights(NamedTuple):
+    weights: Tensor  # [b, B], or B up to a multiple of 8: g times WEIGHT_UNIT
+
+
+class _Product(NamedTuple):
+    product: Tensor  # [b, D]: g·text times WEIGHT_UNIT
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _decoded(codes: Tensor) -> Tensor:
+    return ((codes.int() & 0xFFFF) << 15).view(torch.float32)
+
+
+def _logits(image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None, first_row: int) -> Tensor:
+    """Return the logits [b, B] in units of log2, with matching pairs and duplicates at -inf."""
+    logits = _wide(image) @ _wide(text).T * (scale / math.log(2))
+    if ids is not None:
+        logits.masked_fill_(ids[first_row:][: len(image), None] == ids, -torch.inf)
+    logits.diagonal(first_row).fill_(-torch.inf)
+    return logits
+
+
+def sums_reference(
+    image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None, first_row: int, store: bool
+) -> SumsOfPairs:
+    """Compute pass 1 in plain torch, dense; arguments as `sum_exponentials`, in float64 nothing is rounded."""
+    logits = _logits(image, text, scale, ids, first_row)
+    values = logits.exp2()
+    rows, columns = (values.sum(axis, dtype=torch.float64) for axis in (1, 0))
+    if not store:
+        return SumsOfPairs(rows, columns, None, None)
+    kept = values if values.dtype == torch.float64 else _decoded((values.view(torch.int32) + 0x4000) >> 15)
+    return SumsOfPairs(rows, columns, kept, (logits.amax(1).clamp(min=LOWEST.value) + 0.5).floor())
+
+
+def _launch_sums(
+    image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None, first_row: int, store: bool
+) -> SumsOfPairs:
+    sums = sum_exponentials(image, text, scale, ids, first_row, store=store)
+    if sums.stored is None:
+        return SumsOfPairs(sums.rows, sums.columns, None, None)
+    stored, (b, B) = sums.stored, (len(image), len(text))
+    values = _stored_values(stored.exponentials, stored.offsets[:, :b], stored.block_n)
+    return SumsOfPairs(sums.rows, sums.columns, values[:, :B], stored.tops)
+
+
+def _stored_values(exponentials: Tensor, offsets: Tensor, block_n: int) -> Tensor:
+    """Return e^S [b, columns] of stored exponentials."""
+    offset = offsets.repeat_interleave(block_n, 0)[: exponentials.shape[1]].T
+    return _decoded(exponentials) * (offset - HEADROOM).exp2()
+
+
+def _matching_reference(image: Tensor, matching: Tensor) -> _Cosines:
+    return _Cosines((_wide(image) * _wide(matching)).sum(1))
+
+
+def _launch_matching(image: Tensor, matching: Tensor) -> _Cosines:
+    return _Cosines(matching_cosines(image, matching))
+
+
+def _weights_reference(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    first_row: int,
+    row_lse: Tensor,
+    column_lse: Tensor,
+) -> _Weights:
+    logits = _logits(image, text, scale, ids, first_row)
+    weights = (logits - row_lse[:, None]).exp2() + (logits - column_lse).exp2()
+    return _Weights((weights * WEIGHT_UNIT).to(image.dtype))
+
+
+def _launch_weights(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    ids: Tensor | None,
+    first_row: int,
+    row_lse: Tensor,
+    column_lse: Tensor,
+) -> _Weights:
+    b, B = len(image), len(text)
+    weights = image.new_empty(b, -(-B // 8) * 8)
+    write_weights(image, text, scale, ids, first_row, row_lse, column_lse, weights)
+    return _Weights(weights[:, :B])
+
+
+def _stored_weights(
+    exponentials: Tensor, offsets: Tensor, block_n: int, B: int, row_lse: Tensor, column_lse: Tensor
+) -> Tensor:
+    """Return g·WEIGHT_UNIT [b, B] of stored exponentials."""
+    values = _stored_values(exponentials, offsets, block_n)[:, :B]
+    return values * ((-row_lse).exp2()[:, None] + (-column_lse).exp2()) * WEIGHT_UNIT
+
+
+def _product_reference(
+    exponentials: Tensor, offsets: Tensor, block_n: int, text: Tensor, row_lse: Tensor, column_lse: Tensor
+) -> _Product:
+    weights = _stored_weights(exponentials, offsets, block_n, len(text), row_lse, column_lse)
+    return _Product(_wide(weights.to(text.dtype)) @ _wide(text))
+
+
+def _launch_product(
+    exponentials: Tensor, offsets: Tensor, block_n: int, text: Tensor, row_lse: Tensor, column_lse: Tensor
+) -> _Product:
+    stored = Stored(exponentials, offsets, block_n, row_lse)
+    return _Product(multiply_stored(stored, text, row_lse, column_lse).sum(0))
+
+
+def _weigh_reference(
+    exponentials: Tensor, offsets: Tensor, block_n: int, B: int, row_lse: Tensor, column_lse: Tensor
+) -> _Weights:
+    weights = _stored_weights(exponentials, offsets, block_n, B, row_lse, column_lse)
+    padded = F.pad(weights, (0, exponentials.shape[1] - B))
+    return _Weights(padded if weights.dtype == torch.float64 else padded.half())
+
+
+def _launch_weigh(
+    exponentials: Tensor, offsets: Tensor, block_n: int, B: int, row_lse: Tensor, column_lse: Tensor
+) -> _Weights:
+    stored = Stored(exponentials.clone(), offsets, block_n, row_lse)
+    return _Weights(weigh_stored(stored, B, row_lse, column_lse))
+
+
+def _finish_reference(parts: Tensor, own: Tensor, matching: Tensor, one_minus_p: Tensor, factor: Tensor) -> Finished:
+    gradient = (parts.sum(0) / WEIGHT_UNIT - one_minus_p[:, None] * matching) * factor
+    return Finished(gradient, (gradient * own).sum(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes(PairSizes):
+    store: bool = True
+    splits: int = 1  # of the texts, in the product
+    matching: torch.dtype = torch.float16  # of the texts' own embeddings
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of an image and a text."""
+        return self.images * self.texts
+
+
+def _matching_inputs(sizes: _Sizes, data: Data) -> Inputs:
+    shape = (sizes.images, sizes.width)
+    return {name: data.normal(*shape, dtype=sizes.matching, std=0.1) for name in ("image", "matching")}
+
+
+def _weights_inputs(sizes: _Sizes, data: Data) -> Inputs:
+    given = draw_pairs(sizes, data)
+    own = slice(sizes.first_row, sizes.first_row + sizes.images)
+    matching = _matching_reference(given["image"], given["text"][own]).cosine * given["scale"] / math.log(2)
+    sums = sums_reference(**given, store=False)
+    assert sums.columns is not None
+    column_lse = torch.full((sizes.texts,), torch.inf, device=data.device)  # no image has the others
+    column_lse[own] = torch.logaddexp2(sums.columns[own].log2(), matching).float()
+    return given | {"row_lse": torch.logaddexp2(sums.rows.log2(), matching).float(), "column_lse": column_lse}
+
+
+def _stored_inputs(sizes: _Sizes, data: Data) -> Inputs:
+    """Draw codes of 2^(S - k + HEADROOM) with S - k in [-12, 0), some of them zero; behind the texts lies nan."""
+    b, B = sizes.images, sizes.texts
+    width, block_n = -(-B // 8) * 8, sums_shape(store=True, has_ids=sizes.ids).block_n
+    codes = ((127 + HEADROOM - 12) << 8) + data.integers(12 << 8, b, width, dtype=torch.int32)
+    codes *= data.integers(8, b, width, dtype=torch.int32) > 0
+    codes[:, B:] = -1  # nan, decoded and as float16
+    column_lse = data.normal(B, dtype=torch.float32, mean=8)
+    column_lse[: sizes.first_row] = torch.inf
+    return {
+        "exponentials": codes.to(torch.int16),
+        "offsets": data.integers(3, -(-B // block_n), b, dtype=torch.int32).float(),
+        "block_n": block_n,
+        "row_lse": data.normal(b, dtype=torch.float32, mean=8),
+        "column_lse": column_lse,
+    }
+
+
+def _finish_inputs(sizes: _Sizes, data: Data) -> Inputs:
+    shape = (sizes.images, sizes.width)
+    return {
+        "parts": data.normal(sizes.splits, *shape, dtype=torch.float32, std=0.1 * WEIGHT_UNIT),
+        "own": data.normal(*shape, dtype=torch.float32, std=0.1),
+        "matching": data.normal(*shape, dtype=sizes.matching, std=0.1),
+        "one_minus_p": data.vector(sizes.images),
+        "factor": torch.full((), 0.3, device=data.device),
+    }
+
+
+_MATCHING = Pass[_Sizes](
+    "contrastive_matching",
+    matching_kernel,
+    _launch_matching,
+    _matching_reference,
+    _matching_inputs,
+    traffic=lambda s: 2 * s.images * s.width * s.matching.itemsize,
+)
+_SUMS = Pass[_Sizes](
+    "contrastive_sums",
+    sums_kernel,
+    _launch_sums,
+    sums_reference,
+    lambda sizes, data: draw_pairs(sizes, data) | {"store": sizes.store},
+    traffic=lambda s: s.embedding_bytes + 2 * s.store * s.pairs,
+    operations=lambda s: s.product,
+    programs="grid",
+)
+_WEIGHTS = Pass[_Sizes](
+    "contrastive_weights",
+    weights_kernel,
+    _launch_weights,
+    _weights_reference,
+    _weights_inputs,
+    traffic=lambda s: s.embedding_bytes + 2 * s.pairs,
+    operations=lambda s: s.product,
+    programs="grid",
+)
+_PRODUCT = Pass[_Sizes](
+    "contrastive_product",
+    stored_product_kernel,
+    _launch_product,
+    _product_reference,
+    lambda sizes, data: _stored_inputs(sizes, data) | {"text": draw_pairs(sizes, data)["text"]},
+    traffic=lambda s: 2 * s.pairs + (2 * s.texts + 4 * s.images) * s.width,
+    operations=lambda s: s.product,
+)
+_WEIGH = Pass[_Sizes](
+    "contrastive_weigh",
+    weigh_kernel,
+    _launch_weigh,
+    _weigh_reference,
+    lambda sizes, data: _stored_inputs(sizes, data) | {"B": sizes.texts},
+    traffic=lambda s: 4 * s.pairs,
+)
+_FINISH = Pass[_Sizes](
+    "contrastive_finish",
+    finish_kernel,
+    finish_gradient,
+    _finish_reference,
+    _finish_inputs,
+    traffic=lambda s: s.images * s.width * (4 * (s.splits + 2) + s.matching.itemsize),
+)
+_ODD = {name: _Sizes(**shape) for name, shape in ODD_PAIRS.items()}
+_COMPILED = {listed(ids=ids): _Sizes(**ONE_OF_16_RANKS, ids=ids) for ids in (False, True)}
+_PLAIN = {"": _COMPILED[""]}
+CARDS = (
+    Card(
+        (_SUMS,),
+        _Sizes,
+        odd=_ODD | {f"{name}, sums alone": replace(sizes, store=False) for name, sizes in _ODD.items()},
+        compiled={
+            listed(ids=ids, store=store): _Sizes(**ONE_OF_16_RANKS, ids=ids, store=store)
+            for ids in (False, True)
+            for store in (False, True)
+        },
+        multiplies=True,
+        least=HOPPER,
+        empty=False,
+    ),
+    Card((_WEIGHTS,), _Sizes, odd=_ODD, compiled=_COMPILED, multiplies=True, least=HOPPER, empty=False),
+    Card((_PRODUCT,), _Sizes, odd=_ODD, compiled=_PLAIN, multiplies=True, least=HOPPER, empty=False),
+    Card((_MATCHING, _WEIGH), _Sizes, odd=_ODD, compiled=_PLAIN, least=HOPPER, empty=False),
+    Card(
+        (_FINISH,),
+        _Sizes,
+        odd={
+            "1x8": _Sizes(width=8),
+            "5x200 three parts": _Sizes(images=5, width=200, splits=3, matching=torch.float32),
+        },
+        compiled={
+            listed(split=splits > 1, half_width_text=matching == torch.float16): _Sizes(
+                **ONE_OF_16_RANKS, splits=splits, matching=matching
+            )
+            for splits in (1, 4)
+            for matching in (torch.float16, torch.float32)
+        },
+        least=HOPPER,
+        empty=False,
+    ),
+)

@@ -32,7 +32,7 @@ import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .card import Card, Data, Inputs, Pass
 from .device import AMPERE, capability_of
 
 Transport = Literal["none", "collective", "symmetric"]
@@ -118,6 +119,40 @@ def _publish_and_pull(
             _copy_words(source, target, words, WORDS_PER_COPY)
 
 
+def _half_words(nodes: int, rows: Tensor) -> int:
+    """Return the words of half a slab, a multiple of 16 bytes."""
+    return triton.cdiv(nodes * rows.nbytes // 4, 4) * 4
+
+
+def _pull(rows: Tensor, slabs: Tensor, owners: Tensor, gathered: Tensor, step: int, here: int) -> None:
+    """Publish a rank's embeddings and pull those of all ranks; arguments as the kernel's, in any type.
+
+    On several nodes the rank's half of its slab has been filled.
+    """
+    peers, nodes = owners.shape
+    b, d = rows.shape
+    blocks = nodes * triton.cdiv(b, _ROWS_PER_BLOCK)
+    _publish_and_pull[(min(_PULL_PROGRAMS, blocks),)](
+        rows.view(torch.int32),
+        slabs,
+        owners,
+        gathered.view(torch.int32),
+        step,
+        here,
+        PEERS=peers,
+        PEERS_CEILED=triton.next_power_of_2(peers),
+        NODES=nodes,
+        ROWS=b,
+        ROW_WORDS=d * rows.itemsize // 4,
+        HALF_WORDS=_half_words(nodes, rows),
+        ROWS_PER_BLOCK=_ROWS_PER_BLOCK,
+        WORDS_PER_COPY=_WORDS_PER_COPY,
+        IN_SLAB=nodes > 1,
+        num_warps=_PULL_WARPS,
+        num_stages=1,
+    )
+
+
 @dataclass(frozen=True)
 class GatherHandle:
     """A gather under way."""
@@ -166,15 +201,14 @@ class _SymmetricGather:
         places = [list(ranks) for ranks in zip(*nodes, strict=True)]
         self._across = _part_of(group, places) if len(nodes) > 1 else None  # ranks of this place on every node
 
-        row_words = d * rows.dtype.itemsize // 4
-        half_words = triton.cdiv(len(nodes) * b * row_words, 4) * 4
-        blocks = triton.cdiv(b, _ROWS_PER_BLOCK)
-        flag_words = len(node) * len(nodes) * blocks
+        half_words = _half_words(len(nodes), rows)
+        flag_words = len(node) * len(nodes) * triton.cdiv(b, _ROWS_PER_BLOCK)
         slab, self._slabs = _open_peers(4 * (2 * half_words + flag_words), peers, device)
         words = slab.view(torch.int32)
         words[2 * half_words :].zero_()
         self._halves = [
-            words[half * half_words :][: len(nodes) * b * row_words].view(rows.dtype).view(-1, d) for half in range(2)
+            words[half * half_words :][: len(nodes) * rows.nbytes // 4].view(rows.dtype).view(-1, d)
+            for half in range(2)
         ]
         # Whose rows lie n-th in whose slab. No peer is past this exchange before all flags are zero.
         owners_here = [group.rank()] if self._across is None else _ranks_of(self._across, group)
@@ -185,21 +219,7 @@ class _SymmetricGather:
         self._gathered = rows.new_empty(group.size() * b, d)
         self._step = 0
         self._stream = torch.cuda.Stream(device, priority=-1) if rows.is_cuda else None
-        self._programs = min(_PULL_PROGRAMS, len(nodes) * blocks)
         self._here = members.index(group.rank())
-        self._constants = {
-            "PEERS": len(node),
-            "PEERS_CEILED": triton.next_power_of_2(len(node)),
-            "NODES": len(nodes),
-            "ROWS": b,
-            "ROW_WORDS": row_words,
-            "HALF_WORDS": half_words,
-            "ROWS_PER_BLOCK": _ROWS_PER_BLOCK,
-            "WORDS_PER_COPY": _WORDS_PER_COPY,
-            "IN_SLAB": self._across is not None,
-            "num_warps": _PULL_WARPS,
-            "num_stages": 1,
-        }
 
     def start(self, rows: Tensor) -> GatherHandle:
         if rows.data_ptr() % 16 != 0:
@@ -215,15 +235,7 @@ class _SymmetricGather:
                 work = dist.all_gather_into_tensor(half, rows, group=self._across, async_op=True)
                 assert work is not None
                 work.wait()
-            _publish_and_pull[(self._programs,)](
-                rows.view(torch.int32),
-                self._slabs,
-                self._owners,
-                self._gathered.view(torch.int32),
-                self._step,
-                self._here,
-                **self._constants,
-            )
+            _pull(rows, self._slabs, self._owners, self._gathered, self._step, self._here)
         # In the interpreter the launch is the work.
         return GatherHandle(rows, self._gathered, None if self._stream is None else self._stream.record_event())
 
@@ -448,3 +460,79 @@ _all_gather_rows.register_autograd(_scatter_gradient, setup_context=_save_group)
 def group_of(group_name: str) -> dist.ProcessGroup:
     """Return the group that an operator was given by name."""
     return dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+
+
+class Pulled(NamedTuple):
+    """What one rank's pull leaves, as the card compares it."""
+
+    gathered: Tensor  # [P·b, d]
+    published: Tensor  # [peers, blocks] int32: this rank's flags in the slabs of all peers
+
+
+def _pull_reference(rows: Tensor, peers: int, here: int) -> Pulled:
+    blocks = len(rows) // peers * triton.cdiv(rows.shape[1], _ROWS_PER_BLOCK)
+    return Pulled(rows.flatten(0, 1), torch.ones(peers, blocks, dtype=torch.int32, device=rows.device))
+
+
+def _launch_pull(rows: Tensor, peers: int, here: int) -> Pulled:
+    """Pull as one rank, in step 1, where all others have published: the slabs are parts of one tensor.
+
+    Args:
+        rows: [P, b, d], embeddings of all ranks; those of a node follow one another.
+        peers: ranks of a node.
+        here: place of the rank on its node, which is the first.
+    """
+    P, b, d = rows.shape
+    nodes, step = P // peers, 1
+    own = rows[here]
+    half, blocks = _half_words(nodes, own), nodes * triton.cdiv(b, _ROWS_PER_BLOCK)
+    slabs = torch.empty(peers, 2 * half + triton.cdiv(peers * blocks, 4) * 4, dtype=torch.int32, device=rows.device)
+    flags = slabs[:, 2 * half :][:, : peers * blocks].view(peers, peers, blocks)
+    flags.zero_()
+    flags[here] = step
+    flags[here, here] = 0
+    words = rows.view(torch.int32).unflatten(0, (nodes, peers)).transpose(0, 1).flatten(1)
+    others = [peer for peer in range(peers) if nodes > 1 or peer != here]  # on one node the kernel fills its own
+    slabs[others, step % 2 * half : step % 2 * half + words.shape[1]] = words[others]
+    addresses = slabs.data_ptr() + 4 * slabs.shape[1] * torch.arange(peers, device=rows.device)
+    owners = torch.arange(P, dtype=torch.int32, device=rows.device).view(nodes, peers).T.contiguous()
+    gathered = rows.new_empty(P * b, d)
+    _pull(own, addresses, owners, gathered, step, here)
+    return Pulled(gathered, flags[:, here].clone())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    nodes: int = 1
+    peers: int = 8
+    here: int = 0
+    rows: int = 4096  # of one rank
+    width: int = 768
+
+
+def _inputs(sizes: _Sizes, data: Data) -> Inputs:
+    rows = data.normal(sizes.nodes * sizes.peers, sizes.rows, sizes.width, dtype=torch.float16)
+    return {"rows": rows, "peers": sizes.peers, "here": sizes.here}
+
+
+CARDS = (
+    Card(
+        (
+            Pass[_Sizes](
+                "gather",
+                _publish_and_pull,
+                _launch_pull,
+                _pull_reference,
+                _inputs,
+                traffic=lambda s: 2 * 2 * s.nodes * s.peers * s.rows * s.width,
+            ),
+        ),
+        _Sizes,
+        odd={
+            "three peers, 5x6": _Sizes(peers=3, here=1, rows=5, width=6),
+            "two nodes, 131x10": _Sizes(nodes=2, peers=2, here=1, rows=131, width=10),
+        },
+        compiled={"": _Sizes(), "across nodes": _Sizes(nodes=2)},
+        empty=False,
+    ),
+)

@@ -24,13 +24,23 @@ Cost in passes of 2·b·B·d operations: one to evaluate, two with the gradient,
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contrastive_tiles import finish_gradient, matching_cosines, multiply_stored, sum_exponentials
+from .card import ODD_PAIRS, ONE_OF_16_RANKS, Card, Data, Inputs, PairSizes, Pass, draw_pairs, listed
+from .contrastive_tiles import (
+    finish_gradient,
+    matching_cosines,
+    multiply_stored,
+    sum_exponentials,
+    sums_kernel,
+    sums_reference,
+)
+from .device import HOPPER
 from .pairs import (
     Pairs,
     asked_for,
@@ -42,7 +52,7 @@ from .pairs import (
     rows_per_chunk,
     why_not_tiles,
 )
-from .tiles import operand
+from .tiles import WEIGHT_UNIT, operand
 
 Mode = Literal["auto", "reference", "chunked", "fused"]
 
@@ -239,3 +249,72 @@ def image_to_text_loss(
         wants = [any(asked_for(image, pairs.logit_scale))] * 2
         loss, *_ = _image_to_text(image, text, pairs.logit_scale, ids, first_row, batch, mode, wants)
         return loss
+
+
+class Visit(NamedTuple):
+    """One visit of some images, as the card compares it."""
+
+    loss: Tensor  # [] float64: the sum of the images' losses
+    gradient: Tensor | None  # [b, d] float32: n/s dL/dI
+    dots: Tensor | None  # [b] float32: its dot products with the images
+
+
+def _visit_reference(
+    image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None, first_row: int, with_grad: bool
+) -> Visit:
+    """Compute a visit in plain torch, dense, from exponentials and weights that are rounded as the kernels round."""
+    wide = torch.promote_types(image.dtype, torch.float32)
+    rows, matches = image.to(wide), text[first_row : first_row + len(image)].to(wide)
+    sums = sums_reference(image, text, scale, ids, first_row, with_grad)
+    rest, positive = sums.rows.log(), scale * (rows * matches).sum(1)
+    loss = F.softplus(rest - positive).sum()
+    if sums.exponentials is None:
+        return Visit(loss, None, None)
+    weights = sums.exponentials * torch.logaddexp(rest, positive).neg().exp()[:, None]
+    gradient = (weights * WEIGHT_UNIT).to(text.dtype).to(wide) @ text.to(wide) / WEIGHT_UNIT
+    gradient -= torch.sigmoid(rest - positive).to(wide)[:, None] * matches
+    return Visit(loss, gradient, (gradient * rows).sum(1))
+
+
+def _launch_visit(
+    image: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None, first_row: int, with_grad: bool
+) -> Visit:
+    visit = tile_visitor(text, scale, ids, with_grad)
+    return Visit(*visit(image, text[first_row : first_row + len(image)], first_row))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes(PairSizes):
+    gradient: bool = True
+
+
+def _inputs(sizes: _Sizes, data: Data) -> Inputs:
+    return draw_pairs(sizes, data) | {"with_grad": sizes.gradient}
+
+
+_VISIT = Pass[_Sizes](
+    "image_to_text",
+    sums_kernel,
+    _launch_visit,
+    _visit_reference,
+    _inputs,
+    traffic=lambda s: s.embedding_bytes + 2 * s.gradient * s.images * s.texts,
+    operations=lambda s: s.product,
+    programs="grid",
+)
+_ODD = {name: _Sizes(**shape) for name, shape in ODD_PAIRS.items()}
+CARDS = (
+    Card(
+        (_VISIT,),
+        _Sizes,
+        odd=_ODD | {f"{name}, loss alone": replace(sizes, gradient=False) for name, sizes in _ODD.items()},
+        compiled={
+            listed(ids=ids, store=gradient, rows_alone=True): _Sizes(**ONE_OF_16_RANKS, ids=ids, gradient=gradient)
+            for ids in (False, True)
+            for gradient in (False, True)
+        },
+        multiplies=True,
+        least=HOPPER,
+        empty=False,
+    ),
+)

@@ -25,7 +25,8 @@ Memory: one chunk of weights (`chunked`: and one of losses), whatever b and B ar
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import multiprocessors_of
+from .card import ODD_PAIRS, ONE_OF_16_RANKS, Card, Data, Inputs, PairSizes, Pass, draw_pairs, listed
+from .device import HOPPER, multiprocessors_of
 from .pairs import (
     Pairs,
     Reduction,
@@ -381,3 +383,76 @@ def sigmoid_loss(
                 image, text, pairs.logit_scale, bias, ids, first_row, pairs.group_name, mode, chunk_mib, wants
             )
     return for_reduction(loss, pairs, gradient_reduction)
+
+
+class Visit(NamedTuple):
+    """One visit of some images, as the card compares it."""
+
+    weights: Tensor | None  # [b, B]: σ(z) times WEIGHT_UNIT
+    loss: Tensor  # [] float64: the sum of softplus(z)
+    weight: Tensor  # [] float64: the sum of σ(z)
+
+
+def _visit_reference(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids: Tensor | None,
+    first_row: int,
+    with_weights: bool,
+) -> Visit:
+    wide = torch.promote_types(image.dtype, torch.float32)
+    weights, sums = dense_weigher(text.to(wide), scale, bias, ids, len(image))(image.to(wide), first_row)
+    return Visit((weights * WEIGHT_UNIT).to(image.dtype) if with_weights else None, *sums.unbind())
+
+
+def _launch_visit(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    ids: Tensor | None,
+    first_row: int,
+    with_weights: bool,
+) -> Visit:
+    weights, sums = tile_weigher(text, scale, bias, ids, len(image), with_weights)(image, first_row)
+    return Visit(weights if with_weights else None, *sums.unbind())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes(PairSizes):
+    gradient: bool = True
+
+
+def _inputs(sizes: _Sizes, data: Data) -> Inputs:
+    bias = torch.full((), -3.0, device=data.device)
+    return draw_pairs(sizes, data) | {"bias": bias, "with_weights": sizes.gradient}
+
+
+_VISIT = Pass[_Sizes](
+    "sigmoid",
+    sigmoid_kernel,
+    _launch_visit,
+    _visit_reference,
+    _inputs,
+    traffic=lambda s: s.embedding_bytes + 2 * s.gradient * s.images * s.texts,
+    operations=lambda s: s.product,
+    programs="grid",
+)
+_ODD = {name: _Sizes(**shape) for name, shape in ODD_PAIRS.items()}
+CARDS = (
+    Card(
+        (_VISIT,),
+        _Sizes,
+        odd=_ODD | {f"{name}, loss alone": replace(sizes, gradient=False) for name, sizes in _ODD.items()},
+        compiled={
+            listed(ids=ids, gradient=gradient): _Sizes(**ONE_OF_16_RANKS, ids=ids, gradient=gradient)
+            for ids in (False, True)
+            for gradient in (False, True)
+        },
+        multiplies=True,
+        least=HOPPER,
+        empty=False,
+    ),
+)

@@ -12,12 +12,14 @@ from textlock.bench import trace as bench
 from textlock.bench.ceilings import Ceilings
 from textlock.bench.comparison import Setting
 from textlock.bench.measure import Unavailable
+from textlock.kernels.card import PairSizes
 from textlock.models.vision import VISION_CONFIGS
 
 CPU = torch.device("cpu")
 TOWER = "eva02_micro_patch8_32"
 SETTING = Setting(TOWER, VISION_CONFIGS[TOWER], 4, torch.device("cuda"), torch.bfloat16, 0)
-CEILINGS = Ceilings(1e9, {torch.bfloat16: 1e12, torch.float32: 1e11}, 1e8)
+PAIRS = PairSizes(images=8, texts=64, width=128)
+CEILINGS = Ceilings(1e9, {torch.bfloat16: 1e12, torch.float16: 5e11, torch.float32: 1e11}, 1e8)
 
 
 def ran(name, start, duration, *, stream=7, operator=None, cat="kernel", **args):
@@ -46,7 +48,7 @@ def recorded(*events, launches=()):
 
 
 def found_in(*events, launches=()):
-    return bench.largest(bench.activities(recorded(*events, launches=launches), SETTING, CEILINGS))
+    return bench.largest(bench.activities(recorded(*events, launches=launches), SETTING, PAIRS, CEILINGS))
 
 
 BF16, SCALAR = "c10::BFloat16", ("Scalar", [])
@@ -151,20 +153,31 @@ def test_kernels_of_a_tower_have_the_floor_of_each_launch():
         ran("add_norm_kernel", 20, 10),
         ran("attention_kernel", 40, 10, operator=5),
         ran("add_norm_kernel", 0, 10),
-        ran("sums_kernel", 60, 10),
+        ran("fold_kernel", 60, 10),
     ]
     much = 10**9  # more than has to be read, such as all tokens where one of an image is
-    launches = [("add_norm_kernel", much), ("attention_kernel", much), ("add_norm_kernel", 2000), ("sums_kernel", 1)]
+    launches = [("add_norm_kernel", much), ("attention_kernel", much), ("add_norm_kernel", 2000), ("fold_kernel", 1)]
     found = found_in(operator(5, "_FusedBlock"), *kernels, launches=launches)
     config = VISION_CONFIGS[TOWER]
     stream = SETTING.micro_batch * config.tokens * config.width * 2  # bytes
     assert found["add_norm_kernel"]["floor_ms"] == pytest.approx(1e3 * (4 * stream + 2000) / 1e9)
     operations = 4 * SETTING.micro_batch * config.tokens**2 * config.width
     assert found["attention_kernel"]["floor_ms"] == pytest.approx(1e3 * max(4 * stream / 1e9, operations / 1e12))
-    assert "floor_ms" not in found["sums_kernel"]
+    assert "floor_ms" not in found["fold_kernel"]
     # A launch that the profiler missed leaves open which launch was which.
     fewer = found_in(*kernels[1:], launches=launches)
     assert "floor_ms" not in fewer["add_norm_kernel"] and "floor_ms" in fewer["attention_kernel"]
+
+
+@pytest.mark.parametrize("launches", [1, 4])
+def test_kernels_of_a_loss_have_one_floor_a_step_in_however_many_launches(launches):
+    kernels = [ran(name, 10 * n, 5) for n, name in enumerate(("sums_kernel", "weigh_kernel") * launches)]
+    found = found_in(*kernels, launches=[(event["name"], 10**9) for event in kernels])
+    traffic = 2 * (8 + 64) * 128 + 2 * 8 * 64  # embeddings, and exponentials in two bytes
+    assert found["sums_kernel"]["floor_ms"] == pytest.approx(1e3 * max(2 * 8 * 64 * 128 / 5e11, traffic / 1e9))
+    assert found["weigh_kernel"]["floor_ms"] == pytest.approx(1e3 * 4 * 8 * 64 / 1e9)
+    found = found_in(*kernels, launches=[(event["name"], 0) for event in kernels])
+    assert found["sums_kernel"]["floor_ms"] == pytest.approx(1e3 * 2 * 8 * 64 * 128 / 5e11), "operations alone"
 
 
 def test_launches_are_noted_with_the_bytes_of_their_tensors(monkeypatch):
@@ -224,7 +237,7 @@ def test_a_step_is_recorded_and_its_trace_is_small(tmp_path):
             (a @ b).sum().backward()
 
     found = bench.record(step, CPU)
-    operators = {activity.name: activity for activity in bench.activities(found, SETTING, CEILINGS)}
+    operators = {activity.name: activity for activity in bench.activities(found, SETTING, PAIRS, CEILINGS)}
     assert operators["aten::mm"].floor == pytest.approx(2 * 64 * 32 * 16 / 1e11)
     path = tmp_path / "new" / "trace.json.gz"
     bench.write_trace(found, path)

@@ -1,4 +1,4 @@
-"""The passes of `store` and `recompute`: ranges of float32, stored exponentials, memory. The rest: test_pairs.py.
+"""The passes of `store` and `recompute` at the ends of their ranges, and their memory. The rest: test_cards.py.
 
 The interpreter's tiles are 32 × 32 × 32, so small inputs have several of them, ragged ones included.
 """
@@ -13,7 +13,6 @@ import triton.language as tl
 
 from textlock.kernels import contrastive_tiles
 from textlock.kernels.contrastive_tiles import STORED_RANGE
-from textlock.kernels.tiles import WEIGHT_UNIT
 
 from .pairs import (
     DEVICE,
@@ -75,18 +74,6 @@ def test_stored_exponentials_are_right_in_all_of_their_range():
     counted = (below > -125 - contrastive_tiles.HEADROOM) & ~torch.eye(len(image), dtype=torch.bool)
     assert below[counted].min() < -160
     assert right[counted].all()
-
-
-@pytest.mark.gpu
-def test_weights_of_stored_exponentials_are_rounded_and_not_shifted():
-    image, text = make_rows(64, 64, 64)
-    logits = (14.3 * image @ text.T).fill_diagonal_(-torch.inf)
-    rows, columns = logits.logsumexp(1), logits.logsumexp(0)
-    exact = (logits - rows[:, None]).exp() + (logits - columns).exp()
-    log2 = [(lse / math.log(2)).float().to(DEVICE) for lse in (rows, columns)]
-    weights = contrastive_tiles.weigh_stored(sums_of(image, text, 14.3, store=True).stored, 64, *log2)
-    error = (weights.double().cpu() / WEIGHT_UNIT / exact - 1)[exact > 0]
-    assert error.abs().max() <= 2**-9 + 2**-11 and error.mean().abs() < 2**-13
 
 
 @pytest.mark.gpu
