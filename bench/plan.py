@@ -7,8 +7,8 @@ Nothing is run but two small forwards on the CPU, which count bytes: this is the
 next to the two usual ways to save memory, under the same costs. `gradcache` keeps nothing and runs every image forward
 twice (https://arxiv.org/abs/2101.06983). `checkpoints` sends the local batch forward at once, keeps the input of every
 block and recomputes each block, as the released training code does. Extra time is the share of forward and backward
-with nothing recomputed. Peaks are of allocated bytes: weights, gradients, optimiser, two batches of images, embeddings,
-the loss, and activations at their most. One JSON line a tier and a plan on stdout, a table on stderr.
+with nothing recomputed. Peaks are of allocated bytes: weights, gradients, optimiser, three batches of images,
+embeddings, the loss, and activations at their most. One JSON line a tier and a plan on stdout, a table on stderr.
 """
 
 from collections import Counter

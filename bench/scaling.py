@@ -1,7 +1,7 @@
 """Predicts the training step on 8 to 4,096 GPUs from measured parts.
 
-    python -m textlock.bench.scaling --steps bench/results/STEPS.json   # figures of textlock.bench.step
-    python -m textlock.bench.scaling --parts parts.json                  # an object of the fields of Parts below
+    python -m textlock.bench.scaling --steps steps.jsonl    # lines that textlock.bench.step printed
+    python -m textlock.bench.scaling --parts parts.json     # an object of the fields of Parts below
 
 For P ranks of b images, B = P·b texts, d wide:
 
@@ -71,7 +71,6 @@ class Parts:
     deviation: float  # standard deviation of a rank's compute, as a share of it
     gradient_bytes: int
     exposed_bytes: int  # of these, outside of the blocks
-    width: int
     row_bytes: int  # of a text embedding
     micro_batch: int
     node: Link
@@ -181,7 +180,10 @@ def read_parts(path: Path) -> Parts:
 
 
 def parts_of_steps(path: Path, loader: float | None) -> Parts:
-    """Take the parts from lines that `bench.step` printed for ``ours``; links are assumed, deviation is at least."""
+    """Take the parts from lines of `bench.step` for ``ours``.
+
+    Links are assumed, and the deviation is at least the assumed one.
+    """
     lines = [line for line in read_figures(path) if line.get("candidate") == "ours" and "seconds" in line]
     lines = [line for line in lines if line["case"].get("pictures") is None]  # decoding meanwhile slows a tower down
     if not lines:
@@ -216,7 +218,6 @@ def sizes(tower: VisionTower, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "gradient_bytes": 4 * everything,
         "exposed_bytes": 4 * (everything - in_blocks),
-        "width": tower.embed_dim,
         "row_bytes": tower.embed_dim * dtype.itemsize,
     }
 
@@ -228,7 +229,7 @@ class ForecastOptions:
     parts: Path | None = None
     """JSON file of measured parts; this or --steps."""
     steps: Path | None = None
-    """JSON lines of bench.step, from which parts are taken."""
+    """Lines that bench.step printed (not named .json), or a .json file of bench/results: parts are taken from them."""
     loader: float | None = None
     """Images a second that the loader of one rank brings; left out: as many as are asked for."""
     global_batch: int = 65536

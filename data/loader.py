@@ -34,7 +34,6 @@ import numpy.typing as npt
 import torch
 
 from ..settings import FREE_ON_RESUME, NOT_EMPTY, RISING, Settings, above, at_least, at_most
-from .captions import decode_caption
 from .images import (
     BadSample,
     CropWindow,
@@ -437,9 +436,7 @@ class Loader:
         raw = self._reader.read(sample)
         config = self._config
         try:
-            caption = decode_caption(raw.caption)
-            if not caption:
-                raise BadSample("no-caption", "the caption is missing or empty")
+            caption = raw.text()
             text = None if self._stored_text is None else self._stored_text.row(sample)
             header = check_image(raw.image)
             window = crop_window(header.height, header.width, draws, scale=config.crop_scale, ratio=config.crop_ratio)
