@@ -1,4 +1,4 @@
-"""The one form of every benchmark: common options, one JSON line a candidate, one table, how it ends.
+"""The common interface of all benchmarks: options, one JSON line a candidate, one table, exit status.
 
 A benchmark declares a `Benchmark`: the class of its options, what is wrong with them, the columns of its table, and a
 generator of `Line`s. Those that time candidates in turns make their lines with `textlock.bench.candidates`.

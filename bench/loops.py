@@ -138,7 +138,7 @@ class OneOfManyObjective(Objective):
         self._everyone = case.text.to(dtype)
         self._sent = losses.other_ranks(case, config.mode) if case.world > 1 else None
 
-    def candidates(self, step: int, rows: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def texts(self, step: int, rows: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the text embeddings of all ranks."""
         self._clock().mark("tower")
         self._everyone[: len(rows)].copy_(rows)
@@ -200,7 +200,7 @@ def gradcache(rank: Rank, batch: Batch) -> None:
         with torch.no_grad():
             rows = torch.cat([rank.rows(images) for images in rank.micro_batches(batch)])
         rows.requires_grad_()
-        texts, ids = rank.objective.candidates(0, batch.text, None)
+        texts, ids = rank.objective.texts(0, batch.text, None)
         rank.objective.of_batch(rows, texts, ids, first_row=0, group=dist.group.WORLD).backward()
         assert rows.grad is not None
         for images, gradient in zip(rank.micro_batches(batch), rows.grad.split(rank.micro_batch), strict=True):

@@ -13,7 +13,7 @@ One process stands for the first of `texts / local batch` ranks. The text embedd
 image embeddings of the other ranks are random unit vectors, whose column sums are computed beforehand and added where
 `contrastive_loss` would all-reduce them. So its work, memory and numbers are those of one rank of many. Collectives run
 in a group of this one process: `gather` is the copy of the own text embeddings among those of all, `reduction` what
-such a group takes. No wire is timed; `python -m textlock.bench.scaling` puts it in.
+such a group takes. Network time is not measured; `python -m textlock.bench.scaling` adds it.
 
 Peers, all with the same weights, data, optimiser and clipping, on the fused blocks, torch's own (`eager`) or these
 under torch.compile:

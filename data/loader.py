@@ -1,4 +1,4 @@
-"""The data engine: batches of decoded images and captions, in an order that survives restarts and other world sizes.
+"""The loader: batches of decoded images and captions, in an order that survives restarts and other world sizes.
 
 A global batch is a function of the shards, the seed and its position; rank r of P makes the r-th contiguous part of it.
 Nothing passes between ranks, and the state of a run is one integer with a fingerprint of what it depends on.
@@ -11,9 +11,9 @@ The threads hold no state: each task makes a few consecutive slots of a batch. R
 release the interpreter lock. With DALI the same tasks read and check, and decode what is no JPEG; one more thread feeds
 the decoder.
 
-On a GPU that thread also brings the batches to the device, on a stream of its own: when a batch is handed out, the next
-one is copied (from pinned memory) or decoded while the step runs. So the device holds two
-batches; later ones wait on the host.
+On a GPU that thread also brings the batches to the device, on a separate stream: when a batch is handed out, the next
+one is copied (from pinned memory) or decoded while the step runs. So the device holds two batches; later ones wait on
+the host.
 """
 
 import json
@@ -485,8 +485,8 @@ class Loader:
 def require_few_skipped(skipped_by_kind: Mapping[str, int], samples: int, config: DataConfig) -> None:
     """Raise ValueError when more of ``samples`` were bad than the config allows.
 
-    A loader judges by itself when it is the only one. Loaders that share global batches do not: one that stopped alone
-    would leave the others waiting, so their caller judges the sum.
+    A loader checks this when it is the only one. Loaders that share global batches do not, because one that stopped
+    alone would leave the others waiting: the caller checks the total.
     """
     skipped, limit = sum(skipped_by_kind.values()), config.max_skipped_fraction
     if samples >= _MIN_SAMPLES_TO_JUDGE and skipped > limit * samples:

@@ -1,7 +1,6 @@
 """Progress for people and metrics for programs: metrics.jsonl, the terminal, optional trackers.
 
-A rate never contains an evaluation, a checkpoint or the first step: the clock is stopped around the first two and
-starts after the last.
+Throughput excludes evaluations, checkpoints and the first step (compilation).
 """
 
 import importlib

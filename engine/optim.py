@@ -60,7 +60,7 @@ class OptimConfig(Settings, section="optim"):
     max_grad_norm / world size (0.0625 on 16 GPUs)."""
 
     def __post_init__(self) -> None:
-        """Refuse a schedule that is missing or doubled, too."""
+        """Also refuse a schedule that is missing or given twice."""
         super().__post_init__()
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give exactly one of {self.flag('steps')} and {self.flag('epochs')}")

@@ -45,7 +45,7 @@ class StepConfig(Settings, section="step"):
     """What every micro-batch keeps for its backward: the table at the top of models/block.py, or none, which recomputes
     the forward. auto: the mix of tiers that recomputes least within the memory budget."""
     memory_gib: Annotated[float | None, at_least(0)] = None
-    """Memory for activations in GiB; None asks the device."""
+    """Memory for activations in GiB. None: what is free on the device."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the image tower; weights and optimiser stay float32. auto: bf16 on a GPU, fp32 on a CPU."""
     sharding: Literal["replicated", "fsdp"] = "replicated"
@@ -77,7 +77,7 @@ class Plan:
     micro_batch: int
     recompute_tier: Keep  # of a second forward
     costs: Mapping[Tier, TierCost]
-    waits_for_loss: bool = True  # or each micro-batch goes backward before the next goes forward
+    waits_for_loss: bool = True  # else each micro-batch's backward runs before the next one's forward
 
     @property
     def kept_bytes(self) -> int:
@@ -174,7 +174,7 @@ def choose_plan(
         for tier, cost in costs.items()
         if tier != "none" and micro_batch * (cost.kept_bytes + cost.working_bytes) <= memory_bytes
     ]
-    # For a micro-batch by itself.
+    # For a micro-batch alone.
     recompute = min(fitting, key=lambda tier: costs[tier].extra_time, default=None)
     if config.keep != "auto":
         if config.keep != "none":
@@ -196,10 +196,10 @@ def choose_plan(
 
 
 def _least_extra_time(costs: Mapping[Tier, TierCost], recompute: Keep, count: int, memory: int) -> tuple[Tier, ...]:
-    """Return the tiers of ``count`` micro-batches, in the order of the table, by looking at all ways to count them.
+    """Return the tiers of ``count`` micro-batches, in the order of the table, by enumerating all counts per tier.
 
-    Where memory is short it beats filling up greedily by up to half a percent of the step. Beyond
-    128 micro-batches it looks at the ways whose counts are multiples of a 128th.
+    Where memory is short this beats filling up greedily by up to half a percent of the step. Beyond 128 micro-batches
+    only counts that are multiples of a 128th are enumerated.
     """
     *upper, lowest = [tier for tier in costs if tier != "none"]
     kept, working = (torch.tensor([getattr(costs[t], name) for t in upper]) for name in ("kept_bytes", "working_bytes"))
@@ -331,9 +331,9 @@ def fixed_bytes(
 ) -> int:
     """Return the bytes that a step needs besides activations and what was there before: all but weights and gradients.
 
-    The optimiser's two moments; the weights' copies in the type of the products; three batches of images: of the step
-    in work, of the one queued behind it, and on their way to the one after; embeddings of images and texts; the loss's
-    exponentials, 2 bytes a logit up to a gibibyte, or its chunks beyond that.
+    The optimiser's two moments; the weights' copies in the type of the products; three batches of images: of the
+    running step, of the one queued after it, and on their way to the one after that; embeddings of images and texts;
+    the loss's exponentials, 2 bytes a logit up to a gibibyte, or its chunks beyond that.
 
     Of a tower divided into ``shards``: this rank's part of the moments and of the summed gradients, the gradients of
     all weights until the last micro-batch sums them, and the gathered weights: those outside the blocks, and two blocks

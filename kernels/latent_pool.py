@@ -10,9 +10,9 @@ The first token is returned next to what is pooled, and its gradient is taken wi
 the tokens is written once: as a slice of its own it would cost a tensor of zeros and an addition over all tokens.
 
 The products are in the type of the absorbed queries, as under autocast; wider tokens are rounded to it, once, and kept
-like that for the backward pass. Softmax and sums are float32. P is recomputed from lse. What dS_h adds up to over an
-image's tokens would be zero but for rounding, of pooled_h in δ_h above all. Times what the tokens have in common that
-is a large part of da_h, and is subtracted: da_h -= pooled_h Σ_t dS_th.
+like that for the backward pass. Softmax and sums are float32. P is recomputed from lse. In exact arithmetic Σ_t dS_th
+is 0; rounding (mostly of pooled_h in δ_h) leaves a residue. Multiplied by the tokens' common mean it would dominate
+da_h's error, so it is subtracted: da_h -= pooled_h Σ_t dS_th.
 
 The Triton kernels work on 64 tokens at a time, which lie in shared memory whole and are read there twice: as [tokens,
 D] for the scores, and transposed, as [D, tokens], for the sums over tokens. Tokens and channels are thus the long side

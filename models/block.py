@@ -11,7 +11,7 @@ together with the LayerNorm that follows it, and the bias gradient is taken in t
     x2 = x1 + (o + bo)             g = LN(x2)·W1ᵀ + b1        h = SwiGLU or GELU(g)   y = h·W2ᵀ
     the next block's stream: (x2, y, b2)
 
-A layer scale s is no operation of its own: s∘(a·Wᵀ + b) is a·(diag(s)·W)ᵀ + s∘b.
+A layer scale s is folded into the preceding linear layer: s∘(a·Wᵀ + b) is a·(diag(s)·W)ᵀ + s∘b.
 
 The backward pass is written by hand, because what is kept for it decides how many images fit on a GPU. Five tiers, in
 bytes for a token of D channels and hidden width M, of which the residual stream has r bytes a channel and all else c:

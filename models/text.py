@@ -1,4 +1,4 @@
-"""The frozen text tower: captions in, unit rows out, by any encoder that transformers has a class for.
+"""The frozen text tower: encodes captions to unit embeddings with any transformers encoder.
 
 The recipe of Nomic Embed Vision (v1.5): ``search_query: `` + caption, cut to 77 tokens; mean of the last hidden states
 over the real tokens, in float32; LayerNorm without affine (the "hamming" option of contrastors); unit length. v1 has no

@@ -181,7 +181,7 @@ class ModelConfig(Settings, section="model"):
     """Patches of an image that go through the tower while training, drawn at random (FLIP). None: all, as published."""
 
     def __post_init__(self) -> None:
-        """Refuse a name that is none, too."""
+        """Also refuse an unknown name."""
         super().__post_init__()
         if self.name not in VISION_CONFIGS:
             self.refuse("name", f"be one of {', '.join(VISION_CONFIGS)}")
