@@ -21,7 +21,7 @@ from textlock.engine.distributed import World
 from textlock.engine.feed import Feed
 from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
-from textlock.engine.plan import Plan, StepConfig, available_bytes, choose_plan, fixed_bytes, tier_costs
+from textlock.engine.plan import Plan, StepConfig, plan_step
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
 from textlock.models.block import ComputeCopies, Implementation, product_dtype
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
@@ -284,14 +284,14 @@ CANDIDATES = {
 
 
 def plan_of(rank: Rank) -> Plan:
-    """Return the plan of ours, as train.py makes it."""
-    setting, tower = rank.setting, rank.tower
-    other_bytes = fixed_bytes(tower, rank.autocast, local_batch=rank.case.b, global_batch=rank.case.B)
-    return choose_plan(
-        StepConfig(micro_batch=rank.micro_batch),
-        tier_costs(tower, rank.autocast),
-        local_batch=rank.case.b,
-        memory_bytes=available_bytes(setting.device, setting.memory_gib, fixed_bytes=other_bytes),
+    """Return the plan of ours, as train.py makes it on each of so many ranks."""
+    return plan_step(
+        StepConfig(micro_batch=rank.micro_batch, memory_gib=rank.setting.memory_gib),
+        rank.tower,
+        rank.autocast,
+        World(0, rank.case.world, rank.setting.device, None),
+        batch_size=rank.case.B,
+        couples=rank.objective.couples_images,
     )
 
 

@@ -46,7 +46,6 @@ class TimeUp(BaseException):
 class Spread:
     """Seconds of many runs."""
 
-    fastest: float
     low: float  # first quartile
     median: float
     high: float  # third quartile
@@ -56,7 +55,7 @@ class Spread:
     def of(cls, seconds: list[float]) -> "Spread":
         """Summarise at least two runs."""
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(min(seconds), low, median, high, len(seconds))
+        return cls(low, median, high, len(seconds))
 
     def published(self) -> dict[str, Any]:
         """Return what is published of times, in milliseconds."""

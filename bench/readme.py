@@ -36,6 +36,7 @@ from textlock.bench.records import (
     time_of,
 )
 from textlock.data.atomic import atomic_file, write_text_atomically
+from textlock.settings import exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWER = "eva02_base_patch16_224"
@@ -390,5 +391,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(PageOptions, description=__doc__))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        exit_with(error)

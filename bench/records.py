@@ -138,7 +138,7 @@ class Contest:
             case "loader":
                 return f"{case['width']} x {case['height']} pixels"
             case "step" | "profile":
-                jpegs = f", JPEGs of {case['pictures']} pixels" if case.get("pictures") else ""
+                jpegs = f", JPEGs of {case['jpeg_short_side']} pixels" if case.get("jpeg_short_side") else ""
                 return f"{case['local_batch']:,} of {case['texts']:,}{jpegs}"
             case "large_batch":
                 return f"{case['batch']:,} images"

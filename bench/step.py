@@ -132,7 +132,7 @@ class StepOptions(ceilings.Options):
 def draw_jpegs(folder: str, short_side: int, count: int) -> dict[str, Any]:
     """Write shards of JPEGs as large as photos, one batch of ``count`` an epoch; return what is told of them."""
     shards = write_shards(Path(folder), count, short_side * 5 // 4, short_side, bad=0.0)
-    return {"kilobytes_a_picture": round(mean(map(len, shards.jpegs.values())) / 1e3, 1)}
+    return {"kilobytes_per_jpeg": round(mean(map(len, shards.jpegs.values())) / 1e3, 1)}
 
 
 def small_batch(setting: StepSetting, ranks: int) -> tuple[losses.Case, Batch]:
@@ -280,7 +280,7 @@ def lines(options: StepOptions, session: Session) -> Iterator[Line]:
         if has_figures(errors):
             work = partial(figures_of, name, setting, local_batch, shards, options, found)
             outcome = session.outcome_of(work) | {"errors": errors}
-        side = jpegs["pictures"]
+        side = jpegs["jpeg_short_side"]
         shown = f"{local_batch:,} images" if side is None else f"{local_batch:,} JPEGs of {side}"
         return Line("step", "step", shape_of(setting, local_batch) | jpegs, name, outcome, ("step", shown))
 
@@ -288,8 +288,8 @@ def lines(options: StepOptions, session: Session) -> Iterator[Line]:
         with tempfile.TemporaryDirectory() as folder:
             drawn = session.outcome_of(partial(draw_jpegs, folder, side, local_batches[0]))
             if has_figures(drawn):
-                return line("ours", errors, local_batches[0], folder, {"pictures": side} | drawn)
-            return line("ours", drawn, local_batches[0], folder, {"pictures": side})
+                return line("ours", errors, local_batches[0], folder, {"jpeg_short_side": side} | drawn)
+            return line("ours", drawn, local_batches[0], folder, {"jpeg_short_side": side})
 
     with group_of_one(setting.device):
         for name in CANDIDATES:
@@ -297,7 +297,7 @@ def lines(options: StepOptions, session: Session) -> Iterator[Line]:
                 continue
             errors = session.outcome_of(partial(errors_of, name, setting))
             for local_batch in local_batches:
-                yield line(name, errors, local_batch, options.shards, {"pictures": None})
+                yield line(name, errors, local_batch, options.shards, {"jpeg_short_side": None})
             if name == "ours" and has_figures(errors):
                 for side in options.jpegs:
                     yield line_of_jpegs(errors, side)
@@ -310,7 +310,7 @@ def lines_of_kernels(
     setting: StepSetting, local_batch: int, found: dict[str, Outcome], session: Session
 ) -> Iterator[Line]:
     """Make a line of each kernel, or of why there is none, and a table of their own below that of the steps."""
-    case = shape_of(setting, local_batch) | {"pictures": None}
+    case = shape_of(setting, local_batch) | {"jpeg_short_side": None}
     kernels = found if has_figures(found) else {"step": found}
     of_kernels = [Line("profile", name, case, "ours", outcome, None) for name, outcome in kernels.items()]
     session.notes.append(profile_table(line.told() for line in of_kernels))

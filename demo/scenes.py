@@ -20,7 +20,6 @@ import colorsys
 import io
 import itertools
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +34,7 @@ from PIL import Image, ImageDraw
 
 from ..data.atomic import atomic_folder
 from ..data.pack import pack_shards
+from ..settings import exit_with
 
 T = TypeVar("T")
 Point = tuple[float, float]
@@ -387,8 +387,7 @@ def main() -> None:
     try:
         print(tyro.cli(write_scenes))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        exit_with(error)
 
 
 if __name__ == "__main__":

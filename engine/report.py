@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..data.atomic import write_text_atomically
+from ..settings import exit_with
 from .charts import ABSENT, AREA, Floats, Record, column, count, evaluation_charts, figure, number, training_charts
 from .gallery import read_gallery
 
@@ -239,5 +239,4 @@ if __name__ == "__main__":
     try:
         tyro.cli(main)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        exit_with(error)
