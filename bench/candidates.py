@@ -101,7 +101,7 @@ def compared(
     times: dict[str, list[float]] = {}
     try:
         times = interleaved_times({name: each.run for name, each in ready.items()}, seconds, device)
-    except torch.OutOfMemoryError:  # of all together; each may fit by itself
+    except torch.OutOfMemoryError:  # of all together; each alone may fit
         release(device)
     for name, each in ready.items():
         try:

@@ -86,7 +86,7 @@ def read_ceilings(path: Path, device: torch.device) -> Ceilings:
     if not lines:
         raise ValueError(f"{path} holds no ceilings; write it with python -m textlock.bench.ceilings")
     if others := {line["device"] for line in lines} - {device_name(device)}:
-        raise ValueError(f"{path} is of {others.pop()}, not of this {device_name(device)}; write it anew")
+        raise ValueError(f"{path} is of {others.pop()}, not of this {device_name(device)}; measure again")
     return Ceilings.of({line["operation"]: line for line in lines})
 
 

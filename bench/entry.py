@@ -190,7 +190,7 @@ O = TypeVar("O")  # noqa: E741  # of options
 
 @dataclass(frozen=True)
 class Benchmark(Generic[O]):
-    """What a benchmark declares; `command` is its command line, `run` the same for options that are at hand."""
+    """What a benchmark declares; `command` reads the command line, `run` takes options that are already parsed."""
 
     about: str | None  # the docstring of its module: the text above --help
     options: type[O]

@@ -383,7 +383,7 @@ def published(name: str, shards: Shards, options: LoaderOptions, floor: float | 
 
 
 def in_a_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Run in a process of its own: no loader inherits the threads or the memory of another."""
+    """Run in a separate process: no loader inherits the threads or the memory of another."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["textlock.data.loader"])  # seconds of imports, once for all
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -449,7 +449,7 @@ def lines(options: LoaderOptions, session: Session) -> Iterator[Line]:
 
 
 def floor_in_a_process(shards: Shards, options: LoaderOptions, decoder: Decoder) -> float | None:
-    """As `decoding_alone`, in a process of its own."""
+    """As `decoding_alone`, in a separate process."""
     return in_a_process(decoding_alone, decoder, shards, options)
 
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 Phase = Literal["tower", "loss", "gather", "reduction", "optimizer", "data_wait"]
 PHASES: tuple[Phase, ...] = ("tower", "loss", "gather", "reduction", "optimizer", "data_wait")
-# Images that differ. A local batch is made of copies: 65,536 of its own would take minutes to draw and 10 GB of pinned
-# memory, and neither the time nor the memory of a step depends on them. Their texts all differ.
+# Distinct images. A larger local batch repeats them: 65,536 would take minutes to draw and 10 GB of pinned memory, and
+# neither the time nor the memory of a step depends on them. Their texts all differ.
 DISTINCT_IMAGES = 1024
 
 
@@ -326,7 +326,7 @@ class PreparedLoop:
         clock.mark("data_wait")
         rank.gradients.zero()
         self.add_gradients(rank, batch)
-        if self.plan is None:  # ours does it itself, while it goes backward
+        if self.plan is None:  # ours has done it during its backward
             rank.gradients.finish_reduction(dist.group.WORLD)
         rank.gradients.clip(1.0)
         rank.optimizer.step()

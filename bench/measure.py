@@ -157,7 +157,7 @@ def interleaved_times(
 
 
 def time_of(run: Callable[[], object], seconds: float, device: torch.device) -> Spread:
-    """Time one run by itself, as `interleaved_times` does."""
+    """Time one run alone, as `interleaved_times` does."""
     return Spread.of(interleaved_times({"": run}, seconds, device)[""])
 
 

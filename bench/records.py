@@ -59,7 +59,7 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path, machine: dict[str, Any], replaced: Sequence[str]) -> "Results":
-        """Go on with today's file of this machine without the parts that are measured anew, or begin one.
+        """Continue today's file of this machine without the parts that are measured again, or begin one.
 
         Raises ValueError where something else has the name of that file.
         """

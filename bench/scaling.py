@@ -12,7 +12,7 @@ For P ranks of b images, B = P·b texts, d wide:
     gather  : all-gather of B text embeddings, as far as the forward pass does not hide it
     coupling: all-reduce of B column sums in float64; every rank waits for it
     reduction: all-reduce of the gradients, as far as the backward pass of the last micro-batch does not hide it; what
-               lies before the first block and behind the last is never hidden
+               lies before the first block and after the last is never hidden
     data wait: what the loader needs for b images beyond the rest of the step
 
     all-gather = (P-1)/P · bytes / bandwidth + ⌈log2 P⌉ · latency          all-reduce = twice that
@@ -61,7 +61,7 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a step is made of. Seconds and bytes of one rank."""
+    """The measured parts of a step: seconds and bytes of one rank."""
 
     source: str  # where the figures come from
     tower: dict[int, float]  # seconds of the tower, forward and backward, by local batch
@@ -128,7 +128,7 @@ def expected_maximum(draws: int) -> float:
 
 
 def predict(parts: Parts, ranks: int, local_batch: int) -> Prediction:
-    """Predict a step of ``ranks`` ranks with ``local_batch`` images each, as the top of this file has it."""
+    """Predict a step of ``ranks`` ranks with ``local_batch`` images each, by the formulas at the top of this file."""
     texts = ranks * local_batch
     slower = (parts.slowdown or {}).get(ranks, 1.0)
     tower = slower * parts.tower_seconds(local_batch)
@@ -264,7 +264,7 @@ def assumptions(parts: Parts) -> list[str]:
         *(f"assumed: {ASSUMPTIONS[name](parts)}" for name in parts.assumed),
         *(f"measured: {say(parts)}" for name, say in ASSUMPTIONS.items() if name not in parts.assumed),
         f"tower measured at {low:,} to {high:,} images; where marked *, the same time an image as at the nearest",
-        "gradients and text embeddings go round all ranks as one; no rank fails, and nothing else uses the network",
+        "one message carries all gradients, one all text embeddings; no rank fails, and nothing else uses the network",
     ]
 
 

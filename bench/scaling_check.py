@@ -37,7 +37,7 @@ from textlock.engine.step import LargeBatchStep, autocast_for, text_dtype
 from textlock.kernels.contrastive import contrastive_loss
 from textlock.models.vision import VISION_CONFIGS, build_vision_tower
 
-# What the processes are told of the options.
+# The options that the processes are given.
 MEASURED = ("tower", "ranks", "local_batch", "micro_batch", "rounds", "seed")
 
 

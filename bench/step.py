@@ -124,13 +124,13 @@ class StepOptions(ceilings.Options):
     seconds: float = 10.0
     """Time spent on each figure, at least three steps."""
     limit: float = 300.0
-    """Seconds after which nothing more is started, and what is running is given up."""
+    """Seconds after which no candidate is started and the running one is stopped."""
     seed: int = 0
     """Of weights and data."""
 
 
 def draw_jpegs(folder: str, short_side: int, count: int) -> dict[str, Any]:
-    """Write shards of JPEGs as large as photos, one batch of ``count`` an epoch; return what is told of them."""
+    """Write shards of JPEGs as large as photos, one batch of ``count`` an epoch; return their part of the case."""
     shards = write_shards(Path(folder), count, short_side * 5 // 4, short_side, bad=0.0)
     return {"kilobytes_per_jpeg": round(mean(map(len, shards.jpegs.values())) / 1e3, 1)}
 
@@ -309,7 +309,7 @@ def lines(options: StepOptions, session: Session) -> Iterator[Line]:
 def lines_of_kernels(
     setting: StepSetting, local_batch: int, found: dict[str, Outcome], session: Session
 ) -> Iterator[Line]:
-    """Make a line of each kernel, or of why there is none, and a table of their own below that of the steps."""
+    """Make a line of each kernel, or of why there is none, and a separate table below that of the steps."""
     case = shape_of(setting, local_batch) | {"jpeg_short_side": None}
     kernels = found if has_figures(found) else {"step": found}
     of_kernels = [Line("profile", name, case, "ours", outcome, None) for name, outcome in kernels.items()]

@@ -5,13 +5,13 @@
     make gpu-check ARGS=--sanitize                # the small tests under compute-sanitizer too
     make bench                                    # on a CPU: what can be run there
 
-Every benchmark is a process of its own, so that one that crashes or hangs takes nothing with it. The ceilings of the
+Every benchmark is a separate process, so that one that crashes or hangs does not end the others. The ceilings of the
 device come first, and all floors from them. Tests come before the figures of their part: where one fails, the part has
-none. `--minutes` bounds all of it: each part gets its share of what is left, is told to start nothing more near its
-end, and is killed after it.
+none. `--minutes` bounds all of it: each part gets its share of the remaining time, starts nothing more near its end,
+and is killed after it.
 
-The file, bench/results/DEVICE-DATE.json, is written anew with every figure, so that a run that is cut off keeps what it
-had. A run of some parts on the same day, device and versions replaces these and keeps the others. It holds
+The file, bench/results/DEVICE-DATE.json, is rewritten with every figure, so that a run that is cut off keeps those
+before. A run of some parts on the same day, device and versions replaces these and keeps the others. It holds
 
     device, driver, processor, versions, missing     what was measured on; packages and programs that were not there
     parts    by name: commit, date, command, seconds, status, clocks seen (lowest, median, highest), tests
@@ -335,7 +335,7 @@ class Suite:
         self.outcomes: dict[str, list[Line]] = {}  # of tests, by part
 
     def run(self, ceilings: Path) -> None:
-        """Run everything; what is left of the time is divided anew before every part."""
+        """Run everything; the remaining time is divided again before every part."""
         names = list(self.parts)
         weights = {name: part.seconds for name, part in self.parts.items()}
         if self.kind == "gpu":
@@ -523,7 +523,7 @@ def driver_version() -> str:
 
 @contextlib.contextmanager
 def ceilings_file(folder: Path) -> Iterator[Path]:
-    """Yield a path for the ceilings of this run, deleted behind it."""
+    """Yield a path for the ceilings of this run, deleted afterwards."""
     path = folder / f".ceilings-{os.getpid()}.jsonl"
     try:
         yield path

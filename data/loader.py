@@ -84,7 +84,7 @@ _ORDER_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings, section="data"):
-    """What the batches are made of."""
+    """The source, order and decoding of the batches."""
 
     shards: Annotated[str, NOT_EMPTY, FREE_ON_RESUME]
     """Folder of tar shards with their index (python -m textlock.data.shards), or its URL (s3, gs, https, hf, ...)."""
@@ -251,7 +251,7 @@ class Loader:
         self._expected: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._handed_out = 0
         self._skipped_log = skipped_log
-        self._judges_alone = local_batch == config.batch_size
+        self._is_only_loader = local_batch == config.batch_size
         self._device = device
         self._dali = dali
         self._stored_text = stored_text
@@ -313,7 +313,7 @@ class Loader:
         self.close()
 
     def _expect_shards(self) -> None:
-        """Have remote shards fetched ahead: those from the batch handed out next to the group behind the planned."""
+        """Have remote shards fetched ahead: from the next batch to the group after the planned ones."""
         groups = self._order.group_of(self._position), self._order.group_of(self._planned)
         if self._index.remote is not None and groups != self._expected:
             self._expected = groups
@@ -478,7 +478,7 @@ class Loader:
         if faults and self._skipped_log is not None:
             with open(self._skipped_log, "a", encoding="utf-8") as log:
                 log.writelines(json.dumps(asdict(fault)) + "\n" for fault in faults)
-        if self._judges_alone:
+        if self._is_only_loader:
             require_few_skipped(self.skipped_by_kind, self._handed_out, self._config)
 
 
@@ -559,7 +559,7 @@ def open_loader(
         raise ValueError(f"rank {rank} is not one of {world_size} ranks: ranks count from 0")
     local_batch = config.local_batch(world_size)
     device = torch.device(device or "cpu")
-    if device.type == "cuda" and device.index is None:  # other threads have a current device of their own
+    if device.type == "cuda" and device.index is None:  # the current device differs between threads
         device = torch.device("cuda", torch.cuda.current_device())
     index = open_index(config.shards, cache_dir=config.cache_dir, cache_gb=config.cache_gb, fetchers=config.fetchers)
     _check_cache(config, index)

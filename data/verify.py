@@ -84,7 +84,7 @@ class _CheckedShard:
 
 @dataclass(frozen=True)
 class _ShardCheck:
-    """Checks shards one after the other, in a process of its own."""
+    """Checks shards one after the other, in a worker process."""
 
     address: str
     cache_dir: Path | str | None

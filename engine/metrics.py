@@ -83,7 +83,7 @@ class QueuedStep:
             self._numbers = numbers
 
     def wait(self) -> StepOutcome:
-        """Wait for the device to finish this step, not for what is queued behind it.
+        """Wait for the device to finish this step, not for what is queued after it.
 
         Raises ValueError where loss or gradient are not finite: on every rank, since all have the same numbers.
         """

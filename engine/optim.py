@@ -100,7 +100,7 @@ def parameter_groups(tower: nn.Module, objective: nn.Module, config: OptimConfig
 
     Vectors (biases, norms, tokens, the pooling latent), the position embedding and the objective's scalars are never
     decayed; matrices of the pooling head decay by ``head_weight_decay``, all others by ``tower_weight_decay``. Sharded
-    parameters and whole ones are in groups of their own: one call of the fused kernel takes either.
+    parameters and whole ones are in separate groups: one call of the fused kernel takes either.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in tower.named_parameters():

@@ -65,7 +65,7 @@ class TierCost:
     """What one image costs in one tier."""
 
     kept_bytes: int  # between forward and backward
-    working_bytes: int  # besides, while its micro-batch goes backward
+    working_bytes: int  # in addition, during the backward of its micro-batch
     extra_time: float  # of recomputing what was not kept, as a share of forward and backward
 
 
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def activation_bytes(self) -> int:
-        """Activations at their peak: kept ones and those of the micro-batch in work."""
+        """Activations at their peak: kept ones and those of the micro-batch whose backward runs."""
         of_kept = max((self.costs[tier].working_bytes for tier in self.tiers if tier != "none"), default=0)
         peak = self.kept_bytes + self.micro_batch * of_kept
         if "none" in self.tiers:
@@ -131,11 +131,11 @@ def plan_step(
 
     Args:
         config: see there.
-        tower: on its device, sharded where the config says so.
+        tower: on its device, sharded if the config asks for it.
         autocast: the context that the tower computes in.
         world: see there.
         batch_size: of the global batch.
-        couples: whether the loss couples the images of the batch, so that all go forward before one goes backward.
+        couples: whether the loss couples the images of the batch, so that all forwards run before the first backward.
 
     Raises ValueError as `choose_plan` does.
     """
@@ -162,7 +162,7 @@ def choose_plan(
         config: the size of a micro-batch, and the tier of all or ``auto``: the plan with the least extra time.
         costs: of the tiers that the tower knows, as `tier_costs` counts them.
         local_batch: images of one rank in a step.
-        memory_bytes: for the activations, kept ones and those in work.
+        memory_bytes: for the activations, kept ones and those of the running backward.
         waits_for_loss: whether no backward can start before the last forward has ended, as under the symmetric loss.
 
     Raises ValueError when the micro-batch does not divide the local batch, and when not even one micro-batch fits.
@@ -245,7 +245,7 @@ def tier_costs(tower: VisionTower, autocast: torch.autocast) -> dict[Tier, TierC
         least = measure_activation_bytes(tower, autocast, "block") + inputs
         costs = {
             "all": TierCost(every, _working_bytes(blocks[0], tokens, compute, "all"), 0.0),
-            # One block's activations come back while its backward runs.
+            # One block's activations are recomputed while its backward runs.
             "block": TierCost(
                 least, (every - least) // len(blocks), (seconds.forward - seconds.outside) / seconds.step
             ),

@@ -107,7 +107,7 @@ class LargeBatchStep:
                 tower.
             images: [b, S, S, 3] uint8, this rank's.
             text: [b, d] unit embeddings of this rank's captions.
-            ids: [b] int64, equal for equal captions; those are counted and, where the config says so, no negatives.
+            ids: [b] int64, equal for equal captions; those are counted and, if the objective masks them, no negatives.
         """
         gathering = self._gather_text.start(text.to(self._gather_text.dtype))
         gathering_ids = self._gather_ids.start(ids[:, None])
