@@ -96,7 +96,7 @@ def ceilings_for(path: Path | None, device: torch.device, seconds: float) -> Cei
 
 
 def measure_ceilings(device: torch.device, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and figures of each ceiling; raises Wrong for one that does not give what it should."""
+    """Yield name and figures of each ceiling; raises Wrong for one whose result is wrong."""
     source = torch.randint(256, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 

@@ -58,7 +58,7 @@ class Spread:
         return cls(low, median, high, len(seconds))
 
     def published(self) -> dict[str, Any]:
-        """Return what is published of times, in milliseconds."""
+        """Return the figures of a result, in milliseconds."""
         return {"ms": self.median * 1e3, "quartiles_ms": [self.low * 1e3, self.high * 1e3], "runs": self.runs}
 
 

@@ -26,7 +26,7 @@ def is_ours(name: str) -> bool:
 
 
 def read_figures(path: Path) -> list[Line]:
-    """Return the lines of a file of figures, or of what a benchmark printed, each with device, versions and commit.
+    """Return the lines of a file of figures or of a benchmark's output, each with device, versions and commit.
 
     Raises ValueError for a file that is neither.
     """
@@ -191,7 +191,7 @@ def comparison_table(lines: Iterable[Line]) -> str:
 
 
 def ceilings_table(lines: Iterable[Line]) -> str:
-    """Return what the device reached at most, in Markdown."""
+    """Return the highest rates that the device reached, in Markdown."""
     rows = []
     for contest in contests(lines):
         if contest.part == "ceilings":

@@ -82,7 +82,7 @@ class Parts:
     assumed: tuple[str, ...] = ()  # names of the fields that were not measured
 
     def link(self, ranks: int) -> Link:
-        """Return what the slowest connection of so many ranks is."""
+        """Return the slowest link among so many ranks."""
         return self.node if ranks <= self.ranks_per_node else self.network
 
     def tower_seconds(self, images: int) -> float:
@@ -98,7 +98,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step, by what they go to."""
+    """Seconds of a step, by cost."""
 
     ranks: int
     local_batch: int
@@ -164,7 +164,7 @@ ASSUMED_DEVIATION = 0.01
 
 
 def read_parts(path: Path) -> Parts:
-    """Read parts from a JSON object; raises ValueError for what is no such object."""
+    """Read parts from a JSON object; raises ValueError for a file that holds none."""
     try:
         found = json.loads(path.read_text())
         links = {name: Link(**found[name]) for name in ("node", "network")}
@@ -258,7 +258,7 @@ def _link(link: Link) -> str:
 
 
 def assumptions(parts: Parts) -> list[str]:
-    """Return what a prediction rests on, in sentences: first what was not measured."""
+    """Return the assumptions of a prediction, in sentences: first the parts that were not measured."""
     low, high = min(parts.tower), max(parts.tower)
     return [
         *(f"assumed: {ASSUMPTIONS[name](parts)}" for name in parts.assumed),
@@ -274,7 +274,7 @@ def is_measured(parts: Parts, local_batch: int) -> bool:
 
 
 def regimes(options: ForecastOptions) -> dict[str, list[tuple[int, int]]]:
-    """Return ranks and local batches by what is held fixed."""
+    """Return ranks and local batches by the batch that is held fixed."""
     fixed = [(p, options.global_batch // p) for p in options.ranks if options.global_batch % p == 0]
     return {
         f"{options.global_batch:,} in all": fixed,

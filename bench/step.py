@@ -109,7 +109,7 @@ class StepOptions(ceilings.Options):
     micro_batch: int | None = None
     """Images of one forward pass."""
     memory_gib: float | None = None
-    """Memory for the activations of ours in GiB; left out: what the device has."""
+    """Memory for the activations of ours in GiB; left out: what is free on the device."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the tower: bf16 on a GPU, fp32 on a CPU."""
     shards: str | None = None
@@ -244,7 +244,7 @@ def timed(step: Callable[[Clock | None], Clock], seconds: float) -> list[dict[Ph
 
 
 def setting_of(options: StepOptions) -> StepSetting:
-    """Fill in what was left out; raises ValueError for what cannot be."""
+    """Fill in the options that were left out; raises ValueError for impossible ones."""
     device = device_of(options.device)
     kind = device.type
     setting = StepSetting(
@@ -318,7 +318,7 @@ def lines_of_kernels(
 
 
 def shape_of(setting: StepSetting, local_batch: int) -> dict[str, Any]:
-    """Return the data as lines tell it."""
+    """Return the data, as in the JSON lines."""
     return {
         "tower": setting.tower,
         "local_batch": local_batch,

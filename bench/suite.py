@@ -75,7 +75,7 @@ PROGRAMS = {"gpu": {"nvidia-smi": "driver and clocks", "g++": "compiled peers"},
 
 @dataclass(frozen=True)
 class Command:
-    """A benchmark to run, and what it is told: the device, where ceilings are, how long it has, where a trace goes."""
+    """A benchmark to run, and the options it is given: device, file of ceilings, time limit, file of a trace."""
 
     module: str
     arguments: tuple[str, ...] = ()
@@ -213,7 +213,7 @@ SECONDS_OF_TESTS = 110.0
 SECONDS_OF_SANITIZER = 240.0
 TEST_PROCESSES = 8  # at the same time on one GPU
 LONG = ("tests/test_train.py", "tests/kernels/test_gather.py")  # begun first: what starts processes takes longest
-# A benchmark that was told its limit ends a candidate at it, prints its table and stops; then it is killed.
+# At its limit a benchmark stops the running candidate, prints its table and exits; so many seconds later it is killed.
 GRACE = 8.0
 LEAST_SECONDS = 5.0  # for a benchmark; with less it is not begun
 LAST_SECONDS = 10.0  # of all: for the table and for what ends late
@@ -383,7 +383,7 @@ class Suite:
             say(f"failed: {line['test']}: {line['reason']}")
 
     def summary(self, part: str, ended: Ended) -> dict[str, Any]:
-        """Return what the file tells of the tests of a part."""
+        """Return the entry of a part's tests in the file."""
         found = self.outcomes.get(part, [])
         return {
             "passed": sum(line["outcome"] == "passed" for line in found),
@@ -575,7 +575,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     say(f"{machine['device']}, {options.minutes:g} minutes at most, into {results.path}")
     suite = Suite(options.on, options, results, lacking)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is killed and what is known is told
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children are killed and results so far printed
     try:
         with ceilings_file(options.output) as ceilings:
             suite.run(ceilings)

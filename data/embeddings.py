@@ -154,7 +154,7 @@ class Tower(TextConfig, section=""):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Encode every caption of a set of shards once. Run again, or on more processes, it does what is left."""
+    """Encode every caption of a set of shards once. Run again, or on more processes, it encodes the missing shards."""
 
     shards: tyro.conf.Positional[Path]
     """Folder of .tar shards with their index."""

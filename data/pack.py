@@ -39,7 +39,7 @@ CAPTION_COLUMNS = ("caption", "title", "text")
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was written and what was left out."""
+    """Counts of the samples written, and the samples left out."""
 
     shards: int
     samples: int

@@ -95,7 +95,7 @@ def _verify(
     cache_dir: str | None = None,
     cache_gb: float = 100.0,
 ) -> None:
-    """Read a set of shards as the loader would and list what it will skip; exit status 1 if there is anything.
+    """Read a set of shards as the loader would and list the samples it will skip; exit status 1 if there are any.
 
     Args:
         shards: Folder of .tar shards, or its URL.

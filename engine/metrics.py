@@ -65,8 +65,8 @@ class QueuedStep:
 
         Args:
             step: its number, from 1.
-            batch: what it read.
-            learning_rate: what it was taken with.
+            batch: the batch of the step.
+            learning_rate: of the step.
             result: of `LargeBatchStep`.
             grad_norm: 0-dim.
             reported: [1 + kinds], of `FlatGradients.reported`.
@@ -110,7 +110,7 @@ class QueuedStep:
 
 
 class Metrics:
-    """Keeps the clocks of a run and writes what it has to say. Only the main process writes."""
+    """Keeps the clocks of a run and writes its progress and metrics. Only the main process writes."""
 
     def __init__(
         self,

@@ -221,9 +221,9 @@ class FlatGradients:
         self._reducing.append((place, work))
 
     def finish_reduction(self, group: dist.ProcessGroup | None) -> None:
-        """Sum over the ranks what is not on its way yet, slots included, and wait for all: the gradient of the loss.
+        """Sum over the ranks all gradients whose reduction has not started, slots included, and wait for all of them.
 
-        Every rank holds its share of the gradient of the global mean loss before.
+        Before, every rank holds its share of the gradient of the global mean loss; afterwards, the whole gradient.
         """
         if group is None:
             return

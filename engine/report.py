@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page, made from what the run folder holds.
+"""The report of a run: one self-contained HTML page, made from the files of the run folder.
 
 `page/` has its template, style sheet and script; all are written into the page. Images are inline PNG or JPEG. Captions
 come from the open web: every text passes through autoescaping, and the page's content security policy allows no
@@ -147,7 +147,7 @@ def _headlines(metrics: list[Record], evaluations: list[Record], results: Record
 
 
 def _facts(metrics: list[Record], results: Record) -> dict[str, str]:
-    """Return what is worth knowing of a run besides its scores, without the facts that were not logged."""
+    """Return the facts of a run next to its scores; those that were not logged are left out."""
     device, devices = results.get("device"), number(results.get("world_size"))
     memory = _of_finite(np.max, metrics, "peak_memory_bytes")
     facts = {

@@ -170,7 +170,7 @@ class TextTower:
         return self._fingerprint
 
     def describe(self) -> TextTowerDescription:
-        """Return what the embeddings are made with."""
+        """Return the model and settings that the embeddings are computed with."""
         return TextTowerDescription(
             **asdict(self.config),
             revision=self.revision,
