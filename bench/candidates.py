@@ -22,10 +22,10 @@ from textlock.bench.records import is_ours
 
 @dataclass(frozen=True)
 class Ready:
-    """A candidate that has run once: how to run it again, and how far what it computed is from the reference."""
+    """A candidate that has run once: how to run it again, and the errors of its results against the reference."""
 
     run: Callable[[], object]
-    errors: dict[str, float]  # relative, by what is compared
+    errors: dict[str, float]  # relative, by the name of the result
     tolerance: float  # largest error that still counts as right
     dtype: torch.dtype  # of its matrix products, whose rate is its floor
 
@@ -36,12 +36,12 @@ class Comparison:
 
     part: str
     operation: str
-    case: dict[str, Any]  # the data, as lines tell it
+    case: dict[str, Any]  # the data, as in the JSON lines
     shown: tuple[str, ...]  # the same as cells of the table
     candidates: Mapping[str, Callable[[], Ready]]  # prepared by a call; raises Unavailable
     traffic: float = 0  # bytes that have to be read or written
     operations: float = 0  # floating-point operations that have to be done
-    memory: bool = False  # peak memory is told too
+    memory: bool = False  # whether peak memory is reported
     more: Callable[[float], Outcome] = field(default=lambda seconds: {})  # further figures, from the median seconds
 
 
@@ -55,7 +55,7 @@ def judged(name: str, ready: Ready) -> Ready:
 def figures_of(
     comparison: Comparison, ready: Ready, spread: Spread, ceilings: Ceilings, device: torch.device
 ) -> Outcome:
-    """Return what is published of times: in percent of the floor, as rates, with memory and errors."""
+    """Return a candidate's figures: times, also in percent of the floor and as rates, memory and errors."""
     floor = ceilings.floor(ready.dtype, traffic=comparison.traffic, operations=comparison.operations)
     found = spread.published() | {"dtype": name_of(ready.dtype)} | at_floor(floor, spread.median)
     if comparison.traffic:
@@ -68,7 +68,7 @@ def figures_of(
 
 
 def at_floor(floor: float, seconds: float) -> Outcome:
-    """Return the floor of what took so many seconds."""
+    """Return the figures of a floor next to a time, both in seconds."""
     return {"floor_ms": floor * 1e3, "percent_of_floor": 100 * floor / seconds}
 
 
@@ -101,7 +101,7 @@ def compared(
     times: dict[str, list[float]] = {}
     try:
         times = interleaved_times({name: each.run for name, each in ready.items()}, seconds, device)
-    except torch.OutOfMemoryError:  # of all together; each may fit by itself
+    except torch.OutOfMemoryError:  # of all together; each alone may fit
         release(device)
     for name, each in ready.items():
         try:
@@ -122,5 +122,5 @@ def speedup(ours: list[float], theirs: list[float]) -> float:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Return a dtype as lines tell it: float32."""
+    """Return a dtype's name as in the JSON lines: float32."""
     return str(dtype).removeprefix("torch.")

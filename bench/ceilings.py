@@ -86,7 +86,7 @@ def read_ceilings(path: Path, device: torch.device) -> Ceilings:
     if not lines:
         raise ValueError(f"{path} holds no ceilings; write it with python -m textlock.bench.ceilings")
     if others := {line["device"] for line in lines} - {device_name(device)}:
-        raise ValueError(f"{path} is of {others.pop()}, not of this {device_name(device)}; write it anew")
+        raise ValueError(f"{path} is of {others.pop()}, not of this {device_name(device)}; measure again")
     return Ceilings.of({line["operation"]: line for line in lines})
 
 
@@ -96,7 +96,7 @@ def ceilings_for(path: Path | None, device: torch.device, seconds: float) -> Cei
 
 
 def measure_ceilings(device: torch.device, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and figures of each ceiling; raises Wrong for one that does not give what it should."""
+    """Yield name and figures of each ceiling; raises Wrong for one whose result is wrong."""
     source = torch.randint(256, (COPY_BYTES[device.type],), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 

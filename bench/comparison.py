@@ -41,7 +41,7 @@ class Setting:
         return self.micro_batch * self.config.tokens
 
     def case(self) -> dict[str, Any]:
-        """Return the data as lines tell it."""
+        """Return the data, as in the JSON lines."""
         return {
             "tower": self.tower,
             "micro_batch": self.micro_batch,
@@ -85,10 +85,10 @@ def comparison_of(
         operation: its name.
         setting: what decides its data.
         candidates: prepared by a call, which raises Unavailable.
-        errors: of what a candidate computed, relative to float64.
+        errors: of a candidate's results, relative to float64.
         traffic: bytes that have to be read or written.
         operations: floating-point operations that have to be done.
-        many: a block or a tower, whose memory and images a second are told too.
+        many: a block or a tower, whose memory and images a second are reported too.
     """
 
     def ready(name: str, prepare: Callable[[], Prepared]) -> Ready:

@@ -1,4 +1,4 @@
-"""The one form of every benchmark: common options, one JSON line a candidate, one table, how it ends.
+"""The common interface of all benchmarks: options, one JSON line a candidate, one table, exit status.
 
 A benchmark declares a `Benchmark`: the class of its options, what is wrong with them, the columns of its table, and a
 generator of `Line`s. Those that time candidates in turns make their lines with `textlock.bench.candidates`.
@@ -8,7 +8,7 @@ Every line is printed on stdout as soon as it is known, and `textlock.bench.suit
     part, operation, case   what was measured, on what data
     candidate               who: ours, whose names begin with "ours", or a peer
     ms, quartiles_ms, runs  median and quartiles of so many runs
-    floor_ms, percent_of_floor, errors, and what else the part tells
+    floor_ms, percent_of_floor, errors, and further figures of the part
     absent | wrong | failed instead: why there are no figures
     device, versions, commit
 
@@ -55,7 +55,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: a figure by its name, or what is made of all figures of a candidate; empty for None."""
+    """A column of a table: a figure by its name, or a function of all figures of a candidate; empty for None."""
 
     title: str
     value: str | Callable[[Outcome], Any]
@@ -88,7 +88,7 @@ class Line:
     shown: tuple[str, ...] | None = ()  # cells of the table before the candidate's name; None: not in the table
 
     def told(self) -> dict[str, Any]:
-        """Return what is printed of it, but for the machine."""
+        """Return the JSON object that is printed, without the machine."""
         about = {"part": self.part, "operation": self.operation, "case": self.case, "candidate": self.candidate}
         return about | self.outcome
 
@@ -153,7 +153,7 @@ class Report:
         self._faults: list[str] = []
 
     def add(self, line: Line) -> None:
-        """Print what is known of a candidate."""
+        """Print a candidate's JSON line and add it to the table."""
         name, outcome, shown = line.candidate, line.outcome, line.shown
         print(json.dumps(line.told() | self.machine), flush=True)
         if "absent" in outcome:
@@ -190,7 +190,7 @@ O = TypeVar("O")  # noqa: E741  # of options
 
 @dataclass(frozen=True)
 class Benchmark(Generic[O]):
-    """What a benchmark declares; `command` is its command line, `run` the same for options that are at hand."""
+    """What a benchmark declares; `command` reads the command line, `run` takes options that are already parsed."""
 
     about: str | None  # the docstring of its module: the text above --help
     options: type[O]
@@ -236,7 +236,7 @@ def require_positive(options: Any, *names: str) -> None:
 
 
 def require_known(name: str, values: Iterable[Any], known: Collection[Any]) -> None:
-    """Raise ValueError for values of an option that are none of the known ones."""
+    """Raise ValueError for an option's value that is not among the known ones."""
     for value in values:
         if value not in known:
             raise ValueError(f"{flag(name)} {value} is unknown: choose from {', '.join(map(str, known))}")

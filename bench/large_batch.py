@@ -11,7 +11,6 @@ One JSON line on stdout, a table on stderr; exit status 1 without a figure.
 """
 
 import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -217,8 +216,7 @@ def check(options: LargeBatchOptions) -> None:
 
 def peak_resident_bytes() -> int:
     """Return the most memory that this process has had in RAM so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 BENCHMARK = Benchmark(

@@ -336,13 +336,13 @@ def on_gpu(decoder: Decoder, options: LoaderOptions) -> bool:
 
 
 def decode_in_threads(workers: int) -> Callable[[list[bytes]], object]:
-    """Return what decodes JPEGs as the cpu decoder does, in so many threads."""
+    """Return a function that decodes JPEGs as the cpu decoder does, in so many threads."""
     pool = ThreadPoolExecutor(workers)
     return lambda jpegs: list(pool.map(decode_image, jpegs))
 
 
 def decode_on_gpu(workers: int) -> Callable[[list[bytes]], object]:
-    """Return what decodes JPEGs by DALI on the GPU."""
+    """Return a function that decodes JPEGs with DALI on the GPU."""
     from nvidia.dali import Pipeline, fn, types
 
     pipeline = Pipeline(DALI_BATCH, workers, device_id=torch.cuda.current_device())
@@ -368,7 +368,7 @@ def device_bytes(device: torch.device) -> int | None:
 
 
 def published(name: str, shards: Shards, options: LoaderOptions, floor: float | None) -> Outcome:
-    """Return what is published of a loader whose decoder alone reaches ``floor`` images a second, if that is known."""
+    """Return a loader's figures; its decoder alone reaches ``floor`` images a second, if that is known."""
     torch.set_num_threads(1)
     difference = grey_levels_off(name, shards, options)
     rates = rates_of(name, shards, options)
@@ -383,7 +383,7 @@ def published(name: str, shards: Shards, options: LoaderOptions, floor: float | 
 
 
 def in_a_process(function: Callable[..., Result], *arguments: Any) -> Result:
-    """Run in a process of its own: no loader inherits the threads or the memory of another."""
+    """Run in a separate process: no loader inherits the threads or the memory of another."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["textlock.data.loader"])  # seconds of imports, once for all
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -449,7 +449,7 @@ def lines(options: LoaderOptions, session: Session) -> Iterator[Line]:
 
 
 def floor_in_a_process(shards: Shards, options: LoaderOptions, decoder: Decoder) -> float | None:
-    """As `decoding_alone`, in a process of its own."""
+    """As `decoding_alone`, in a separate process."""
     return in_a_process(decoding_alone, decoder, shards, options)
 
 

@@ -21,7 +21,7 @@ from textlock.engine.distributed import World
 from textlock.engine.feed import Feed
 from textlock.engine.objective import LossConfig, Objective
 from textlock.engine.optim import FlatGradients, OptimConfig, build_optimizer
-from textlock.engine.plan import Plan, StepConfig, available_bytes, choose_plan, fixed_bytes, tier_costs
+from textlock.engine.plan import Plan, StepConfig, plan_step
 from textlock.engine.step import LargeBatchStep, autocast_for, image_rows, text_dtype
 from textlock.models.block import ComputeCopies, Implementation, product_dtype
 from textlock.models.vision import VISION_CONFIGS, VisionTower, build_vision_tower
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 Phase = Literal["tower", "loss", "gather", "reduction", "optimizer", "data_wait"]
 PHASES: tuple[Phase, ...] = ("tower", "loss", "gather", "reduction", "optimizer", "data_wait")
-# Images that differ. A local batch is made of copies: 65,536 of its own would take minutes to draw and 10 GB of pinned
-# memory, and neither the time nor the memory of a step depends on them. Their texts all differ.
+# Distinct images. A larger local batch repeats them: 65,536 would take minutes to draw and 10 GB of pinned memory, and
+# neither the time nor the memory of a step depends on them. Their texts all differ.
 DISTINCT_IMAGES = 1024
 
 
@@ -138,7 +138,7 @@ class OneOfManyObjective(Objective):
         self._everyone = case.text.to(dtype)
         self._sent = losses.other_ranks(case, config.mode) if case.world > 1 else None
 
-    def candidates(self, step: int, rows: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def texts(self, step: int, rows: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the text embeddings of all ranks."""
         self._clock().mark("tower")
         self._everyone[: len(rows)].copy_(rows)
@@ -200,7 +200,7 @@ def gradcache(rank: Rank, batch: Batch) -> None:
         with torch.no_grad():
             rows = torch.cat([rank.rows(images) for images in rank.micro_batches(batch)])
         rows.requires_grad_()
-        texts, ids = rank.objective.candidates(0, batch.text, None)
+        texts, ids = rank.objective.texts(0, batch.text, None)
         rank.objective.of_batch(rows, texts, ids, first_row=0, group=dist.group.WORLD).backward()
         assert rows.grad is not None
         for images, gradient in zip(rank.micro_batches(batch), rows.grad.split(rank.micro_batch), strict=True):
@@ -284,14 +284,14 @@ CANDIDATES = {
 
 
 def plan_of(rank: Rank) -> Plan:
-    """Return the plan of ours, as train.py makes it."""
-    setting, tower = rank.setting, rank.tower
-    other_bytes = fixed_bytes(tower, rank.autocast, local_batch=rank.case.b, global_batch=rank.case.B)
-    return choose_plan(
-        StepConfig(micro_batch=rank.micro_batch),
-        tier_costs(tower, rank.autocast),
-        local_batch=rank.case.b,
-        memory_bytes=available_bytes(setting.device, setting.memory_gib, fixed_bytes=other_bytes),
+    """Return the plan of ours, as train.py makes it on each of so many ranks."""
+    return plan_step(
+        StepConfig(micro_batch=rank.micro_batch, memory_gib=rank.setting.memory_gib),
+        rank.tower,
+        rank.autocast,
+        World(0, rank.case.world, rank.setting.device, None),
+        batch_size=rank.case.B,
+        couples=rank.objective.couples_images,
     )
 
 
@@ -326,7 +326,7 @@ class PreparedLoop:
         clock.mark("data_wait")
         rank.gradients.zero()
         self.add_gradients(rank, batch)
-        if self.plan is None:  # ours does it itself, while it goes backward
+        if self.plan is None:  # ours has done it during its backward
             rank.gradients.finish_reduction(dist.group.WORLD)
         rank.gradients.clip(1.0)
         rank.optimizer.step()

@@ -5,7 +5,7 @@
     python -m textlock.bench.losses --candidates ours_chunked open_clip > losses.jsonl
     pytest bench/test_losses.py --benchmark-only                # the same figures through pytest-benchmark
 
-Embeddings are float32, those of the texts frozen; logit scale and bias are learnt. With `--world` the other ranks'
+Embeddings are float32, those of the texts frozen; logit scale and bias are learned. With `--world` the other ranks'
 share of each collective is computed beforehand and added where the collective would run, so results are exact and no
 communication is timed. Every loss is first compared with float64; one that is wrong prints no figure. The losses of one
 operation then take turns. One JSON line a candidate on stdout, a table on stderr; exit status 1 if one of ours is wrong
@@ -102,7 +102,7 @@ class LossCandidate:
     truth: Callable[[], Result]
 
     def ready(self, case: Case) -> Ready:
-        """Run loss and gradient, on inputs of their own, and compare them with the truth."""
+        """Run loss and gradient on new leaves and compare them with the truth."""
         inputs = leaves(case)
         found = errors(evaluate(self.loss, inputs), self.truth())
         return Ready(lambda: evaluate(self.loss, inputs), found, TOLERANCE[self.dtype], self.dtype)

@@ -46,7 +46,6 @@ class TimeUp(BaseException):
 class Spread:
     """Seconds of many runs."""
 
-    fastest: float
     low: float  # first quartile
     median: float
     high: float  # third quartile
@@ -56,10 +55,10 @@ class Spread:
     def of(cls, seconds: list[float]) -> "Spread":
         """Summarise at least two runs."""
         low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-        return cls(min(seconds), low, median, high, len(seconds))
+        return cls(low, median, high, len(seconds))
 
     def published(self) -> dict[str, Any]:
-        """Return what is published of times, in milliseconds."""
+        """Return the figures of a result, in milliseconds."""
         return {"ms": self.median * 1e3, "quartiles_ms": [self.low * 1e3, self.high * 1e3], "runs": self.runs}
 
 
@@ -158,7 +157,7 @@ def interleaved_times(
 
 
 def time_of(run: Callable[[], object], seconds: float, device: torch.device) -> Spread:
-    """Time one run by itself, as `interleaved_times` does."""
+    """Time one run alone, as `interleaved_times` does."""
     return Spread.of(interleaved_times({"": run}, seconds, device)[""])
 
 

@@ -1,4 +1,4 @@
-"""What a training step keeps between forward and backward on GPUs of 80 and 141 GB, and what that is predicted to cost.
+"""What a training step keeps between forward and backward on GPUs of 80 and 141 GB, and its predicted cost.
 
     python -m textlock.bench.plan                                 # local batches of a global batch of 65,536
     python -m textlock.bench.plan --gpus h200 --local-batches 8192
@@ -7,8 +7,8 @@ Nothing is run but two small forwards on the CPU, which count bytes: this is the
 next to the two usual ways to save memory, under the same costs. `gradcache` keeps nothing and runs every image forward
 twice (https://arxiv.org/abs/2101.06983). `checkpoints` sends the local batch forward at once, keeps the input of every
 block and recomputes each block, as the released training code does. Extra time is the share of forward and backward
-with nothing recomputed. Peaks are of allocated bytes: weights, gradients, optimiser, two batches of images, embeddings,
-the loss, and activations at their most. One JSON line a tier and a plan on stdout, a table on stderr.
+with nothing recomputed. Peaks are of allocated bytes: weights, gradients, optimiser, three batches of images,
+embeddings, the loss, and activations at their most. One JSON line a tier and a plan on stdout, a table on stderr.
 """
 
 from collections import Counter
@@ -72,7 +72,7 @@ class Costs:
         return 8 * sum(parameter.numel() for parameter in self.tower.parameters())
 
     def other_bytes(self, local_batch: int, texts: int) -> int:
-        """Return the other bytes that are no activations."""
+        """Return the bytes of everything else but activations."""
         return fixed_bytes(self.tower, self.autocast, local_batch=local_batch, global_batch=texts)
 
 
@@ -107,7 +107,7 @@ def plan_on(costs: Costs, gpu: str, options: PlanOptions, local_batch: int) -> d
 
 
 def lines(options: PlanOptions, session: Session) -> Iterator[Line]:
-    """Tell what each tier costs, and the plan of every GPU and local batch."""
+    """Yield the cost of each tier, and the plan of every GPU and local batch."""
     costs = Costs.of(options.tower)
     for tier, cost in costs.fused.items():
         yield Line("plan", "tier", {"tower": options.tower, "tier": tier}, "ours", asdict(cost), None)

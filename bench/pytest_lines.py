@@ -12,7 +12,7 @@ class Outcomes:
         self._config = config
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":  # setting up is told only where it skips or fails
+        if report.when == "call" or report.outcome != "passed":  # setup is reported only where it skips or fails
             self._print(report, report.duration)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

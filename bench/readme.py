@@ -1,7 +1,7 @@
 """Writes the figures of README.md and bench/RESULTS.md from the files of figures, so that none is typed, and plots.
 
     python -m textlock.bench.readme             # both pages and bench/results/*.svg
-    python -m textlock.bench.readme --check     # exit status 1 if a page does not say what the files say
+    python -m textlock.bench.readme --check     # exit status 1 if a page disagrees with the files
 
 Between `<!-- NAME figures -->` and `<!-- /NAME figures -->` stands what the function of that name below makes of the
 newest file of a GPU, of the newest of a CPU (`make gpu-check` and `make bench` write them), and of demo.json, which is
@@ -36,6 +36,7 @@ from textlock.bench.records import (
     time_of,
 )
 from textlock.data.atomic import atomic_file, write_text_atomically
+from textlock.settings import exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
 TOWER = "eva02_base_patch16_224"
@@ -69,7 +70,7 @@ RECOMPUTED = {
 @dataclass(frozen=True, kw_only=True)
 class PageOptions:
     check: bool = False
-    """Write nothing; say whether the pages are what they should be."""
+    """Write nothing; exit status 1 and a diff if a page is out of date."""
     root: Path = ROOT
     """Folder of README.md, bench/RESULTS.md and bench/results."""
 
@@ -87,7 +88,7 @@ class Source:
         return read_figures(self.path)
 
     def contest(self, part: str, operation: str, **case: Any) -> Contest:
-        """Return what was measured of an operation on data like this; raises ValueError if nothing was."""
+        """Return the measurements of an operation on data like this; raises ValueError if there are none."""
         for contest in contests(self.lines):
             if contest.part == part and contest.operation == operation and case.items() <= contest.case.items():
                 return contest
@@ -138,7 +139,7 @@ def times_and_memory(contest: Contest, figure: str) -> str:
 
 
 def demo(results: Path) -> str:
-    """Return what a `make demo` reached."""
+    """Return the results of `make demo`."""
     found = json.loads((results / "demo.json").read_text())
 
     def percent(name: str) -> str:
@@ -228,7 +229,7 @@ def large_batch(source: Source) -> str:
 
 
 def tiers(source: Source) -> str:
-    """Return what the tiers keep and cost, and a plan of them."""
+    """Return a table of the bytes and costs of the tiers, and a plan of them."""
     rows = []
     for tier, recomputed in RECOMPUTED.items():
         (cost,) = source.contest("plan", "tier", tower=TOWER, tier=tier).lines
@@ -374,9 +375,7 @@ def main(options: PageOptions) -> None:
             if (page := path.read_text()) != text:
                 lines = difflib.unified_diff(page.splitlines(True), text.splitlines(True), "is", "should be")
                 sys.stderr.writelines(lines)
-                print(
-                    f"error: {path} does not say what the files of figures say; make report writes it", file=sys.stderr
-                )
+                print(f"error: {path} disagrees with the files of figures; make report rewrites it", file=sys.stderr)
                 raise SystemExit(1)
         return
     for path, text in wanted.items():
@@ -390,5 +389,4 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(PageOptions, description=__doc__))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        exit_with(error)

@@ -26,7 +26,7 @@ def is_ours(name: str) -> bool:
 
 
 def read_figures(path: Path) -> list[Line]:
-    """Return the lines of a file of figures, or of what a benchmark printed, each with device, versions and commit.
+    """Return the lines of a file of figures or of a benchmark's output, each with device, versions and commit.
 
     Raises ValueError for a file that is neither.
     """
@@ -59,7 +59,7 @@ class Results:
 
     @classmethod
     def open(cls, folder: Path, machine: dict[str, Any], replaced: Sequence[str]) -> "Results":
-        """Go on with today's file of this machine without the parts that are measured anew, or begin one.
+        """Continue today's file of this machine without the parts that are measured again, or begin one.
 
         Raises ValueError where something else has the name of that file.
         """
@@ -138,7 +138,7 @@ class Contest:
             case "loader":
                 return f"{case['width']} x {case['height']} pixels"
             case "step" | "profile":
-                jpegs = f", JPEGs of {case['pictures']} pixels" if case.get("pictures") else ""
+                jpegs = f", JPEGs of {case['jpeg_short_side']} pixels" if case.get("jpeg_short_side") else ""
                 return f"{case['local_batch']:,} of {case['texts']:,}{jpegs}"
             case "large_batch":
                 return f"{case['batch']:,} images"
@@ -191,7 +191,7 @@ def comparison_table(lines: Iterable[Line]) -> str:
 
 
 def ceilings_table(lines: Iterable[Line]) -> str:
-    """Return what the device reached at most, in Markdown."""
+    """Return the highest rates that the device reached, in Markdown."""
     rows = []
     for contest in contests(lines):
         if contest.part == "ceilings":

@@ -1,7 +1,7 @@
 """Predicts the training step on 8 to 4,096 GPUs from measured parts.
 
-    python -m textlock.bench.scaling --steps bench/results/STEPS.json   # figures of textlock.bench.step
-    python -m textlock.bench.scaling --parts parts.json                  # an object of the fields of Parts below
+    python -m textlock.bench.scaling --steps steps.jsonl    # lines that textlock.bench.step printed
+    python -m textlock.bench.scaling --parts parts.json     # an object of the fields of Parts below
 
 For P ranks of b images, B = P·b texts, d wide:
 
@@ -12,7 +12,7 @@ For P ranks of b images, B = P·b texts, d wide:
     gather  : all-gather of B text embeddings, as far as the forward pass does not hide it
     coupling: all-reduce of B column sums in float64; every rank waits for it
     reduction: all-reduce of the gradients, as far as the backward pass of the last micro-batch does not hide it; what
-               lies before the first block and behind the last is never hidden
+               lies before the first block and after the last is never hidden
     data wait: what the loader needs for b images beyond the rest of the step
 
     all-gather = (P-1)/P · bytes / bandwidth + ⌈log2 P⌉ · latency          all-reduce = twice that
@@ -61,7 +61,7 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a step is made of. Seconds and bytes of one rank."""
+    """The measured parts of a step: seconds and bytes of one rank."""
 
     source: str  # where the figures come from
     tower: dict[int, float]  # seconds of the tower, forward and backward, by local batch
@@ -71,7 +71,6 @@ class Parts:
     deviation: float  # standard deviation of a rank's compute, as a share of it
     gradient_bytes: int
     exposed_bytes: int  # of these, outside of the blocks
-    width: int
     row_bytes: int  # of a text embedding
     micro_batch: int
     node: Link
@@ -83,7 +82,7 @@ class Parts:
     assumed: tuple[str, ...] = ()  # names of the fields that were not measured
 
     def link(self, ranks: int) -> Link:
-        """Return what the slowest connection of so many ranks is."""
+        """Return the slowest link among so many ranks."""
         return self.node if ranks <= self.ranks_per_node else self.network
 
     def tower_seconds(self, images: int) -> float:
@@ -99,7 +98,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step, by what they go to."""
+    """Seconds of a step, by cost."""
 
     ranks: int
     local_batch: int
@@ -129,7 +128,7 @@ def expected_maximum(draws: int) -> float:
 
 
 def predict(parts: Parts, ranks: int, local_batch: int) -> Prediction:
-    """Predict a step of ``ranks`` ranks with ``local_batch`` images each, as the top of this file has it."""
+    """Predict a step of ``ranks`` ranks with ``local_batch`` images each, by the formulas at the top of this file."""
     texts = ranks * local_batch
     slower = (parts.slowdown or {}).get(ranks, 1.0)
     tower = slower * parts.tower_seconds(local_batch)
@@ -165,7 +164,7 @@ ASSUMED_DEVIATION = 0.01
 
 
 def read_parts(path: Path) -> Parts:
-    """Read parts from a JSON object; raises ValueError for what is no such object."""
+    """Read parts from a JSON object; raises ValueError for a file that holds none."""
     try:
         found = json.loads(path.read_text())
         links = {name: Link(**found[name]) for name in ("node", "network")}
@@ -181,9 +180,13 @@ def read_parts(path: Path) -> Parts:
 
 
 def parts_of_steps(path: Path, loader: float | None) -> Parts:
-    """Take the parts from lines that `bench.step` printed for ``ours``; links are assumed, deviation is at least."""
+    """Take the parts from lines of `bench.step` for ``ours``.
+
+    Links are assumed, and the deviation is at least the assumed one.
+    """
     lines = [line for line in read_figures(path) if line.get("candidate") == "ours" and "seconds" in line]
-    lines = [line for line in lines if line["case"].get("pictures") is None]  # decoding meanwhile slows a tower down
+    # Decoding meanwhile slows a tower down.
+    lines = [line for line in lines if line["case"].get("jpeg_short_side") is None]
     if not lines:
         raise ValueError(f"{path} has no figures of ours: give it lines that python -m textlock.bench.step printed")
     if len(settings := {(line["case"]["tower"], line["device"]) for line in lines}) > 1:
@@ -216,7 +219,6 @@ def sizes(tower: VisionTower, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "gradient_bytes": 4 * everything,
         "exposed_bytes": 4 * (everything - in_blocks),
-        "width": tower.embed_dim,
         "row_bytes": tower.embed_dim * dtype.itemsize,
     }
 
@@ -228,7 +230,7 @@ class ForecastOptions:
     parts: Path | None = None
     """JSON file of measured parts; this or --steps."""
     steps: Path | None = None
-    """JSON lines of bench.step, from which parts are taken."""
+    """Lines that bench.step printed (not named .json), or a .json file of bench/results: parts are taken from them."""
     loader: float | None = None
     """Images a second that the loader of one rank brings; left out: as many as are asked for."""
     global_batch: int = 65536
@@ -256,13 +258,13 @@ def _link(link: Link) -> str:
 
 
 def assumptions(parts: Parts) -> list[str]:
-    """Return what a prediction rests on, in sentences: first what was not measured."""
+    """Return the assumptions of a prediction, in sentences: first the parts that were not measured."""
     low, high = min(parts.tower), max(parts.tower)
     return [
         *(f"assumed: {ASSUMPTIONS[name](parts)}" for name in parts.assumed),
         *(f"measured: {say(parts)}" for name, say in ASSUMPTIONS.items() if name not in parts.assumed),
         f"tower measured at {low:,} to {high:,} images; where marked *, the same time an image as at the nearest",
-        "gradients and text embeddings go round all ranks as one; no rank fails, and nothing else uses the network",
+        "one message carries all gradients, one all text embeddings; no rank fails, and nothing else uses the network",
     ]
 
 
@@ -272,7 +274,7 @@ def is_measured(parts: Parts, local_batch: int) -> bool:
 
 
 def regimes(options: ForecastOptions) -> dict[str, list[tuple[int, int]]]:
-    """Return ranks and local batches by what is held fixed."""
+    """Return ranks and local batches by the batch that is held fixed."""
     fixed = [(p, options.global_batch // p) for p in options.ranks if options.global_batch % p == 0]
     return {
         f"{options.global_batch:,} in all": fixed,

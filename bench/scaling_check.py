@@ -37,7 +37,7 @@ from textlock.engine.step import LargeBatchStep, autocast_for, text_dtype
 from textlock.kernels.contrastive import contrastive_loss
 from textlock.models.vision import VISION_CONFIGS, build_vision_tower
 
-# What the processes are told of the options.
+# The options that the processes are given.
 MEASURED = ("tower", "ranks", "local_batch", "micro_batch", "rounds", "seed")
 
 
@@ -263,7 +263,7 @@ def run_process() -> None:
 
 
 def lines(options: CheckOptions, session: Session) -> Iterator[Line]:
-    """Predict the steps of real processes from their parts, and tell the true ones."""
+    """Predict the steps of real processes from their parts, and report the measured ones next to them."""
     times = start_processes(options)
     parts = parts_of_times(times, options)
     session.notes += [f"whole steps of real processes: {parts.source}, {options.local_batch} images each"]

@@ -13,7 +13,7 @@ One process stands for the first of `texts / local batch` ranks. The text embedd
 image embeddings of the other ranks are random unit vectors, whose column sums are computed beforehand and added where
 `contrastive_loss` would all-reduce them. So its work, memory and numbers are those of one rank of many. Collectives run
 in a group of this one process: `gather` is the copy of the own text embeddings among those of all, `reduction` what
-such a group takes. No wire is timed; `python -m textlock.bench.scaling` puts it in.
+such a group takes. Network time is not measured; `python -m textlock.bench.scaling` adds it.
 
 Peers, all with the same weights, data, optimiser and clipping, on the fused blocks, torch's own (`eager`) or these
 under torch.compile:
@@ -110,7 +110,7 @@ class StepOptions(ceilings.Options):
     micro_batch: int | None = None
     """Images of one forward pass."""
     memory_gib: float | None = None
-    """Memory for the activations of ours in GiB; left out: what the device has."""
+    """Memory for the activations of ours in GiB; left out: what is free on the device."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the tower: bf16 on a GPU, fp32 on a CPU."""
     shards: str | None = None
@@ -125,15 +125,15 @@ class StepOptions(ceilings.Options):
     seconds: float = 10.0
     """Time spent on each figure, at least three steps."""
     limit: float = 300.0
-    """Seconds after which nothing more is started, and what is running is given up."""
+    """Seconds after which no candidate is started and the running one is stopped."""
     seed: int = 0
     """Of weights and data."""
 
 
 def draw_jpegs(folder: str, short_side: int, count: int) -> dict[str, Any]:
-    """Write shards of JPEGs as large as photos, one batch of ``count`` an epoch; return what is told of them."""
+    """Write shards of JPEGs as large as photos, one batch of ``count`` an epoch; return their part of the case."""
     shards = write_shards(Path(folder), count, short_side * 5 // 4, short_side, bad=0.0)
-    return {"kilobytes_a_picture": round(mean(map(len, shards.jpegs.values())) / 1e3, 1)}
+    return {"kilobytes_per_jpeg": round(mean(map(len, shards.jpegs.values())) / 1e3, 1)}
 
 
 def small_batch(setting: StepSetting, ranks: int) -> tuple[losses.Case, Batch]:
@@ -246,7 +246,7 @@ def timed(step: Callable[[Clock | None], Clock], seconds: float) -> list[dict[Ph
 
 
 def setting_of(options: StepOptions) -> StepSetting:
-    """Fill in what was left out; raises ValueError for what cannot be."""
+    """Fill in the options that were left out; raises ValueError for impossible ones."""
     device = device_of(options.device)
     kind = device.type
     setting = StepSetting(
@@ -282,7 +282,7 @@ def lines(options: StepOptions, session: Session) -> Iterator[Line]:
         if has_figures(errors):
             work = partial(figures_of, name, setting, local_batch, shards, options, found)
             outcome = session.outcome_of(work) | {"errors": errors}
-        side = jpegs["pictures"]
+        side = jpegs["jpeg_short_side"]
         shown = f"{local_batch:,} images" if side is None else f"{local_batch:,} JPEGs of {side}"
         return Line("step", "step", shape_of(setting, local_batch) | jpegs, name, outcome, ("step", shown))
 
@@ -290,8 +290,8 @@ def lines(options: StepOptions, session: Session) -> Iterator[Line]:
         with tempfile.TemporaryDirectory() as folder:
             drawn = session.outcome_of(partial(draw_jpegs, folder, side, local_batches[0]))
             if has_figures(drawn):
-                return line("ours", errors, local_batches[0], folder, {"pictures": side} | drawn)
-            return line("ours", drawn, local_batches[0], folder, {"pictures": side})
+                return line("ours", errors, local_batches[0], folder, {"jpeg_short_side": side} | drawn)
+            return line("ours", drawn, local_batches[0], folder, {"jpeg_short_side": side})
 
     with group_of_one(setting.device):
         for name in CANDIDATES:
@@ -299,7 +299,7 @@ def lines(options: StepOptions, session: Session) -> Iterator[Line]:
                 continue
             errors = session.outcome_of(partial(errors_of, name, setting))
             for local_batch in local_batches:
-                yield line(name, errors, local_batch, options.shards, {"pictures": None})
+                yield line(name, errors, local_batch, options.shards, {"jpeg_short_side": None})
             if name == "ours" and has_figures(errors):
                 for side in options.jpegs:
                     yield line_of_jpegs(errors, side)
@@ -311,8 +311,8 @@ def lines(options: StepOptions, session: Session) -> Iterator[Line]:
 def lines_of_kernels(
     setting: StepSetting, local_batch: int, found: dict[str, Outcome], session: Session
 ) -> Iterator[Line]:
-    """Make a line of each kernel, or of why there is none, and a table of their own below that of the steps."""
-    case = shape_of(setting, local_batch) | {"pictures": None}
+    """Make a line of each kernel, or of why there is none, and a separate table below that of the steps."""
+    case = shape_of(setting, local_batch) | {"jpeg_short_side": None}
     kernels = found if has_figures(found) else {"step": found}
     of_kernels = [Line("profile", name, case, "ours", outcome, None) for name, outcome in kernels.items()]
     session.notes.append(profile_table(line.told() for line in of_kernels))
@@ -320,7 +320,7 @@ def lines_of_kernels(
 
 
 def shape_of(setting: StepSetting, local_batch: int) -> dict[str, Any]:
-    """Return the data as lines tell it."""
+    """Return the data, as in the JSON lines."""
     return {
         "tower": setting.tower,
         "local_batch": local_batch,

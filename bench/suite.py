@@ -5,13 +5,13 @@
     make gpu-check ARGS=--sanitize                # the small tests under compute-sanitizer too
     make bench                                    # on a CPU: what can be run there
 
-Every benchmark is a process of its own, so that one that crashes or hangs takes nothing with it. The ceilings of the
+Every benchmark is a separate process, so that one that crashes or hangs does not end the others. The ceilings of the
 device come first, and all floors from them. Tests come before the figures of their part: where one fails, the part has
-none. `--minutes` bounds all of it: each part gets its share of what is left, is told to start nothing more near its
-end, and is killed after it.
+none. `--minutes` bounds all of it: each part gets its share of the remaining time, starts nothing more near its end,
+and is killed after it.
 
-The file, bench/results/DEVICE-DATE.json, is written anew with every figure, so that a run that is cut off keeps what it
-had. A run of some parts on the same day, device and versions replaces these and keeps the others. It holds
+The file, bench/results/DEVICE-DATE.json, is rewritten with every figure, so that a run that is cut off keeps those
+before. A run of some parts on the same day, device and versions replaces these and keeps the others. It holds
 
     device, driver, processor, versions, missing     what was measured on; packages and programs that were not there
     parts    by name: commit, date, command, seconds, status, clocks seen (lowest, median, highest), tests
@@ -75,7 +75,7 @@ PROGRAMS = {"gpu": {"nvidia-smi": "driver and clocks", "g++": "compiled peers"},
 
 @dataclass(frozen=True)
 class Command:
-    """A benchmark to run, and what it is told: the device, where ceilings are, how long it has, where a trace goes."""
+    """A benchmark to run, and the options it is given: device, file of ceilings, time limit, file of a trace."""
 
     module: str
     arguments: tuple[str, ...] = ()
@@ -213,7 +213,7 @@ SECONDS_OF_TESTS = 110.0
 SECONDS_OF_SANITIZER = 240.0
 TEST_PROCESSES = 8  # at the same time on one GPU
 LONG = ("tests/test_train.py", "tests/kernels/test_gather.py")  # begun first: what starts processes takes longest
-# A benchmark that was told its limit ends a candidate at it, prints its table and stops; then it is killed.
+# At its limit a benchmark stops the running candidate, prints its table and exits; so many seconds later it is killed.
 GRACE = 8.0
 LEAST_SECONDS = 5.0  # for a benchmark; with less it is not begun
 LAST_SECONDS = 10.0  # of all: for the table and for what ends late
@@ -335,7 +335,7 @@ class Suite:
         self.outcomes: dict[str, list[Line]] = {}  # of tests, by part
 
     def run(self, ceilings: Path) -> None:
-        """Run everything; what is left of the time is divided anew before every part."""
+        """Run everything; the remaining time is divided again before every part."""
         names = list(self.parts)
         weights = {name: part.seconds for name, part in self.parts.items()}
         if self.kind == "gpu":
@@ -383,7 +383,7 @@ class Suite:
             say(f"failed: {line['test']}: {line['reason']}")
 
     def summary(self, part: str, ended: Ended) -> dict[str, Any]:
-        """Return what the file tells of the tests of a part."""
+        """Return the entry of a part's tests in the file."""
         found = self.outcomes.get(part, [])
         return {
             "passed": sum(line["outcome"] == "passed" for line in found),
@@ -523,7 +523,7 @@ def driver_version() -> str:
 
 @contextlib.contextmanager
 def ceilings_file(folder: Path) -> Iterator[Path]:
-    """Yield a path for the ceilings of this run, deleted behind it."""
+    """Yield a path for the ceilings of this run, deleted afterwards."""
     path = folder / f".ceilings-{os.getpid()}.jsonl"
     try:
         yield path
@@ -575,7 +575,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     say(f"{machine['device']}, {options.minutes:g} minutes at most, into {results.path}")
     suite = Suite(options.on, options, results, lacking)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what runs is killed and what is known is told
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children are killed and results so far printed
     try:
         with ceilings_file(options.output) as ceilings:
             suite.run(ceilings)

@@ -50,5 +50,5 @@ def test_loss_and_gradient(b: int, world: int, d: int, name: str, benchmark: Ben
     benchmark(to_its_end(ready.run, DEVICE))
     if benchmark.stats is not None:  # None where pytest runs tests, not benchmarks
         stats = benchmark.stats.stats
-        spread = Spread(stats.min, stats.q1, stats.median, stats.q3, stats.rounds)
+        spread = Spread(stats.q1, stats.median, stats.q3, stats.rounds)
         benchmark.extra_info.update(figures_of(comparison, ready, spread, ceilings(), DEVICE))

@@ -59,5 +59,5 @@ def test_operation(part: Part, micro_batch: int, operation: str, name: str, benc
     benchmark(to_its_end(candidate.run, DEVICE))
     if benchmark.stats is not None:  # None where pytest runs tests, not benchmarks
         stats = benchmark.stats.stats
-        spread = Spread(stats.min, stats.q1, stats.median, stats.q3, stats.rounds)
+        spread = Spread(stats.q1, stats.median, stats.q3, stats.rounds)
         benchmark.extra_info.update(figures_of(comparison, candidate, spread, ceilings(), DEVICE))

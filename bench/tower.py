@@ -79,7 +79,7 @@ def prepare_module(
 ) -> Prepared:
     """Prepare a module's forward and backward pass over all images of ``data``.
 
-    What is compared is the rows of some of these images, and parameter gradients of a pass over these images alone.
+    The embeddings of some of these images are compared, and the parameter gradients of a pass over these alone.
     """
     some = compared_images(setting).to(setting.device)
     rows = {name: value[some].clone() for name, value in run(data).items()}

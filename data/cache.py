@@ -320,7 +320,7 @@ class ShardCache:
 
 
 def _touch(descriptor: int) -> None:
-    # The time that the kernel would take by itself moves in steps of milliseconds.
+    # Without an explicit time the kernel takes its own, which moves in steps of milliseconds.
     os.utime(descriptor, ns=(time.time_ns(), time.time_ns()))
 
 

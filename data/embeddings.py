@@ -27,7 +27,7 @@ from .atomic import atomic_file
 from .captions import caption_id
 from .images import BadSample
 from .index import ShardIndex, open_index
-from .reader import ShardReader
+from .reader import ShardReader, require_caption
 from .stored_text import file_name, pack_header, read_header, record_dtype, require_tower, samples_of
 from .tar import Problem
 
@@ -122,9 +122,7 @@ def _encode_shard(
     numbers, captions = [], []
     for number in range(len(samples)):
         try:
-            caption = reader.read_caption(int(index.first_sample[shard]) + number)
-            if not caption:
-                raise BadSample("no-caption", "the caption is missing or empty")
+            caption = require_caption(reader.read_caption(int(index.first_sample[shard]) + number))
         except BadSample as fault:
             report.without_row.append(Problem(name, f"sample {number}", fault.kind, str(fault)))
             continue
@@ -156,7 +154,7 @@ class Tower(TextConfig, section=""):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Encode every caption of a set of shards once. Run again, or on more processes, it does what is left."""
+    """Encode every caption of a set of shards once. Run again, or on more processes, it encodes the missing shards."""
 
     shards: tyro.conf.Positional[Path]
     """Folder of .tar shards with their index."""

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import torch
 
-from .captions import decode_caption
 from .images import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, BadSample, eval_image
 from .index import open_index
 from .loader import Batch
@@ -53,10 +52,11 @@ def iterate_shards(
 
     def load(sample: int) -> tuple[torch.Tensor, str, int, str]:
         raw = reader.read(sample)
-        caption = decode_caption(raw.caption)
-        if not caption:
-            raise BadSample("no-caption", f"the caption of {raw.key} is missing or empty")
-        return eval_image(raw.image, image_size), caption, raw.caption_id, raw.key
+        try:
+            caption = raw.text()
+            return eval_image(raw.image, image_size), caption, raw.caption_id, raw.key
+        except BadSample as fault:
+            raise BadSample(fault.kind, f"{raw.key}: {fault}") from fault
 
     samples = range(rank * len(index) // world_size, (rank + 1) * len(index) // world_size)
     position = samples.start

@@ -1,4 +1,4 @@
-"""The data engine: batches of decoded images and captions, in an order that survives restarts and other world sizes.
+"""The loader: batches of decoded images and captions, in an order that survives restarts and other world sizes.
 
 A global batch is a function of the shards, the seed and its position; rank r of P makes the r-th contiguous part of it.
 Nothing passes between ranks, and the state of a run is one integer with a fingerprint of what it depends on.
@@ -11,9 +11,9 @@ The threads hold no state: each task makes a few consecutive slots of a batch. R
 release the interpreter lock. With DALI the same tasks read and check, and decode what is no JPEG; one more thread feeds
 the decoder.
 
-On a GPU that thread also brings the batches to the device, on a stream of its own: when a batch is handed out, the next
-one is copied (from pinned memory) or decoded while the step runs. So the device holds two
-batches; later ones wait on the host.
+On a GPU that thread also brings the batches to the device, on a separate stream: when a batch is handed out, the next
+one is copied (from pinned memory) or decoded while the step runs. So the device holds two batches; later ones wait on
+the host.
 """
 
 import json
@@ -34,7 +34,6 @@ import numpy.typing as npt
 import torch
 
 from ..settings import FREE_ON_RESUME, NOT_EMPTY, RISING, Settings, above, at_least, at_most
-from .captions import decode_caption
 from .images import (
     BadSample,
     CropWindow,
@@ -85,7 +84,7 @@ _ORDER_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Settings, section="data"):
-    """What the batches are made of."""
+    """The source, order and decoding of the batches."""
 
     shards: Annotated[str, NOT_EMPTY, FREE_ON_RESUME]
     """Folder of tar shards with their index (python -m textlock.data.shards), or its URL (s3, gs, https, hf, ...)."""
@@ -252,7 +251,7 @@ class Loader:
         self._expected: tuple[tuple[int, int], tuple[int, int]] | None = None
         self._handed_out = 0
         self._skipped_log = skipped_log
-        self._judges_alone = local_batch == config.batch_size
+        self._is_only_loader = local_batch == config.batch_size
         self._device = device
         self._dali = dali
         self._stored_text = stored_text
@@ -314,7 +313,7 @@ class Loader:
         self.close()
 
     def _expect_shards(self) -> None:
-        """Have remote shards fetched ahead: those from the batch handed out next to the group behind the planned."""
+        """Have remote shards fetched ahead: from the next batch to the group after the planned ones."""
         groups = self._order.group_of(self._position), self._order.group_of(self._planned)
         if self._index.remote is not None and groups != self._expected:
             self._expected = groups
@@ -437,9 +436,7 @@ class Loader:
         raw = self._reader.read(sample)
         config = self._config
         try:
-            caption = decode_caption(raw.caption)
-            if not caption:
-                raise BadSample("no-caption", "the caption is missing or empty")
+            caption = raw.text()
             text = None if self._stored_text is None else self._stored_text.row(sample)
             header = check_image(raw.image)
             window = crop_window(header.height, header.width, draws, scale=config.crop_scale, ratio=config.crop_ratio)
@@ -481,15 +478,15 @@ class Loader:
         if faults and self._skipped_log is not None:
             with open(self._skipped_log, "a", encoding="utf-8") as log:
                 log.writelines(json.dumps(asdict(fault)) + "\n" for fault in faults)
-        if self._judges_alone:
+        if self._is_only_loader:
             require_few_skipped(self.skipped_by_kind, self._handed_out, self._config)
 
 
 def require_few_skipped(skipped_by_kind: Mapping[str, int], samples: int, config: DataConfig) -> None:
     """Raise ValueError when more of ``samples`` were bad than the config allows.
 
-    A loader judges by itself when it is the only one. Loaders that share global batches do not: one that stopped alone
-    would leave the others waiting, so their caller judges the sum.
+    A loader checks this when it is the only one. Loaders that share global batches do not, because one that stopped
+    alone would leave the others waiting: the caller checks the total.
     """
     skipped, limit = sum(skipped_by_kind.values()), config.max_skipped_fraction
     if samples >= _MIN_SAMPLES_TO_JUDGE and skipped > limit * samples:
@@ -562,7 +559,7 @@ def open_loader(
         raise ValueError(f"rank {rank} is not one of {world_size} ranks: ranks count from 0")
     local_batch = config.local_batch(world_size)
     device = torch.device(device or "cpu")
-    if device.type == "cuda" and device.index is None:  # other threads have a current device of their own
+    if device.type == "cuda" and device.index is None:  # the current device differs between threads
         device = torch.device("cuda", torch.cuda.current_device())
     index = open_index(config.shards, cache_dir=config.cache_dir, cache_gb=config.cache_gb, fetchers=config.fetchers)
     _check_cache(config, index)

@@ -30,7 +30,7 @@ from .images import (
 )
 from .index import index_of_one_shard, index_shards, list_shards
 from .processes import map_in_processes
-from .reader import ShardReader, read_captioned
+from .reader import ShardReader, require_caption
 from .tar import Problem, read_samples
 
 FILE_COLUMNS = ("file", "filepath", "filename")
@@ -39,7 +39,7 @@ CAPTION_COLUMNS = ("caption", "title", "text")
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was written and what was left out."""
+    """Counts of the samples written, and the samples left out."""
 
     shards: int
     samples: int
@@ -151,7 +151,8 @@ class _ShardRepacking:
         with tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as tar:
             for place, sample in enumerate(samples):
                 try:
-                    raw = read_captioned(reader, place, sample)
+                    raw = reader.read(place)
+                    raw.text()
                     payload, header = self.reencoding(raw.image)
                 except BadSample as fault:
                     problems.append(Problem(path.name, sample.key, fault.kind, str(fault), place))
@@ -180,7 +181,9 @@ def _load_samples(images: Path, captions: Path, reencoding: Reencoding | None, w
     def load(line: int, name: str, caption: str, path: Path) -> _Loaded:
         try:
             payload, header = _load_image(path)
-            return _Loaded(line, name, caption, reencoding(payload) if reencoding else (payload, header))
+            image = reencoding(payload) if reencoding else (payload, header)
+            require_caption(caption)
+            return _Loaded(line, name, caption, image)
         except BadSample as fault:
             return _Loaded(line, name, caption, fault)
 
@@ -204,10 +207,8 @@ def _write_shards(
     tar: tarfile.TarFile | None = None
     try:
         for sample in samples:
-            fault = sample.image if isinstance(sample.image, BadSample) else None
-            if fault is None and not sample.caption.strip():
-                fault = BadSample("empty-caption", "the caption is empty")
-            if fault is not None:
+            if isinstance(sample.image, BadSample):
+                fault = sample.image
                 if not skip_bad:
                     raise ValueError(
                         f"{captions} line {sample.line}: {sample.name}: {fault}; mend it, or leave such samples out "
@@ -220,7 +221,7 @@ def _write_shards(
                 _close_shard(tar)
                 # USTAR and fixed times and owners: equal input gives equal bytes.
                 tar = tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            assert tar is not None and not isinstance(sample.image, BadSample)
+            assert tar is not None
             _add_sample(tar, f"{shard:05d}{place:0{digits}d}", sample.name, *sample.image, sample.caption)
             written += 1
         _close_shard(tar)

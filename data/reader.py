@@ -13,7 +13,7 @@ from .cache import Lease
 from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption
 from .images import MAX_IMAGE_BYTES, BadSample
 from .index import ShardIndex, hash_key
-from .tar import BLOCK, DamagedTar, TarSample, header_name, read_members, split_key
+from .tar import BLOCK, DamagedTar, header_name, read_members, split_key
 
 # A long name sits in extended headers before the member's own: the header blocks and a path of at most 4 KiB.
 _MAX_HEADER_BLOCKS = 16
@@ -41,6 +41,10 @@ class RawSample:
     image: bytes
     caption: bytes
     caption_id: int
+
+    def text(self) -> str:
+        """Return the text of the caption; raises BadSample of kind no-caption where it is missing or empty."""
+        return require_caption(decode_caption(self.caption))
 
 
 class ShardReader:
@@ -141,15 +145,8 @@ def _read_exactly(descriptor: int, offset: int, size: int) -> bytes:
     return payload
 
 
-def read_captioned(reader: ShardReader, place: int, sample: TarSample) -> RawSample:
-    """Return what ``reader`` reads as sample ``place`` of its one shard, which the tar holds as ``sample``.
-
-    Raises:
-        BadSample: as ``ShardReader.read``, or of kind no-caption or empty-caption.
-    """
-    raw = reader.read(place)
-    if sample.caption is None:
-        raise BadSample("no-caption", "the sample has no caption")
-    if not decode_caption(raw.caption):
-        raise BadSample("empty-caption", "the caption is empty")
-    return raw
+def require_caption(caption: str) -> str:
+    """Return a caption; raises BadSample of kind no-caption when it is only white space, as a missing one is read."""
+    if not caption.strip():
+        raise BadSample("no-caption", "the caption is missing or empty")
+    return caption

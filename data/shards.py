@@ -8,7 +8,6 @@ python -m textlock.data.shards verify shards --output skipped.jsonl
 
 import json
 import os
-import sys
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import tyro
 
+from ..settings import exit_with
 from .atomic import atomic_file
 from .index import index_shards
 from .pack import Reencoding, pack_shards, repack_shards
@@ -95,7 +95,7 @@ def _verify(
     cache_dir: str | None = None,
     cache_gb: float = 100.0,
 ) -> None:
-    """Read a set of shards as the loader would and list what it will skip; exit status 1 if there is anything.
+    """Read a set of shards as the loader would and list the samples it will skip; exit status 1 if there are any.
 
     Args:
         shards: Folder of .tar shards, or its URL.
@@ -126,8 +126,7 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict({"pack": _pack, "index": _index, "verify": _verify})
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        exit_with(error)
 
 
 if __name__ == "__main__":

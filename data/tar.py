@@ -226,9 +226,9 @@ def _check_end(descriptor: int, at: int) -> None:
             if following is None:
                 end = os.fstat(descriptor).st_size
                 raise DamagedTar(
-                    "tar-garbage", f"there is no archive in the data behind the end marker at byte {at}", end
+                    "tar-garbage", f"there is no archive in the data after the end marker at byte {at}", end
                 )
-            message = f"there is data behind the end marker at byte {at}: several tars in one file?"
+            message = f"there is data after the end marker at byte {at}: several tars in one file?"
             raise DamagedTar("tar-concatenated", message, following)
         at += len(chunk)
 

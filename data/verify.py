@@ -14,7 +14,7 @@ from .cache import FetchError, is_remote
 from .images import BadSample, decode_image
 from .index import INDEX_NAME, ShardIndex, index_of_one_shard, open_index, scan_shard, shard_names
 from .processes import map_in_processes
-from .reader import ShardReader, read_captioned
+from .reader import ShardReader
 from .tar import Problem
 
 
@@ -84,7 +84,7 @@ class _CheckedShard:
 
 @dataclass(frozen=True)
 class _ShardCheck:
-    """Checks shards one after the other, in a process of its own."""
+    """Checks shards one after the other, in a worker process."""
 
     address: str
     cache_dir: Path | str | None
@@ -118,7 +118,9 @@ class _ShardCheck:
         good = 0
         for place, sample in enumerate(samples):
             try:
-                decode_image(read_captioned(reader, place, sample).image)
+                raw = reader.read(place)
+                raw.text()
+                decode_image(raw.image)
                 good += 1
             except BadSample as fault:
                 problems.append(Problem(name, sample.key, fault.kind, str(fault), place))

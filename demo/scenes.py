@@ -20,7 +20,6 @@ import colorsys
 import io
 import itertools
 import math
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +34,7 @@ from PIL import Image, ImageDraw
 
 from ..data.atomic import atomic_folder
 from ..data.pack import pack_shards
+from ..settings import exit_with
 
 T = TypeVar("T")
 Point = tuple[float, float]
@@ -58,7 +58,7 @@ BACKGROUNDS = {"white": (0.90, 1.0), "gray": (0.48, 0.60), "black": (0.02, 0.12)
 SIZES = {"small": (0.19, 0.22), "large": (0.27, 0.31)}  # radii, as a share of the image's short side
 GROUP_RADII = (0.15, 0.18)
 PAIR_RADII = (0.16, 0.2)
-COMPLETE = 0.3  # share of training captions that tell all; the others name colours, shapes, count and relation alone
+COMPLETE = 0.3  # share of complete training captions; the others name colours, shapes, count and relation alone
 LAYOUT_SHARES = {"single": 0.7, "group": 0.15, "pair": 0.15}
 
 
@@ -387,8 +387,7 @@ def main() -> None:
     try:
         print(tyro.cli(write_scenes))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        exit_with(error)
 
 
 if __name__ == "__main__":

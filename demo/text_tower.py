@@ -7,7 +7,6 @@ The folder is a normal transformers folder, read like any other text tower (``mo
 
 import csv
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from transformers import NomicBertConfig, NomicBertModel, PreTrainedTokenizerFas
 
 from ..data.atomic import atomic_folder
 from ..models.text import quiet_transformers
+from ..settings import exit_with
 
 
 def write_random_text_tower(
@@ -148,8 +148,7 @@ def main(
             output, _read_captions(captions), width=width, depth=depth, heads=heads, std=std, seed=seed
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        exit_with(error)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Checkpoints: a folder a step, safetensors and JSON only, complete or absent, and checked before they are believed.
+"""Checkpoints: a folder a step, safetensors and JSON only, complete or absent, and verified before use.
 
     checkpoints/step_00001000/
       model.safetensors      the image tower, float32 masters
-      trainer.safetensors    log logit scale, AdamW moments and step counts
+      trainer.safetensors    log logit scale, logit bias and text bank where there are, AdamW moments and step counts
       state.json             progress (step, samples seen, position of the loader), fingerprint of the text tower
       config.yaml            the resolved config
       MANIFEST.json          size and SHA-256 of every file above
@@ -50,7 +50,7 @@ class CheckpointConfig(Settings, section="checkpoint"):
 
 
 class CorruptCheckpoint(ValueError):
-    """A checkpoint that its manifest does not vouch for; the message names the file."""
+    """A checkpoint with a file that is missing, or whose checksum does not match its manifest; the message names it."""
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,9 @@
-"""The configuration of a run: the settings of every part, read by tyro, a YAML file flattened to flags before the rest.
+"""The configuration of a run: the settings of every part, parsed by tyro.
 
-One parser reads both, so a wrong key or type in the file gets the same message (with the nearest right key) as on the
-command line, and later flags win. Every text below a field is its ``--help``. The settings of a part, and what they may
-hold, stand next to the part; here stands what parts ask of each other, and of the processes that run them.
+The YAML file becomes flags placed before those of the command line. One parser reads both, so a wrong key or type in
+the file gets the same message (with the nearest right key) as on the command line, and later flags win. Every text
+below a field is its ``--help``. The settings of a part, with their bounds, are defined next to the part; constraints
+between sections, and on the processes that run them, are checked here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ class Config(Settings):
     """auto takes a GPU when there is one."""
 
     def __post_init__(self) -> None:
-        """Refuse parts that do not go together, too."""
+        """Also refuse sections that do not go together."""
         super().__post_init__()
         if self.data.batch_size < 2:
             self.data.refuse("batch_size", "be at least 2: a pair is compared with the others of its batch")

@@ -65,7 +65,7 @@ def join_world(device: str) -> World:
 def why_lost(error: RuntimeError) -> str | None:
     """Return one sentence where a rank gave up because another is gone or silent, None where it is any other error.
 
-    gloo has no class of its own for these: its messages begin with the file of its source.
+    gloo has no exception class for these: its messages begin with the file of its source.
     """
     if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
         return None

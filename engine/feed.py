@@ -11,7 +11,7 @@ from ..models.text import TextTower
 
 
 class Feed:
-    """Takes batches from a loader and has their captions encoded, on a CUDA device on a stream of its own.
+    """Takes batches from a loader and has their captions encoded, on a CUDA device on a separate stream.
 
     The host runs ahead of the device, so the frozen text tower reads the next batch while the image tower works on this
     one. Images come from the loader on the device; stored text embeddings are taken where it gives them.

@@ -1,7 +1,6 @@
 """Progress for people and metrics for programs: metrics.jsonl, the terminal, optional trackers.
 
-A rate never contains an evaluation, a checkpoint or the first step: the clock is stopped around the first two and
-starts after the last.
+Throughput excludes evaluations, checkpoints and the first step (compilation).
 """
 
 import importlib
@@ -66,8 +65,8 @@ class QueuedStep:
 
         Args:
             step: its number, from 1.
-            batch: what it read.
-            learning_rate: what it was taken with.
+            batch: the batch of the step.
+            learning_rate: of the step.
             result: of `LargeBatchStep`.
             grad_norm: 0-dim.
             reported: [1 + kinds], of `FlatGradients.reported`.
@@ -84,7 +83,7 @@ class QueuedStep:
             self._numbers = numbers
 
     def wait(self) -> StepOutcome:
-        """Wait for the device to finish this step, not for what is queued behind it.
+        """Wait for the device to finish this step, not for what is queued after it.
 
         Raises ValueError where loss or gradient are not finite: on every rank, since all have the same numbers.
         """
@@ -111,7 +110,7 @@ class QueuedStep:
 
 
 class Metrics:
-    """Keeps the clocks of a run and writes what it has to say. Only the main process writes."""
+    """Keeps the clocks of a run and writes its progress and metrics. Only the main process writes."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
 """What a step minimises: the loss of the global batch, its learnable scalars, and the bank of earlier texts.
 
-| objective       | a gradient needs                   | so a micro-batch goes backward                              |
-| `infonce`       | all images of the batch, all texts | after the last forward: column sums couple the images       |
-| `sigmoid`       | one image, all texts               | at once: every pair is a question of its own                |
-| `image_to_text` | one image, all texts               | at once: the images choose among texts, no text among images |
+| objective       | a gradient needs       | a micro-batch's backward runs                                     |
+| `infonce`       | all images, all texts  | after the last forward: softmax over images couples the images    |
+| `sigmoid`       | one image, all texts   | after its forward: an independent binary classification per pair  |
+| `image_to_text` | one image, all texts   | after its forward: softmax over texts for each image only         |
 """
 
 import math
@@ -25,9 +25,9 @@ class LossConfig(Settings, section="loss"):
     """The loss of the global batch."""
 
     objective: Literal["infonce", "sigmoid", "image_to_text"] = "infonce"
-    """infonce: every image chooses its text and every text its image, as published. sigmoid: every pair is a yes-or-no
-    question (SigLIP). image_to_text: only the images choose. The last two are exact in one pass over the images,
-    whatever the memory, and are other losses: their results are not those of the recipe."""
+    """infonce: softmax over texts for each image and over images for each text, as published. sigmoid: an independent
+    binary classification per pair (SigLIP). image_to_text: softmax over texts for each image only. The last two are
+    exact in one pass over the images, whatever the memory, and are other losses: their results are not the recipe's."""
     mode: Annotated[Mode, FREE_ON_RESUME] = "auto"
     """Implementation of infonce: the table at the top of kernels/contrastive.py. All compute the same loss."""
     initial_logit_scale: Annotated[float, above(0)] = 1 / 0.07
@@ -38,10 +38,10 @@ class LossConfig(Settings, section="loss"):
     """Do not use equal captions in a batch as negatives of each other. Off in the published recipe."""
     text_bank: Annotated[int, at_least(0)] = 0
     """Text embeddings of earlier steps that are further negatives of every image. They cost no encoding and never go
-    stale, but the loss is another than that of the recipe, with more candidates. 0: none."""
+    stale, but the loss is another than that of the recipe, with more negatives. 0: none."""
 
     def __post_init__(self) -> None:
-        """Refuse an implementation of another loss, too."""
+        """Also refuse an implementation of another loss."""
         super().__post_init__()
         if self.mode != "auto" and self.objective != "infonce":
             self.refuse("mode", f"be auto: the others are of the objective infonce, not {self.objective}")
@@ -64,7 +64,7 @@ class Objective(nn.Module):
     def __init__(self, config: LossConfig, *, texts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self._config = config
-        self._texts = texts
+        self._batch_size = texts
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_logit_scale), device=device))
         biased = config.objective == "sigmoid"
         self.logit_bias = nn.Parameter(torch.tensor(config.initial_logit_bias, device=device)) if biased else None
@@ -84,8 +84,8 @@ class Objective(nn.Module):
         """Return the factor of the cosines, 0-dim, differentiable."""
         return self.log_logit_scale.exp()
 
-    def candidates(self, step: int, rows: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return text embeddings and ids that the images of step ``step`` choose from: the batch's, then the bank's.
+    def texts(self, step: int, rows: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return embeddings and ids of the texts that step ``step`` compares images with: the batch's, then the bank's.
 
         Args:
             step: counted from 0 since the start of training; it says how much of the bank is filled.
@@ -97,10 +97,10 @@ class Objective(nn.Module):
         """
         if self._rows is None or self._ids is None:
             return rows, ids
-        filled = self._texts + min(self._config.text_bank, step * self._texts)
-        self._rows[: self._texts].copy_(rows)
+        filled = self._batch_size + min(self._config.text_bank, step * self._batch_size)
+        self._rows[: self._batch_size].copy_(rows)
         if ids is not None:
-            self._ids[: self._texts].copy_(ids)
+            self._ids[: self._batch_size].copy_(ids)
         return self._rows[:filled], None if ids is None else self._ids[:filled]
 
     def remember(self, step: int) -> None:
@@ -108,11 +108,11 @@ class Objective(nn.Module):
         if self._rows is None or self._ids is None:
             return
         size = self._config.text_bank
-        kept = min(self._texts, size)
-        first = (step * self._texts + self._texts - kept) % size
+        kept = min(self._batch_size, size)
+        first = (step * self._batch_size + self._batch_size - kept) % size
         before_end = min(kept, size - first)
         for buffer in (self._rows, self._ids):
-            batch, bank = buffer[self._texts - kept : self._texts], buffer[self._texts :]
+            batch, bank = buffer[self._batch_size - kept : self._batch_size], buffer[self._batch_size :]
             bank[first : first + before_end].copy_(batch[:before_end])
             bank[: kept - before_end].copy_(batch[before_end:])
 
@@ -123,7 +123,7 @@ class Objective(nn.Module):
 
         Args:
             images: [b, d] unit embeddings of this rank.
-            texts: from `candidates`, like ids.
+            texts: from the method `texts`, like ids.
             ids: see there.
             first_row: the row of `texts` that matches row 0 of `images`.
             group: of the ranks, or None.
@@ -135,7 +135,7 @@ class Objective(nn.Module):
             first_row=first_row,
             ids=ids,
             group=group,
-            bank=len(texts) - self._texts,
+            bank=len(texts) - self._batch_size,
             mode=self._config.mode,
         )
 
@@ -146,7 +146,7 @@ class Objective(nn.Module):
         """
         if self.logit_bias is None:
             return image_to_text_loss(
-                images, texts, self.logit_scale(), first_row=first_row, ids=ids, batch=self._texts
+                images, texts, self.logit_scale(), first_row=first_row, ids=ids, batch=self._batch_size
             )
-        share = len(images) / self._texts
+        share = len(images) / self._batch_size
         return share * sigmoid_loss(images, texts, self.logit_scale(), self.logit_bias, first_row=first_row, ids=ids)

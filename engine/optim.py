@@ -60,7 +60,7 @@ class OptimConfig(Settings, section="optim"):
     max_grad_norm / world size (0.0625 on 16 GPUs)."""
 
     def __post_init__(self) -> None:
-        """Refuse a schedule that is missing or doubled, too."""
+        """Also refuse a schedule that is missing or given twice."""
         super().__post_init__()
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give exactly one of {self.flag('steps')} and {self.flag('epochs')}")
@@ -100,7 +100,7 @@ def parameter_groups(tower: nn.Module, objective: nn.Module, config: OptimConfig
 
     Vectors (biases, norms, tokens, the pooling latent), the position embedding and the objective's scalars are never
     decayed; matrices of the pooling head decay by ``head_weight_decay``, all others by ``tower_weight_decay``. Sharded
-    parameters and whole ones are in groups of their own: one call of the fused kernel takes either.
+    parameters and whole ones are in separate groups: one call of the fused kernel takes either.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in tower.named_parameters():
@@ -221,9 +221,9 @@ class FlatGradients:
         self._reducing.append((place, work))
 
     def finish_reduction(self, group: dist.ProcessGroup | None) -> None:
-        """Sum over the ranks what is not on its way yet, slots included, and wait for all: the gradient of the loss.
+        """Sum over the ranks all gradients whose reduction has not started, slots included, and wait for all of them.
 
-        Every rank holds its share of the gradient of the global mean loss before.
+        Before, every rank holds its share of the gradient of the global mean loss; afterwards, the whole gradient.
         """
         if group is None:
             return

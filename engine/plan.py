@@ -45,7 +45,7 @@ class StepConfig(Settings, section="step"):
     """What every micro-batch keeps for its backward: the table at the top of models/block.py, or none, which recomputes
     the forward. auto: the mix of tiers that recomputes least within the memory budget."""
     memory_gib: Annotated[float | None, at_least(0)] = None
-    """Memory for activations in GiB; None asks the device."""
+    """Memory for activations in GiB. None: what is free on the device."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the image tower; weights and optimiser stay float32. auto: bf16 on a GPU, fp32 on a CPU."""
     sharding: Literal["replicated", "fsdp"] = "replicated"
@@ -65,7 +65,7 @@ class TierCost:
     """What one image costs in one tier."""
 
     kept_bytes: int  # between forward and backward
-    working_bytes: int  # besides, while its micro-batch goes backward
+    working_bytes: int  # in addition, during the backward of its micro-batch
     extra_time: float  # of recomputing what was not kept, as a share of forward and backward
 
 
@@ -77,7 +77,7 @@ class Plan:
     micro_batch: int
     recompute_tier: Keep  # of a second forward
     costs: Mapping[Tier, TierCost]
-    waits_for_loss: bool = True  # or each micro-batch goes backward before the next goes forward
+    waits_for_loss: bool = True  # else each micro-batch's backward runs before the next one's forward
 
     @property
     def kept_bytes(self) -> int:
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def activation_bytes(self) -> int:
-        """Activations at their peak: kept ones and those of the micro-batch in work."""
+        """Activations at their peak: kept ones and those of the micro-batch whose backward runs."""
         of_kept = max((self.costs[tier].working_bytes for tier in self.tiers if tier != "none"), default=0)
         peak = self.kept_bytes + self.micro_batch * of_kept
         if "none" in self.tiers:
@@ -131,11 +131,11 @@ def plan_step(
 
     Args:
         config: see there.
-        tower: on its device, sharded where the config says so.
+        tower: on its device, sharded if the config asks for it.
         autocast: the context that the tower computes in.
         world: see there.
         batch_size: of the global batch.
-        couples: whether the loss couples the images of the batch, so that all go forward before one goes backward.
+        couples: whether the loss couples the images of the batch, so that all forwards run before the first backward.
 
     Raises ValueError as `choose_plan` does.
     """
@@ -162,7 +162,7 @@ def choose_plan(
         config: the size of a micro-batch, and the tier of all or ``auto``: the plan with the least extra time.
         costs: of the tiers that the tower knows, as `tier_costs` counts them.
         local_batch: images of one rank in a step.
-        memory_bytes: for the activations, kept ones and those in work.
+        memory_bytes: for the activations, kept ones and those of the running backward.
         waits_for_loss: whether no backward can start before the last forward has ended, as under the symmetric loss.
 
     Raises ValueError when the micro-batch does not divide the local batch, and when not even one micro-batch fits.
@@ -174,7 +174,7 @@ def choose_plan(
         for tier, cost in costs.items()
         if tier != "none" and micro_batch * (cost.kept_bytes + cost.working_bytes) <= memory_bytes
     ]
-    # For a micro-batch by itself.
+    # For a micro-batch alone.
     recompute = min(fitting, key=lambda tier: costs[tier].extra_time, default=None)
     if config.keep != "auto":
         if config.keep != "none":
@@ -196,10 +196,10 @@ def choose_plan(
 
 
 def _least_extra_time(costs: Mapping[Tier, TierCost], recompute: Keep, count: int, memory: int) -> tuple[Tier, ...]:
-    """Return the tiers of ``count`` micro-batches, in the order of the table, by looking at all ways to count them.
+    """Return the tiers of ``count`` micro-batches, in the order of the table, by enumerating all counts per tier.
 
-    Where memory is short it beats filling up greedily by up to half a percent of the step. Beyond
-    128 micro-batches it looks at the ways whose counts are multiples of a 128th.
+    Where memory is short this beats filling up greedily by up to half a percent of the step. Beyond 128 micro-batches
+    only counts that are multiples of a 128th are enumerated.
     """
     *upper, lowest = [tier for tier in costs if tier != "none"]
     kept, working = (torch.tensor([getattr(costs[t], name) for t in upper]) for name in ("kept_bytes", "working_bytes"))
@@ -245,7 +245,7 @@ def tier_costs(tower: VisionTower, autocast: torch.autocast) -> dict[Tier, TierC
         least = measure_activation_bytes(tower, autocast, "block") + inputs
         costs = {
             "all": TierCost(every, _working_bytes(blocks[0], tokens, compute, "all"), 0.0),
-            # One block's activations come back while its backward runs.
+            # One block's activations are recomputed while its backward runs.
             "block": TierCost(
                 least, (every - least) // len(blocks), (seconds.forward - seconds.outside) / seconds.step
             ),
@@ -331,9 +331,9 @@ def fixed_bytes(
 ) -> int:
     """Return the bytes that a step needs besides activations and what was there before: all but weights and gradients.
 
-    The optimiser's two moments; the weights' copies in the type of the products; three batches of images: of the step
-    in work, of the one queued behind it, and on their way to the one after; embeddings of images and texts; the loss's
-    exponentials, 2 bytes a logit up to a gibibyte, or its chunks beyond that.
+    The optimiser's two moments; the weights' copies in the type of the products; three batches of images: of the
+    running step, of the one queued after it, and on their way to the one after that; embeddings of images and texts;
+    the loss's exponentials, 2 bytes a logit up to a gibibyte, or its chunks beyond that.
 
     Of a tower divided into ``shards``: this rank's part of the moments and of the summed gradients, the gradients of
     all weights until the last micro-batch sums them, and the gathered weights: those outside the blocks, and two blocks

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page, made from what the run folder holds.
+"""The report of a run: one self-contained HTML page, made from the files of the run folder.
 
 `page/` has its template, style sheet and script; all are written into the page. Images are inline PNG or JPEG. Captions
 come from the open web: every text passes through autoescaping, and the page's content security policy allows no
@@ -11,7 +11,6 @@ import base64
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..data.atomic import write_text_atomically
+from ..settings import exit_with
 from .charts import ABSENT, AREA, Floats, Record, column, count, evaluation_charts, figure, number, training_charts
 from .gallery import read_gallery
 
@@ -147,7 +147,7 @@ def _headlines(metrics: list[Record], evaluations: list[Record], results: Record
 
 
 def _facts(metrics: list[Record], results: Record) -> dict[str, str]:
-    """Return what is worth knowing of a run besides its scores, without the facts that were not logged."""
+    """Return the facts of a run next to its scores; those that were not logged are left out."""
     device, devices = results.get("device"), number(results.get("world_size"))
     memory = _of_finite(np.max, metrics, "peak_memory_bytes")
     facts = {
@@ -239,5 +239,4 @@ if __name__ == "__main__":
     try:
         tyro.cli(main)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        exit_with(error)

@@ -21,7 +21,7 @@ from .distributed import World
 def shard_tower(tower: VisionTower, world: World) -> None:
     """Divide a tower that is the same on all ranks; its parameters become DTensors on the rank's device.
 
-    Every forward under autocast needs a context of its own. Autocast caches cast weights within a context; a second
+    Every forward under autocast needs a separate context. Autocast caches cast weights within a context; a second
     forward would reuse them and its gradient would arrive after FSDP has reduced.
 
     A tower on the CPU goes to the device block by block, so that it need not fit there whole.

@@ -2,7 +2,8 @@
 
 The symmetric loss couples every image of the batch with every text, so its gradient is known only after the last
 forward. What a micro-batch keeps until then is the plan's choice, and the loss is evaluated once, whatever the number
-of micro-batches. Objectives that do not couple the images take each micro-batch back at once and keep nothing.
+of micro-batches. Objectives that do not couple the images run each micro-batch's backward right after its forward and
+keep nothing.
 
 Nothing here waits for the device: the host queues a step and is free for the next batch.
 """
@@ -27,7 +28,7 @@ from .optim import FlatGradients
 from .plan import Plan
 from .sharding import is_sharded, sum_after_backward
 
-Candidates = Callable[[], tuple[Tensor, Tensor | None]]  # text embeddings and ids, waited for when asked for
+GatheredTexts = Callable[[], tuple[Tensor, Tensor | None]]  # embeddings and ids; calling it waits for the gather
 
 
 @dataclass(frozen=True)
@@ -106,20 +107,19 @@ class LargeBatchStep:
                 tower.
             images: [b, S, S, 3] uint8, this rank's.
             text: [b, d] unit embeddings of this rank's captions.
-            ids: [b] int64, equal for equal captions; those are counted and, where the config says so, no negatives.
-
+            ids: [b] int64, equal for equal captions; those are counted and, if the objective masks them, no negatives.
         """
         gathering = self._gather_text.start(text.to(self._gather_text.dtype))
         gathering_ids = self._gather_ids.start(ids[:, None])
 
-        def candidates() -> tuple[Tensor, Tensor | None]:
+        def gathered_texts() -> tuple[Tensor, Tensor | None]:
             all_ids = gathering_ids.wait()[:, 0] if self._masks_duplicates else None
-            return self._objective.candidates(step, gathering.wait(), all_ids)
+            return self._objective.texts(step, gathering.wait(), all_ids)
 
         micro_batches = images.split(self._plan.micro_batch)
         with self._copies:
             run = self._all_then_back if self._objective.couples_images else self._one_by_one
-            loss = run(step, micro_batches, candidates)
+            loss = run(step, micro_batches, gathered_texts)
         self._gradients.finish_reduction(self._world.group)
         self._objective.remember(step)
         twice = self._plan.tiers.count("none") if self._objective.couples_images else 0
@@ -127,7 +127,7 @@ class LargeBatchStep:
         duplicates = (gathering_ids.wait().flatten().sort().values.diff() == 0).sum()
         return StepResult(loss, self._objective.logit_scale().detach(), duplicates, forwards)
 
-    def _all_then_back(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
+    def _all_then_back(self, step: int, micro_batches: Sequence[Tensor], gathered_texts: GatheredTexts) -> Tensor:
         tiers = self._plan.tiers
         embeddings = torch.empty(self._local_batch, self._tower.embed_dim, device=self._world.device)
         kept: dict[int, Tensor] = {}  # embeddings with their graph, by micro-batch
@@ -139,7 +139,7 @@ class LargeBatchStep:
                 output = kept[number] = self._forward(step, number, images, tier)
             self._part_of(embeddings, number).copy_(output.detach())
 
-        texts, ids = candidates()
+        texts, ids = gathered_texts()
         embeddings.requires_grad_()
         loss = self._objective.of_batch(
             embeddings, texts, ids, first_row=self._world.rank * self._local_batch, group=self._world.group
@@ -157,14 +157,14 @@ class LargeBatchStep:
             self._back(number, output, self._part_of(embeddings.grad, number))
         return loss.detach()
 
-    def _one_by_one(self, step: int, micro_batches: Sequence[Tensor], candidates: Candidates) -> Tensor:
+    def _one_by_one(self, step: int, micro_batches: Sequence[Tensor], gathered_texts: GatheredTexts) -> Tensor:
         total = torch.zeros((), device=self._world.device)
         texts: Tensor | None = None
         ids: Tensor | None = None
         for number, images in enumerate(micro_batches):
             output = self._forward(step, number, images, self._plan.recompute_tier)
             if texts is None:
-                texts, ids = candidates()  # on their way while the first micro-batch went forward
+                texts, ids = gathered_texts()  # their gather ran during the first micro-batch's forward
             embeddings = output.detach().requires_grad_()
             first_row = self._world.rank * self._local_batch + number * self._plan.micro_batch
             share = self._objective.of_micro_batch(embeddings, texts, ids, first_row=first_row)
@@ -180,8 +180,8 @@ class LargeBatchStep:
         # The draws are a function of their place in the run: a second forward repeats those of the first exactly, and a
         # resumed run needs no stored generator state.
         torch.manual_seed(_seed_of(self._seed, step, self._world.rank, number))
-        # In the backward of the last micro-batch the gradients of a block are reduced while the blocks before it are at
-        # work; FSDP does so by itself.
+        # In the last micro-batch's backward the gradients of a block are reduced while the backward of the blocks
+        # before it runs; FSDP has its own way to do so.
         reduces = self._is_last(number) and self._world.group is not None and not self._sharded
         return image_rows(self._tower, images, self._autocast, keep, self._reduce_block if reduces else None)
 

@@ -82,7 +82,8 @@ def evaluate_retrieval(
         ks: numbers of nearest candidates that count.
         group: ranks that share the images (all must call); None for one process.
 
-    Returns: the metrics of ``retrieval_recall``, the same on all ranks, and this rank's rows for a report.
+    Returns: ``image_to_text_recall@{k}`` and ``text_to_image_recall@{k}`` in [0, 1] and ``mean_recall@1``, the same on
+        all ranks, and this rank's embeddings for a report.
 
     Raises:
         ValueError: no image, no caption, or a row that is not finite, on all ranks alike.

@@ -1,4 +1,4 @@
-"""What a run is judged by, during training and after it: zero-shot classification and retrieval."""
+"""The evaluations of a run, during training and after it: zero-shot classification and retrieval."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ PROMPTS: Final = Bound(lambda template: "{}" in template, "hold {} where the cla
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Settings, section="evals"):
-    """What is measured during training and at its end."""
+    """The evaluations during training and at its end."""
 
     every: Annotated[int, at_least(0)] = 1000
     """Steps between evaluations; the last step is always evaluated. 0: only the last."""

@@ -87,7 +87,7 @@ def evaluate_zero_shot(
     ks: Sequence[int] = (1, 5),
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Zero-shot accuracy of an image encoder over labelled images.
+    """Zero-shot accuracy of an image encoder over labelled images: ``zero_shot_accuracy`` batch by batch.
 
     Args:
         encode_images: uint8 [b, S, S, 3] -> rows [b, d], unit or not.
@@ -100,7 +100,7 @@ def evaluate_zero_shot(
     Returns: ``zero_shot_top{k}`` in [0, 1] for each k, the same on all ranks.
 
     Raises:
-        ValueError: as ``zero_shot_accuracy``, on all ranks alike.
+        ValueError: no image, a label outside [0, C), or a row that is not finite, on all ranks alike.
     """
     counts = _count(class_rows[:0], torch.empty(0, dtype=torch.int64), class_rows, ks)
     with torch.no_grad():

@@ -487,7 +487,7 @@ def _chosen(backend: str, qkv: Tensor) -> Backend:
 
 
 def _refusal_of_triton(qkv: Tensor) -> str | None:
-    """Say what the Triton kernels take where they do not take this."""
+    """Return why the Triton kernels do not take this input, or None where they do."""
     if not qkv.is_cuda or qkv.dtype not in (torch.float16, torch.bfloat16):
         return f"takes float16 and bfloat16 on a GPU, not {qkv.dtype} on {qkv.device.type}"
     if qkv.shape[1] > LONGEST or qkv.shape[-1] != HEAD_DIM:

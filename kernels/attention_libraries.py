@@ -154,7 +154,7 @@ PEERS: dict[str, Callable[[torch.device], Attend]] = {
 def prepare_peer(
     name: str, packed: Tensor, d_out: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None
 ) -> Callable[[], Outputs]:
-    """Prepare a run of a peer: forward, or with d_out backward alone, after a forward pass of its own.
+    """Prepare a run of a peer: forward, or with d_out backward alone, after a forward pass that is not part of the run.
 
     Args:
         name: of PEERS.

@@ -7,12 +7,12 @@ B images, T tokens x_t of D channels, one absorbed query a_h [D] for each head:
     dx_t = Σ_h P_th dpooled_h + dS_th a_h,  da_h = Σ dS_th x_t over tokens and images
 
 The first token is returned next to what is pooled, and its gradient is taken with the other's, so that the gradient of
-the tokens is written once: as a slice of its own it would cost a tensor of zeros and an addition over all tokens.
+the tokens is written once: a slice taken outside would cost a tensor of zeros and an addition over all tokens.
 
 The products are in the type of the absorbed queries, as under autocast; wider tokens are rounded to it, once, and kept
-like that for the backward pass. Softmax and sums are float32. P is recomputed from lse. What dS_h adds up to over an
-image's tokens would be zero but for rounding, of pooled_h in δ_h above all. Times what the tokens have in common that
-is a large part of da_h, and is subtracted: da_h -= pooled_h Σ_t dS_th.
+like that for the backward pass. Softmax and sums are float32. P is recomputed from lse. In exact arithmetic Σ_t dS_th
+is 0; rounding (mostly of pooled_h in δ_h) leaves a residue. Multiplied by the tokens' common mean it would dominate
+da_h's error, so it is subtracted: da_h -= pooled_h Σ_t dS_th.
 
 The Triton kernels work on 64 tokens at a time, which lie in shared memory whole and are read there twice: as [tokens,
 D] for the scores, and transposed, as [D, tokens], for the sums over tokens. Tokens and channels are thus the long side
@@ -74,7 +74,7 @@ def _latent_pool_backward_reference(
 ) -> LatentPoolGradients:
     directions = torch.cat((absorbed.expand(rounded.shape[0], -1, -1), d_pooled), 1)  # [B, 2 H, D]
     scores, slopes = (directions @ rounded.mT).to(lse.dtype).chunk(2, 1)  # [B, H, T] each
-    # With all tokens of an image at hand, neither P nor δ needs what was kept.
+    # All tokens of an image are here, so P and δ are computed without the kept lse and pooled.
     weights = scores.softmax(-1)
     delta = (weights * slopes).sum(-1, keepdim=True)
     d_scores = (weights * (slopes - delta)).to(rounded.dtype)

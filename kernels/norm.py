@@ -346,7 +346,7 @@ def add_norm_backward(
 class _Sizes(TowerSizes):
     branch: bool = True
     bias: torch.dtype | None = torch.float32  # of the branch; None: there is none
-    behind: bool = True  # something later reads the residual stream
+    residual_used: bool = True  # the residual stream is used later, so it has a gradient
 
 
 def _inputs(sizes: _Sizes, data: Data) -> Inputs:
@@ -365,7 +365,7 @@ def _inputs(sizes: _Sizes, data: Data) -> Inputs:
 def _backward_inputs(sizes: _Sizes, data: Data) -> Inputs:
     branch_dtype = sizes.dtype if sizes.branch else None
     inputs = inputs_behind(_FORWARD, _launch_add_norm_backward, sizes, data, branch_dtype=branch_dtype)
-    return inputs if sizes.behind else inputs | {"d_residual": None}
+    return inputs if sizes.residual_used else inputs | {"d_residual": None}
 
 
 _FORWARD = Pass[_Sizes](
@@ -391,7 +391,7 @@ _F16, _BF16, _F32 = torch.float16, torch.bfloat16, torch.float32
 _COMPILED: dict[str, dict[str, Any]] = {
     "": {"bias": None},
     "branch bias": {},
-    "nothing behind": {"bias": None, "behind": False},
+    "residual unused": {"bias": None, "residual_used": False},
     "no branch": {"branch": False},
 }
 CARDS = (
@@ -405,7 +405,7 @@ CARDS = (
             "2x50x96 float32": _Sizes(images=2, tokens=50, width=96, dtype=_F32, residual=_F32),
             "33x768": _Sizes(tokens=33, width=768, dtype=_F16, residual=_F16),
             "9x768 no branch": _Sizes(tokens=9, width=768, dtype=_F16, residual=_F32, branch=False),
-            "130x64 wide stream, nothing behind": _Sizes(tokens=130, dtype=_F16, residual=_F32, behind=False),
+            "130x64 wide stream, residual unused": _Sizes(tokens=130, dtype=_F16, residual=_F32, residual_used=False),
             "20x352 bfloat16": _Sizes(tokens=20, width=352, bias=_BF16),
         },
         compiled={

@@ -11,7 +11,7 @@ together with the LayerNorm that follows it, and the bias gradient is taken in t
     x2 = x1 + (o + bo)             g = LN(x2)·W1ᵀ + b1        h = SwiGLU or GELU(g)   y = h·W2ᵀ
     the next block's stream: (x2, y, b2)
 
-A layer scale s is no operation of its own: s∘(a·Wᵀ + b) is a·(diag(s)·W)ᵀ + s∘b.
+A layer scale s is folded into the preceding linear layer: s∘(a·Wᵀ + b) is a·(diag(s)·W)ᵀ + s∘b.
 
 The backward pass is written by hand, because what is kept for it decides how many images fit on a GPU. Five tiers, in
 bytes for a token of D channels and hidden width M, of which the residual stream has r bytes a channel and all else c:
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.attention import attention, attention_backward
+from ..kernels.attention import attention, attention_backward, rotate
 from ..kernels.device import AMPERE, capability_of
 from ..kernels.gelu import gelu, gelu_backward
 from ..kernels.norm import AddNorm, add_norm, add_norm_backward
@@ -189,7 +189,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # [b, T, 3, heads, head_dim]
         query_key, value = qkv.split((2, 1), dim=2)
         if rope is not None:
-            query_key = _rotate(query_key, rope)
+            query_key = rotate(query_key, rope)
         query, key = query_key.transpose(1, 3).unbind(2)  # [b, heads, T, head_dim]
         attended = F.scaled_dot_product_attention(query, key, value.squeeze(2).transpose(1, 2))
         out_weight, out_bias = _scaled(self.out_proj, self.scale1)
@@ -484,14 +484,6 @@ def _scaled(layer: nn.Linear, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     if scale is None:
         return layer.weight, layer.bias
     return scale[:, None] * layer.weight, scale * layer.bias
-
-
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Apply RoPE to x [b, T, *, heads, head_dim] in real arithmetic, which a compiler makes one pass of."""
-    rope = rope.view(*rope.shape[:-2], *(1 for _ in range(x.ndim - 3)), *rope.shape[-2:])
-    even, odd = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = rope.unbind(-1)
-    return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _source_of(parameter: Tensor, dtype: torch.dtype) -> Tensor:

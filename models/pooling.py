@@ -57,7 +57,7 @@ class AttentionPooling(nn.Module):
 
 
 class _LatentPool(torch.autograd.Function):
-    """Tokens and absorbed queries to what they pool and the first token, as `latent_pool` has it."""
+    """`latent_pool` for autograd: tokens and absorbed queries to pooled tokens and the first token."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, absorbed: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The frozen text tower: captions in, unit rows out, by any encoder that transformers has a class for.
+"""The frozen text tower: encodes captions to unit embeddings with any transformers encoder.
 
 The recipe of Nomic Embed Vision (v1.5): ``search_query: `` + caption, cut to 77 tokens; mean of the last hidden states
 over the real tokens, in float32; LayerNorm without affine (the "hamming" option of contrastors); unit length. v1 has no
@@ -90,7 +90,7 @@ class TextConfig(Settings, section="text"):
 
 @dataclass(frozen=True)
 class TextTowerDescription:
-    """What the embeddings of a text tower are made with, for files that hold some."""
+    """The model and settings that text embeddings were computed with, stored next to them."""
 
     name: str
     """The folder or hub name it was loaded by."""
@@ -170,7 +170,7 @@ class TextTower:
         return self._fingerprint
 
     def describe(self) -> TextTowerDescription:
-        """Return what the embeddings are made with."""
+        """Return the model and settings that the embeddings are computed with."""
         return TextTowerDescription(
             **asdict(self.config),
             revision=self.revision,
@@ -212,8 +212,8 @@ def make_text_tower(config: TextConfig, device: torch.device) -> TextTower:
     """Load the frozen text tower that a config names.
 
     Args:
-        config: it names a folder with config.json, *.safetensors and tokenizer.json; or the same behind a modules.json
-            of sentence-transformers with mean pooling; or the hub name of either.
+        config: it names a folder with config.json, *.safetensors and tokenizer.json; or a folder of
+            sentence-transformers, whose modules.json names such a folder and mean pooling; or the hub name of either.
         device: where the weights live and the embeddings come out.
 
     Raises:
@@ -346,7 +346,7 @@ def _read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as for the tokenizer
         raise ValueError(
-            f"{folder}/config.json: transformers has no class of its own for model type {raw.get('model_type')!r}, "
+            f"{folder}/config.json: transformers has no built-in class for model type {raw.get('model_type')!r}, "
             "and code from a model folder is never run"
         ) from error
     if config.is_encoder_decoder:

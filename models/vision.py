@@ -181,7 +181,7 @@ class ModelConfig(Settings, section="model"):
     """Patches of an image that go through the tower while training, drawn at random (FLIP). None: all, as published."""
 
     def __post_init__(self) -> None:
-        """Refuse a name that is none, too."""
+        """Also refuse an unknown name."""
         super().__post_init__()
         if self.name not in VISION_CONFIGS:
             self.refuse("name", f"be one of {', '.join(VISION_CONFIGS)}")
@@ -234,8 +234,8 @@ class VisionTower(nn.Module):
     Args:
         config: shape of the trunk.
         model: how tokens become one embedding and how the blocks are computed; its name and weights are not read.
-            With ``kept_patches`` these are drawn anew for each image and forward in training mode
-            (https://arxiv.org/abs/2212.00794); their positions stay their own.
+            With ``kept_patches`` other patches are drawn for each image and forward in training mode
+            (https://arxiv.org/abs/2212.00794); they keep their positions.
         embed_dim: width d of the embeddings; a projection without bias is added only where it differs from the trunk's
             width. None: the trunk's width.
 

@@ -1,8 +1,8 @@
 """Weights of other projects in this project's names, and back.
 
-Every format differs from ours only in names and in what is packed: a tensor of ours is the rows of one or more of
-theirs, one after another. A `KeyMap` says which, and one function each applies it forwards and backwards. A key that is
-missing or left over is always an error that names it.
+Every format differs from ours only in names and in how tensors are packed: a tensor of ours holds the rows of one or
+more of theirs, one after another. A `KeyMap` says which, and one function each applies it forwards and backwards. A
+key that is missing or left over is always an error that names it.
 
 Formats: ours, timm's Eva and VisionTransformer, and the released Nomic Embed Vision. Only safetensors files are read.
 """

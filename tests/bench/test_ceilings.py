@@ -22,7 +22,7 @@ def test_they_are_read_as_they_were_printed_and_refused_where_they_are_of_anothe
     assert found.bandwidth == pytest.approx(1e9 * lines["copy"]["gigabytes_per_second"])
 
     path.write_text(path.read_text().replace('"device": "', '"device": "another '))
-    with pytest.raises(ValueError, match=r"is of another .+, not of this .+; write it anew"):
+    with pytest.raises(ValueError, match=r"is of another .+, not of this .+; measure again"):
         bench.read_ceilings(path, CPU)
     path.write_text("")
     with pytest.raises(ValueError, match="holds no ceilings; write it with"):

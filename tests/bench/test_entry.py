@@ -1,4 +1,4 @@
-"""The form that all benchmarks share: what is right is timed, everything else is told, bad input is one sentence."""
+"""The interface that all benchmarks share: right results are timed, others reported, bad input is one sentence."""
 
 import importlib
 import signal

@@ -116,7 +116,7 @@ def test_a_figure_that_was_typed_is_found(world, capsys):
         before = contents(world)
         with pytest.raises(SystemExit, match=r"^1$"):
             readme.main(PageOptions(root=world, check=True))
-        assert f"error: {path} does not say what the files of figures say" in capsys.readouterr().err
+        assert f"error: {path} disagrees with the files of figures" in capsys.readouterr().err
         assert contents(world) == before
         path.write_text(right)
 

@@ -19,7 +19,6 @@ PARTS = bench.Parts(
     deviation=0.0,
     gradient_bytes=4000,
     exposed_bytes=1000,
-    width=4,
     row_bytes=8,
     micro_batch=4,
     node=INSTANT,

@@ -108,12 +108,12 @@ def test_jpegs_and_a_profile_are_of_ours_and_come_before_its_peers(measure, monk
     options = replace(TINY, candidates=("gradcache_eager", "ours"), jpegs=(40, 64), workers=1, profile=path)
     lines, printed = measure(bench.BENCHMARK, options)
     kernels = {line["operation"]: line for line in lines if line["part"] == "profile"}
-    places = [(line["candidate"], line["case"]["local_batch"], line["case"]["pictures"]) for line in lines]
+    places = [(line["candidate"], line["case"]["local_batch"], line["case"]["jpeg_short_side"]) for line in lines]
     ours = [("ours", 4, None), ("ours", 8, None), ("ours", 4, 40), ("ours", 4, 64)]
     assert places[:4] == ours and places[4 + len(kernels) :] == [("gradcache_eager", b, None) for b in (4, 8)]
     assert [loader.samples_per_epoch for loader in opened] == [4, 4]
     small, large = lines[2:4]
-    assert 0 < small["case"]["kilobytes_a_picture"] < large["case"]["kilobytes_a_picture"]
+    assert 0 < small["case"]["kilobytes_per_jpeg"] < large["case"]["kilobytes_per_jpeg"]
     assert small["shares"]["data_wait"] > 0 and small["images_per_second"] == pytest.approx(4e3 / small["ms"])
 
     assert len(kernels) == 12 and list(kernels)[-2:] == ["everything else", "idle"]
@@ -133,7 +133,7 @@ def test_after_the_limit_nothing_more_is_started(measure, monkeypatch, tmp_path)
     (first, *others), _ = measure(bench.BENCHMARK, options)
     assert (first["case"]["local_batch"], first["candidate"]) == (4, "ours") and first["ms"] > 0
     assert {line["failed"] for line in others} == {"time limit"} and not list(tmp_path.iterdir())
-    places = [(line["part"], line["candidate"], line["case"]["pictures"]) for line in others]
+    places = [(line["part"], line["candidate"], line["case"]["jpeg_short_side"]) for line in others]
     ours, theirs = ("step", "ours"), ("step", "gradcache_eager")
     assert places == [(*ours, None), (*ours, 40), ("profile", "ours", None), (*theirs, None), (*theirs, None)]
 
@@ -178,7 +178,7 @@ def test_drawn_jpegs_have_the_short_side_and_fill_a_batch(tmp_path):
     with tarfile.open(shard) as tar:
         jpegs = [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]
     assert len(jpegs) == 7 and {Image.open(io.BytesIO(jpeg)).size for jpeg in jpegs} == {(60, 48)}
-    assert told == {"kilobytes_a_picture": round(sum(map(len, jpegs)) / 7e3, 1)}
+    assert told == {"kilobytes_per_jpeg": round(sum(map(len, jpegs)) / 7e3, 1)}
 
 
 def test_gradcache_and_open_clip_run_every_image_twice_and_ours_once(setting):

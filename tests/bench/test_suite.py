@@ -354,6 +354,6 @@ def test_every_benchmark_of_a_gpu_runs_from_end_to_end(run, monkeypatch, tmp_pat
         ("step", name) for name in ("ours", "gradcache_fused", "checkpoints_eager", "open_clip_eager")
     }
     assert len(measured["profile"]) > 5
-    assert {line["case"]["pictures"] for line in found["figures"] if line["part"] == "step"} == {None, 256, 512}
+    assert {line["case"]["jpeg_short_side"] for line in found["figures"] if line["part"] == "step"} == {None, 256, 512}
     assert [path.name.endswith(".trace.json.gz") for path in (tmp_path / "out").iterdir()].count(True) == 1
     assert "times faster" in printed.out and "% of the step" in printed.out

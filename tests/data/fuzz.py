@@ -3,7 +3,7 @@
     python tests/data/fuzz.py --inputs 100000 --seed 0
 
 Any other exception ends it with the input on stderr, a crash ends it by a signal. It names the slowest input of each
-kind. The test suite runs a short one in a process of its own.
+kind. The test suite runs a short one in a separate process.
 """
 
 import base64

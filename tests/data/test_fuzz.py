@@ -1,4 +1,4 @@
-"""A short run of the fuzzer, in a process of its own: a crash of a decoder is an outcome too."""
+"""A short run of the fuzzer, in a separate process: a crash of a decoder is an outcome too."""
 
 import re
 import subprocess

@@ -504,6 +504,7 @@ def test_iterate_shards_leaves_out_bad_samples(tmp_path, caplog):
     batches = list(iterate_shards(folder, 16, batch_size=8))
     assert keys(batches) == [f"{number:09d}" for number in range(40) if number not in BAD]
     assert sum(batch.skipped for batch in batches) == len(caplog.records) == 5
+    assert all(f"{number:09d}: " in record.getMessage() for number, record in zip(BAD, caplog.records, strict=True))
     assert batches[-1].position == 40
 
 

@@ -87,7 +87,10 @@ def test_equal_input_gives_equal_bytes_and_nothing_is_overwritten(tmp_path):
         ("sub/9.jpg\tx\n", r"captions\.tsv line 9: there is no image .*sub/9\.jpg"),
         ("../captions.tsv\tx\n", "line 9: ../captions.tsv is outside"),
         ("html.jpg\tx\n", "line 9: html.jpg: not a JPEG"),
-        ("0.jpg\t \n", "line 9: 0.jpg: the caption is empty; mend it, or leave such samples out with --skip-bad"),
+        (
+            "0.jpg\t \n",
+            "line 9: 0.jpg: the caption is missing or empty; mend it, or leave such samples out with --skip-bad",
+        ),
     ],
     ids=["missing image", "path outside the folder", "bad image", "empty caption"],
 )
@@ -173,7 +176,7 @@ def test_resized_images_keep_their_captions_and_bad_ones_are_left_out(workers, t
         images, captions, tmp_path / "out", samples_per_shard=8, skip_bad=True, reencoding=resize, workers=workers
     )
     found = [(problem.key, problem.kind) for problem in report.skipped]
-    assert (report.samples, found) == (19, [("4.jpg", "truncated"), ("0.jpg", "empty-caption")])
+    assert (report.samples, found) == (19, [("4.jpg", "truncated"), ("0.jpg", "no-caption")])
     good = [row for row in read_captions(captions) if row[1] != "4.jpg"][:-1]
     for raw, (_, name, caption) in zip(read_all(tmp_path / "out"), good, strict=True):
         assert raw.caption.decode() == caption
@@ -198,7 +201,7 @@ def test_other_shards_keep_their_keys_and_bad_samples_are_left_out(tmp_path):
     assert [(problem.shard, problem.key, problem.kind, problem.place) for problem in report.skipped] == [
         ("a.tar", "bad", "format", 2),
         ("b.tar", "only", "no-caption", 0),
-        ("b.tar", "x", "empty-caption", 2),
+        ("b.tar", "x", "no-caption", 2),
         ("c.tar", "none", "no-caption", 0),
     ]
     for name in ("a.tar", "b.tar"):

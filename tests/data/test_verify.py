@@ -29,7 +29,7 @@ MEMBERS = [
 BAD = [
     ("alone", "no-image", None),
     ("big", "too-large", 6),
-    ("blank", "empty-caption", 4),
+    ("blank", "no-caption", 4),
     ("good", "duplicate", None),
     ("good", "duplicate", None),
     ("html", "format", 2),

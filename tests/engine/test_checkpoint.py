@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, checked before they are believed, bit for bit."""
+"""Checkpoints: whole or absent, verified before use, bit for bit."""
 
 import os
 import shutil

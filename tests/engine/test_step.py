@@ -237,7 +237,7 @@ def test_images_go_forward_as_often_as_the_plan_says(tiers, forwards):
 
 @pytest.mark.parametrize("name", ["sigmoid", "image_to_text"])
 def test_objectives_that_do_not_couple_keep_one_micro_batch(name):
-    """Each goes backward before the next goes forward, and none goes forward twice."""
+    """Each backward runs before the next forward, and no forward runs twice."""
     training = Training(name, tiers=("lean",) * 4)
     events = []
     training.tower.register_forward_hook(lambda module, inputs, output: events.append("forward"))
@@ -248,7 +248,7 @@ def test_objectives_that_do_not_couple_keep_one_micro_batch(name):
 
 
 def test_random_draws_of_a_second_forward_are_those_of_the_first():
-    """With patch dropout the tiers still agree, and another step draws anew."""
+    """With patch dropout the tiers still agree, and another step draws other patches."""
 
     def run(tier, step=0):
         return Training("infonce", tiers=(tier,) * 3, tower=make_tower(kept_patches=7)).gradients_at(step)

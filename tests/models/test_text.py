@@ -461,7 +461,7 @@ DAMAGE = {
     "no gate": (lambda f: edit_json(f / "config.json", activation_function="gelu"), "activation_function=gelu"),
     "own code": (
         lambda f: edit_json(f / "config.json", model_type="mystery", auto_map={"AutoConfig": "evil.Config"}),
-        "no class of its own for model type 'mystery'",
+        "no built-in class for model type 'mystery'",
     ),
     "encoder-decoder": (
         lambda f: (f / "config.json").write_text(json.dumps({"model_type": "t5", "is_encoder_decoder": True})),
