@@ -1,7 +1,7 @@
 """Sigmoid loss of image against text embeddings (SigLIP, arXiv 2303.15343 section 3.2): exact, each pair visited once.
 
 Letters: b images here, B images and texts in the global batch, d the width, s the logit scale, β the logit bias; image
-i belongs to text t_i = first_row + i. Every pair is a yes-or-no question of its own:
+i belongs to text t_i = first_row + i. Every pair is an independent binary classification:
 
     z_ij = s <I_i, T_j> + β
     L = 1/n Σ_i [softplus(-z_{i,t_i}) + Σ_{j≠t_i} softplus(z_ij)]       n = B with a group of ranks, b without
@@ -329,7 +329,7 @@ def sigmoid_loss(
     chunk_mib: int | None = None,
     gradient_reduction: Reduction = "sum",
 ) -> Tensor:
-    """Sigmoid loss of the global batch: every image against every text, each pair a yes-or-no question.
+    """Sigmoid loss of the global batch: every image against every text, each pair an independent binary classification.
 
     Args:
         image: [b, d] unit embeddings of this rank's images, float16, bfloat16, float32 or float64; may take a gradient.
