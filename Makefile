@@ -19,7 +19,7 @@ $(DEMO)/text_tower/config.json: $(DEMO)/data/captions.txt
 # A process a core, one thread each, at most eight: a process may take four GiB.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-test lint
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 # The numeric tests with other instruction sets, numbers of threads and roundings than this machine's own: half an hour.
 test-processors: $(VENV)/.installed-test

@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -21,7 +21,7 @@ from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import autocast_for, image_rows
 from textlock.engine.trained import load_tower
 from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite
-from textlock.export import load_exported_tower, read_text_settings
+from textlock.export import load_exported_tower, read_text_tower
 from textlock.models.text import TextConfig, make_text_tower
 from textlock.models.vision import VisionTower
 from textlock.settings import Settings, at_least, exit_with
@@ -71,11 +71,15 @@ def evaluate(arguments: Arguments, world: World) -> None:
     tower = loaded.tower.to(world.device).eval()
     text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
     text_tower = make_text_tower(text, world.device)
-    if loaded.text_fingerprint not in (None, text_tower.fingerprint()) or text_tower.embed_dim != tower.embed_dim:
+    difference = text_tower.describe().difference_from(loaded.text_tower) if loaded.text_tower else None
+    if text_tower.embed_dim != tower.embed_dim:
+        difference = f"its embeddings have {text_tower.embed_dim} dimensions and those of images {tower.embed_dim}"
+    if difference:
         raise ValueError(
-            f"{arguments.checkpoint} was trained against another text tower than {text.name}: its weights, tokenizer "
-            f"or settings differ. Give the one it was trained against with --text."
+            f"{arguments.checkpoint} was trained against another text tower than {text.name}: {difference}. Give the "
+            "one it was trained against with --text."
         )
+    print(f"text tower {text.name}: {text_tower.recipe}", file=sys.stderr)
     evals = EvalConfig(
         zero_shot=None if is_shards else str(arguments.data),
         retrieval=str(arguments.data) if is_shards else None,
@@ -110,7 +114,8 @@ class Loaded:
 
     tower: VisionTower
     text: TextConfig
-    text_fingerprint: str | None
+    text_tower: dict[str, Any] | None
+    """The `TextTowerDescription` it was trained against; None of the released Nomic Embed Vision."""
     templates: tuple[str, ...]
     step: int | None
 
@@ -118,10 +123,10 @@ class Loaded:
 def load(checkpoint: Path) -> Loaded:
     """Read a run folder, one of its checkpoints, or an exported folder."""
     if (checkpoint / "config.json").is_file():
-        text, fingerprint = read_text_settings(checkpoint)
-        return Loaded(load_exported_tower(checkpoint), text, fingerprint, EvalConfig().templates, None)
+        text, text_tower = read_text_tower(checkpoint)
+        return Loaded(load_exported_tower(checkpoint), text, text_tower, EvalConfig().templates, None)
     found = load_tower(checkpoint)
-    return Loaded(found.tower, found.config.text, found.text_fingerprint, found.config.evals.templates, found.step)
+    return Loaded(found.tower, found.config.text, found.text_tower, found.config.evals.templates, found.step)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ processor, in float32. It describes EVA02 towers with attention pooling and noth
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from textlock.data.atomic import atomic_folder
 from textlock.engine.trained import load_tower
-from textlock.models.text import TextConfig
+from textlock.models.text import TextConfig, TextTowerDescription
 from textlock.models.vision import IMAGE_MEAN, IMAGE_STD, ModelConfig, VisionConfig, VisionTower
 from textlock.models.weights import load_weights, to_nomic
 from textlock.settings import exit_with
@@ -90,7 +91,7 @@ pipeline_tag: image-feature-extraction
 
 # Image encoder aligned with {text_tower}
 
-Embeds {size} x {size} images into the latent space of the text encoder `{text_tower}`: rows of {embed_dim} numbers,
+Embeds {size} x {size} images into the latent space of the text encoder `{text_tower}`: {embed_dim} numbers an image,
 compared by cosine. It was trained by Locked Text Tuning with textlock; the logit scale ended at {logit_scale:.4f}.
 Weights and fields are those of Nomic Embed Vision, so whatever loads that model loads this one.
 
@@ -105,11 +106,25 @@ embeddings = F.normalize(tokens[:, 0], dim=-1)
 ```
 
 Without remote code: `textlock.export.load_exported_tower("path/to/this/folder")`.
+
+## Text embeddings
+
+Other text embeddings than these are not in its space:
+
+| text encoder | `{text_tower}`{revision} |
+| --- | --- |
+| prefix, in front of every text | {prefix} |
+| longest text | {max_length} tokens, prefix included{lower_case} |
+| pooling | {pooling} |
+| after pooling | {after} |
+| dimensions | {embed_dim} |
+
+`textlock.models.text.build_text_tower({text_tower!r}, {settings})` computes them.
 """
 
 
 def write_transformers_folder(
-    tower: VisionTower, folder: Path, *, logit_scale: float, text: TextConfig, text_fingerprint: str
+    tower: VisionTower, folder: Path, *, logit_scale: float, text_tower: Mapping[str, Any]
 ) -> None:
     """Write a tower as a folder in the format of the released Nomic Embed Vision.
 
@@ -119,23 +134,19 @@ def write_transformers_folder(
         tower: an EVA02 tower with attention pooling and no projection; its weights are written in float32.
         folder: must not exist, or be empty.
         logit_scale: factor on the cosines at the end of training, kept in config.json.
-        text: the text tower it was trained against; kept in config.json, as figures with another one are meaningless.
-        text_fingerprint: of that text tower's weights, tokenizer and settings.
+        text_tower: `TextTowerDescription` of the text tower it was trained against, as a dict; kept in config.json, as
+            figures with another one are meaningless.
 
     Raises:
         ValueError: the format cannot hold this tower, or ``folder`` is not empty.
     """
-    fields = _released_fields(tower)
+    released = _released_fields(tower)
     with atomic_folder(folder) as draft:
         weights = {key: value.detach().to("cpu", torch.float32) for key, value in tower.state_dict().items()}
         save_file(to_nomic(weights), draft / "model.safetensors", metadata={"format": "pt"})
-        text_fields = {**asdict(text), "fingerprint": text_fingerprint}
-        _write_json(draft / "config.json", {**fields, "logit_scale": logit_scale, "text_tower": text_fields})
+        _write_json(draft / "config.json", {**released, "logit_scale": logit_scale, "text_tower": dict(text_tower)})
         _write_json(draft / "preprocessor_config.json", _processor_fields(tower.image_size))
-        card = _MODEL_CARD.format(
-            text_tower=text.name, size=tower.image_size, embed_dim=tower.embed_dim, logit_scale=logit_scale
-        )
-        (draft / "README.md").write_text(card, encoding="utf-8")
+        (draft / "README.md").write_text(_model_card(tower, logit_scale, text_tower), encoding="utf-8")
 
 
 def load_exported_tower(folder: Path) -> VisionTower:
@@ -163,29 +174,48 @@ def load_exported_tower(folder: Path) -> VisionTower:
     return tower
 
 
-def read_text_settings(folder: Path) -> tuple[TextConfig, str | None]:
-    """Return the text tower that an exported folder was trained against, and its fingerprint.
+def read_text_tower(folder: Path) -> tuple[TextConfig, dict[str, Any] | None]:
+    """Return the settings of the text tower that an exported folder was trained against, and its description.
 
-    The released Nomic Embed Vision says neither; it goes with Nomic Embed Text v1.5, without a fingerprint to compare.
+    The released Nomic Embed Vision says neither; it goes with Nomic Embed Text v1.5, without a description to compare.
 
     Raises:
         ValueError: the folder's config.json says it in another form.
     """
     path = folder / "config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8")).get("text_tower")
-        if fields is None:
+        described = json.loads(path.read_text(encoding="utf-8")).get("text_tower")
+        if described is None:
             return TextConfig(), None
-        return TextConfig(**{key: value for key, value in fields.items() if key != "fingerprint"}), fields[
-            "fingerprint"
-        ]
+        return TextTowerDescription.config_of(described), described
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not say which text tower belongs to it: {error}") from error
 
 
+def _model_card(tower: VisionTower, logit_scale: float, text_tower: Mapping[str, Any]) -> str:
+    recipe = text_tower["recipe"]
+    text = TextTowerDescription.config_of(text_tower)
+    settings = {field.name: getattr(text, field.name) for field in fields(text) if field.name != "name"}
+    after = [*recipe["layers"], *(["LayerNorm without weights, eps 1e-5"] if recipe["layer_norm"] else [])]
+    return _MODEL_CARD.format(
+        text_tower=text.name,
+        revision=f", commit {text_tower['revision']}" if text_tower["revision"] else "",
+        size=tower.image_size,
+        embed_dim=tower.embed_dim,
+        logit_scale=logit_scale,
+        prefix=(f"`{recipe['prefix']}`" if recipe["prefix"] else "none")
+        + ("" if recipe["pool_prefix"] else ", whose tokens are left out of pooling"),
+        max_length=recipe["max_length"],
+        lower_case="; lower-cased" if recipe["lower_case"] else "",
+        pooling=" and ".join(recipe["pooling"]),
+        after=", ".join([*after, "unit length"]),
+        settings=", ".join(f"{name}={value!r}" for name, value in settings.items() if value is not None),
+    )
+
+
 def _released_fields(tower: VisionTower) -> dict[str, Any]:
     config = tower.config
-    fields = {
+    released = {
         **_EVA02_FIELDS,
         **_BOOKKEEPING_FIELDS,
         "img_size": config.image_size,
@@ -197,12 +227,12 @@ def _released_fields(tower: VisionTower) -> dict[str, Any]:
         "ref_feat_shape": [config.rotary_grid, config.rotary_grid],
     }
     # The format holds what it can describe: a tower whose description reads back as another one does not fit.
-    if tower.pooling != "map" or tower.embed_dim != config.width or _read_fields(fields) != config:
+    if tower.pooling != "map" or tower.embed_dim != config.width or _read_fields(released) != config:
         raise ValueError(
             "the transformers format holds EVA02 towers with map pooling and no projection, and this tower is not one:"
             " export such a tower, or use the checkpoint itself"
         )
-    return fields
+    return released
 
 
 def _read_fields(fields: dict[str, Any]) -> VisionConfig:
@@ -270,8 +300,7 @@ def main() -> None:
             loaded.tower,
             options.output,
             logit_scale=loaded.logit_scale,
-            text=loaded.config.text,
-            text_fingerprint=loaded.text_fingerprint,
+            text_tower=loaded.text_tower,
         )
     except (ValueError, OSError) as error:
         exit_with(error)

@@ -67,7 +67,7 @@ def train(config: Config, world: World) -> None:
 
     # The text tower is a constant: in no optimiser, in no checkpoint.
     text_tower = make_text_tower(config.text, world.device)
-    text_fingerprint = text_tower.fingerprint()
+    described_text = text_tower.describe()
 
     # The image tower and the objective's scalars: float32 masters, the same on every rank or a part on each.
     torch.manual_seed(config.seed)
@@ -85,7 +85,7 @@ def train(config: Config, world: World) -> None:
     optimizer = build_optimizer(tower, objective, config.optim)
     gradients = build_gradients(tower, objective, world.group if sharded else None)
     if checkpoint:
-        checkpoint.require_text_tower(text_fingerprint, config.text.name)
+        checkpoint.require_text_tower(described_text)
         restore(checkpoint, tower, objective, optimizer)
 
     # The data, the step, the evaluations.
@@ -96,7 +96,7 @@ def train(config: Config, world: World) -> None:
         state=progress.loader,
         skipped_log=run_dir / "skipped.jsonl",
         device=world.device,
-        text_tower=text_tower.describe(),
+        text_tower=described_text,
     )
     feed = Feed(loader, text_tower, world.device)
     total_steps = config.optim.total_steps(loader.samples_per_epoch // batch_size)
@@ -131,6 +131,9 @@ def train(config: Config, world: World) -> None:
     size = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
     metrics.say(f"{config.model.name}, {size:.1f} M parameters, on {world.world_size} x {device_name(world.device)}")
     metrics.say(f"{loader.num_samples:,} samples in {config.data.shards}, decoder {config.data.decoder}")
+    metrics.say(f"text tower {config.text.name}: {text_tower.recipe}")
+    for note in text_tower.notes:
+        metrics.say(note)
     metrics.say(f"{total_steps} steps of {batch_size:,}; {plan}")
     if checkpoint:
         metrics.say(f"going on after step {progress.step}")
@@ -173,7 +176,7 @@ def train(config: Config, world: World) -> None:
                         objective=objective,
                         optimizer=optimizer,
                         progress=progress,
-                        text_fingerprint=text_fingerprint,
+                        text_tower=described_text,
                         run_config=dump_config(config),
                         keep=config.checkpoint.keep,
                         writes=world.is_main,

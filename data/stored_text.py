@@ -3,7 +3,7 @@
 A file is little-endian, with one record for each sample of the shard in the order of the index:
 
     start    16 bytes: magic, version u32, bytes of the header u32
-    header   JSON: shard, samples, embed_dim and tower (name, revision, prefix, max_length, pooling, layer_norm, ...)
+    header   JSON: shard, samples, embed_dim and tower (name, revision, recipe, fingerprint)
     checksum 32 bytes: sha256 of start and header
     records  from the next multiple of 64 bytes: key_hash u64, caption_hash u64, crc32 of the row u32, row f16 [d]
 
@@ -37,15 +37,13 @@ COMMAND = "python -m textlock.data.embeddings"
 SUFFIX = ".embeddings"
 
 _MAGIC = b"TEXTROWS"
-_VERSION = 1
+_VERSION = 2
 _START = struct.Struct("<8sII")
 _CHECKSUM_BYTES = 32
 _ALIGNMENT = 64
 _MAX_HEADER_BYTES = 2**16
 _MAX_EMBED_DIM = 2**16
 _OPEN_FILES = 256
-# What a user can change back, in the order worth reading; the fingerprint covers the weights and the tokenizer too.
-_SETTINGS = ("embed_dim", "prefix", "max_length", "pooling", "layer_norm")
 
 
 def record_dtype(embed_dim: int) -> np.dtype[np.void]:
@@ -137,19 +135,11 @@ def _records_offset(header_bytes: int) -> int:
 
 def require_tower(header: StoredHeader, path: Path, tower: "TextTowerDescription") -> None:
     """Raise ValueError, naming what differs, when stored embeddings were not made by ``tower``."""
-    if header.tower["fingerprint"] == tower.fingerprint:
-        return
-    wanted = asdict(tower)
-    changed = [
-        f"{name} is {header.tower.get(name)!r} there and {wanted[name]!r} here"
-        for name in _SETTINGS
-        if header.tower.get(name) != wanted[name]
-    ]
-    difference = "; ".join(changed) or f"the weights or the tokenizer of {header.tower.get('name')} are other ones"
-    raise ValueError(
-        f"{path} holds embeddings of another text tower than {tower.name}: {difference}; "
-        f"take the settings of the stored ones, or encode the captions again into another folder with {COMMAND}"
-    )
+    if difference := tower.difference_from(header.tower):
+        raise ValueError(
+            f"{path} holds embeddings of another text tower than {tower.name}: {difference}; "
+            f"take the settings of the stored ones, or encode the captions again into another folder with {COMMAND}"
+        )
 
 
 class StoredText:

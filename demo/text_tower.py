@@ -6,6 +6,7 @@ The folder is a normal transformers folder, read like any other text tower (``mo
 """
 
 import csv
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,20 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import NomicBertConfig, NomicBertModel, PreTrainedTokenizerFast
 
 from ..data.atomic import atomic_folder
-from ..models.text import quiet_transformers
+from ..models.text_encoder import quiet_transformers
 from ..settings import exit_with
+
+# What says how its embeddings are made, as sentence-transformers writes it.
+_MODULES = "sentence_transformers.models"
+_RECIPE = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": f"{_MODULES}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{_MODULES}.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Normalize", "type": f"{_MODULES}.Normalize"},
+    ],
+    "1_Pooling/config.json": {"pooling_mode": "mean"},
+    "config_sentence_transformers.json": {"prompts": {"caption": ""}, "default_prompt_name": "caption"},
+}
 
 
 def write_random_text_tower(
@@ -30,7 +43,7 @@ def write_random_text_tower(
     std: float = 0.02,
     seed: int = 0,
 ) -> None:
-    """Write a NomicBERT with random weights and a vocabulary for these captions as a transformers folder.
+    """Write a NomicBERT with random weights and a vocabulary for these captions as a folder of sentence-transformers.
 
     The vocabulary is the lower-cased words of the captions and of Nomic's prefixes, and the characters they are spelt
     with, so that an unknown word of known letters is spelt out. Linear and embedding weights are normal with ``std``,
@@ -77,6 +90,9 @@ def write_random_text_tower(
     with atomic_folder(Path(folder)) as draft, quiet_transformers():
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
+        for file, content in _RECIPE.items():
+            (draft / file).parent.mkdir(exist_ok=True)
+            (draft / file).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _build_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:

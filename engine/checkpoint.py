@@ -3,7 +3,7 @@
     checkpoints/step_00001000/
       model.safetensors      the image tower, float32 masters
       trainer.safetensors    log logit scale, logit bias and text bank where there are, AdamW moments and step counts
-      state.json             progress (step, samples seen, position of the loader), fingerprint of the text tower
+      state.json             progress (step, samples seen, position of the loader), the text tower and its recipe
       config.yaml            the resolved config
       MANIFEST.json          size and SHA-256 of every file above
 
@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..data.atomic import atomic_folder
+from ..models.text import TextTowerDescription
 from ..models.vision import VisionTower
 from ..settings import Settings, at_least
 from .objective import Objective
@@ -74,14 +75,15 @@ class Checkpoint:
     trainer: dict[str, Tensor]
     progress: Progress
     embed_dim: int
-    text_fingerprint: str
+    text_tower: dict[str, Any]
+    """The `TextTowerDescription` of the text tower that the run was trained against."""
 
-    def require_text_tower(self, fingerprint: str, name: str) -> None:
-        """Raise ValueError unless ``fingerprint`` is that of the text tower the run was trained against."""
-        if fingerprint != self.text_fingerprint:
+    def require_text_tower(self, tower: TextTowerDescription) -> None:
+        """Raise ValueError, saying what differs, unless ``tower`` is the one that the run was trained against."""
+        if difference := tower.difference_from(self.text_tower):
             raise ValueError(
-                f"{self.folder} was trained against another text tower than {name}: its weights, tokenizer or settings "
-                f"differ. Give the same one with --text.name, or use another --run-dir."
+                f"{self.folder} was trained against another text tower than {tower.name}: {difference}. Give the same "
+                "one with --text.name and the other flags of --text, or use another --run-dir."
             )
 
 
@@ -92,7 +94,7 @@ def save_checkpoint(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    text_fingerprint: str,
+    text_tower: TextTowerDescription,
     run_config: str,
     keep: int,
     writes: bool = True,
@@ -124,7 +126,7 @@ def save_checkpoint(
         state = {
             "progress": asdict(progress),
             "embed_dim": tower.embed_dim,
-            "text_fingerprint": text_fingerprint,
+            "text_tower": asdict(text_tower),
             "logit_scale": objective.logit_scale().item(),
             "versions": versions(),
         }
@@ -177,7 +179,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             trainer=load_file(folder / "trainer.safetensors"),
             progress=Progress(**state["progress"]),
             embed_dim=state["embed_dim"],
-            text_fingerprint=state["text_fingerprint"],
+            text_tower=state["text_tower"],
         )
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpoint(f"{folder} cannot be read: {error}") from error

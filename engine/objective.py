@@ -7,11 +7,13 @@
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.contrastive import Mode, contrastive_loss
@@ -39,10 +41,18 @@ class LossConfig(Settings, section="loss"):
     text_bank: Annotated[int, at_least(0)] = 0
     """Text embeddings of earlier steps that are further negatives of every image. They cost no encoding and never go
     stale, but the loss is another than that of the recipe, with more negatives. 0: none."""
+    matryoshka: Annotated[tuple[int, ...], at_least(1)] = ()
+    """Leading lengths of the embeddings that each have a loss of their own beside that of the whole, so that image
+    embeddings can be cut to them as those of the text tower can (Matryoshka Representation Learning,
+    arXiv:2205.13147). Both sides are cut and made unit length again. Off in the published recipe."""
+    matryoshka_weights: Annotated[tuple[float, ...], above(0)] = ()
+    """Weight of the loss of each length; the whole has 1. Left out: 1 each."""
 
     def __post_init__(self) -> None:
-        """Also refuse an implementation of another loss."""
+        """Also refuse an implementation of another loss, and weights that belong to no length."""
         super().__post_init__()
+        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka):
+            self.refuse("matryoshka_weights", f"be one weight for each of the {len(self.matryoshka)} lengths")
         if self.mode != "auto" and self.objective != "infonce":
             self.refuse("mode", f"be auto: the others are of the objective infonce, not {self.objective}")
 
@@ -63,6 +73,8 @@ class Objective(nn.Module):
 
     def __init__(self, config: LossConfig, *, texts: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        if config.matryoshka and max(config.matryoshka) >= width:
+            config.refuse("matryoshka", f"be lengths below {width}, that of the whole embeddings")
         self._config = config
         self._batch_size = texts
         self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_logit_scale), device=device))
@@ -128,25 +140,47 @@ class Objective(nn.Module):
             first_row: the row of `texts` that matches row 0 of `images`.
             group: of the ranks, or None.
         """
-        return contrastive_loss(
-            images,
-            texts,
-            self.logit_scale(),
-            first_row=first_row,
-            ids=ids,
-            group=group,
-            bank=len(texts) - self._batch_size,
-            mode=self._config.mode,
+        losses = (
+            weight
+            * contrastive_loss(
+                some_images,
+                some_texts,
+                self.logit_scale(),
+                first_row=first_row,
+                ids=ids,
+                group=group,
+                bank=len(texts) - self._batch_size,
+                mode=self._config.mode,
+            )
+            for weight, some_images, some_texts in self._lengths(images, texts)
         )
+        return torch.stack([*losses]).sum()
 
     def of_micro_batch(self, images: Tensor, texts: Tensor, ids: Tensor | None, *, first_row: int) -> Tensor:
         """Return the share of some images [m, d] in the loss of the global batch, for objectives without coupling.
 
         Arguments as in `of_batch`; the shares of all micro-batches of all ranks add up to the loss.
         """
-        if self.logit_bias is None:
-            return image_to_text_loss(
-                images, texts, self.logit_scale(), first_row=first_row, ids=ids, batch=self._batch_size
-            )
-        share = len(images) / self._batch_size
-        return share * sigmoid_loss(images, texts, self.logit_scale(), self.logit_bias, first_row=first_row, ids=ids)
+        scale, bias, share = self.logit_scale(), self.logit_bias, len(images) / self._batch_size
+        losses = []
+        for weight, some_images, some_texts in self._lengths(images, texts):
+            if bias is None:
+                loss = image_to_text_loss(
+                    some_images, some_texts, scale, first_row=first_row, ids=ids, batch=self._batch_size
+                )
+            else:
+                loss = share * sigmoid_loss(some_images, some_texts, scale, bias, first_row=first_row, ids=ids)
+            losses.append(weight * loss)
+        return torch.stack(losses).sum()
+
+    def _lengths(self, images: Tensor, texts: Tensor) -> Iterator[tuple[float, Tensor, Tensor]]:
+        """Yield the weight of each loss and its unit embeddings: the whole, then the leading parts."""
+        yield 1.0, images, texts
+        weights = self._config.matryoshka_weights or (1.0,) * len(self._config.matryoshka)
+        for length, weight in zip(self._config.matryoshka, weights, strict=True):
+            yield weight, _cut(images, length), _cut(texts, length)
+
+
+def _cut(rows: Tensor, length: int) -> Tensor:
+    """Return the leading ``length`` numbers of every embedding, made unit length again."""
+    return F.normalize(rows[:, :length].float(), dim=-1).to(rows.dtype)

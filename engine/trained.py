@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..models.vision import VisionTower, make_vision_tower
 from .checkpoint import MANIFEST, Checkpoint, read_checkpoint, read_latest, require_same_keys
@@ -16,7 +17,8 @@ class LoadedTower:
     logit_scale: float
     config: Config
     step: int
-    text_fingerprint: str
+    text_tower: dict[str, Any]
+    """The `TextTowerDescription` of the text tower it was trained against."""
 
 
 def load_tower(checkpoint: Path) -> LoadedTower:
@@ -40,4 +42,4 @@ def load_tower(checkpoint: Path) -> LoadedTower:
     require_same_keys(found.model, tower.state_dict(), found.folder / "model.safetensors")
     tower.load_state_dict(found.model)
     scale = float(found.trainer["log_logit_scale"].double().exp())
-    return LoadedTower(tower, scale, config, found.progress.step, found.text_fingerprint)
+    return LoadedTower(tower, scale, config, found.progress.step, found.text_tower)

@@ -27,11 +27,11 @@ def compile_kernels(*arguments, **environment):
 
 @pytest.fixture(scope="module")
 def compiling():
-    """Start both compilers side by side: each takes a minute or two of one core."""
+    """Start both compilers side by side: the newest takes minutes of one core, so the oldest gets the recipe alone."""
     with ThreadPoolExecutor() as pool:
         yield {
             triton: pool.submit(compile_kernels, "-m", "textlock.bench.machine_code", *flags)
-            for triton, flags in (("installed", []), ("3.6", ["--triton", str(TRITON_36)]))
+            for triton, flags in (("installed", []), ("3.6", ["--sizes", "first", "--triton", str(TRITON_36)]))
             if triton == "installed" or TRITON_36.is_dir()
         }
 
@@ -72,8 +72,8 @@ def test_every_dot_product_is_a_wgmma(kernels):
 def test_as_many_programs_fit_as_the_launchers_count_on(kernels):
     short = [name for name, rows in kernels.items() for row in rows if row["programs"] < row["programs_wanted"]]
     assert short == []
-    for plain in ("sums_kernel ()", "sums_kernel (store)"):  # what training runs, at its fastest
-        assert [row["programs"] for row in kernels[plain]] == [2]
+    fastest = [kernels[case] for case in ("sums_kernel ()", "sums_kernel (store)") if case in kernels]
+    assert fastest and all(row["programs"] == 2 for rows in fastest for row in rows)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def small(rows, M: tl.constexpr, K: tl.constexpr):
     tl.store(rows + tl.arange(0, M)[:, None] * M + tl.arange(0, M)[None, :], tl.dot(first, first.T))
 
 
-def cases():
+def cases(which):
     rows = torch.empty(1024, 1024, dtype=torch.float16, device="meta")
     yield bench.Case("wide", lambda: spilling[(1,)](rows, M=256, K=128, num_warps=4))
     launch = lambda: small[(99 * bench.MULTIPROCESSORS,)](rows, M=32, K=32, num_warps=1)
