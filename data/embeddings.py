@@ -178,6 +178,9 @@ def main(options: Options) -> None:
         raise ValueError("--device cuda: there is no GPU here; take --device cpu")
     open_index(options.shards)  # the same kind of error, before a slow load
     tower = make_text_tower(options.text, device)
+    print(f"text tower {options.text.name}: {tower.recipe}")
+    for note in tower.notes:
+        print(note)
     start = time.perf_counter()
     report = encode_shards(
         options.shards, tower, options.output, rank=options.rank, world_size=options.world_size, on_shard=print

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..settings import FREE_ON_RESUME, NOT_EMPTY, Settings, at_least
-from .text_folder import local_folder, tensors, weight_files
+from .text_folder import local_folder, read_json, tensors, weight_files
 from .text_recipe import Pooling, Recipe, Said, load_layers, pool, read_recipe
 
 # No WordPiece or SentencePiece vocabulary in use averages near 64 characters a token, so this cut is only ever
@@ -259,9 +259,10 @@ def make_text_tower(config: TextConfig, device: torch.device) -> TextTower:
             raise FileNotFoundError(f"text tower {folder} has no {file}; {remedy}")
     weight_files(folder)  # the same kind of error, before a slow load
 
-    from .text_encoder import is_nomic_bert, load_encoder, most_tokens
+    _require_recipe(config, said, local)
 
-    _require_recipe(config, said, local, is_nomic_bert=is_nomic_bert(folder))
+    from .text_encoder import load_encoder, most_tokens  # not above: it takes seconds
+
     model, tokenizer = load_encoder(folder)
     pooling = said.pooling if config.pooling is None else (config.pooling,)
     layers, words, width = load_layers(said, model.config.hidden_size * len(pooling))
@@ -317,14 +318,15 @@ def bucket_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list
     return [*batches, batch] if batch else batches
 
 
-def _require_recipe(config: TextConfig, said: Said, folder: Path, *, is_nomic_bert: bool) -> None:
+def _require_recipe(config: TextConfig, said: Said, folder: Path) -> None:
     """Raise ValueError, naming the flag, where neither the folder nor the config says how embeddings are made."""
     if not said.pooling and config.pooling is None:
         raise ValueError(
             f"text tower {folder} does not say how token states become one vector (no modules.json, no 1_Pooling): "
-            "give --text.pooling as the model's card says, often mean, cls or lasttoken"
+            f"give {config.flag('pooling')} as the model's card says, often mean, cls or lasttoken"
         )
     # A copy of Nomic Embed Text under another name looks like any NomicBERT with mean pooling; v1 and v1.5 differ.
+    is_nomic_bert = read_json(said.encoder / "config.json").get("model_type") == "nomic_bert"
     silent = is_nomic_bert and said.pooling in ((), ("mean",)) and said.prefix is None and not said.layers
     asked = [config.flag(name) for name in ("prefix", "layer_norm") if getattr(config, name) is None]
     if silent and said.layer_norm is None and asked:

@@ -97,11 +97,6 @@ def most_tokens(model: Any) -> int | None:
     return int(longest)
 
 
-def is_nomic_bert(folder: Path) -> bool:
-    """Whether a folder's encoder is a NomicBERT."""
-    return bool(read_json(folder / "config.json").get("model_type") == "nomic_bert")
-
-
 def _read_config(folder: Path) -> Any:
     path = folder / "config.json"
     raw = read_json(path)

@@ -59,10 +59,15 @@ CAUSAL = {
 
 
 @pytest.mark.parametrize("architecture", ENCODERS)
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-def test_every_architecture(encoders, tmp_path, architecture, mode):
-    folder = write_sentence_folder(tmp_path / "t", encoders(architecture), pooling={"pooling_mode": mode})
-    assert_same_embeddings(folder, prefix="", layer_norm=False)
+def test_every_architecture(encoders, tmp_path, architecture):
+    """All poolings in one embedding, with and without a prompt."""
+    pooling = {"pooling_mode": ["mean", "cls", "lasttoken", "max", "weightedmean", "mean_sqrt_len_tokens"]}
+    folder = write_sentence_folder(
+        tmp_path / "t", encoders(architecture), pooling=pooling, prompts={"query": "two dogs: "}, default="query"
+    )
+    tower = assert_same_embeddings(folder)
+    assert tower.recipe.prefix == "two dogs: "
+    assert_same_embeddings(folder, prefix="", encode={"prompt": ""})
 
 
 @pytest.mark.parametrize(("template", "side"), CAUSAL.values(), ids=CAUSAL)
@@ -222,8 +227,8 @@ def test_dimensions_cut_and_normalise_again(encoders, tmp_path):
     expected = F.normalize(F.layer_norm(whole, (WIDTH,), eps=0)[:, :12], dim=-1)
     rows = build_text_tower(folder, layer_norm=True, dimensions=12).encode(CAPTIONS)
     assert (rows - expected).abs().max() < 1e-3  # the eps of the LayerNorm, on vectors of another length
-    with pytest.raises(ValueError, match=r"--text\.dimensions is 33, must be at most 32"):
-        build_text_tower(folder, dimensions=33)
+    with pytest.raises(ValueError, match=rf"--text\.dimensions is {WIDTH + 1}, must be at most {WIDTH}"):
+        build_text_tower(folder, dimensions=WIDTH + 1)
 
 
 @pytest.mark.parametrize("version", ["v1", "v1.5"])
@@ -345,7 +350,7 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(encoders, tmp_path, 
 
 def test_dense_that_does_not_fit_and_an_unknown_activation(encoders, tmp_path):
     folder = write_sentence_folder(tmp_path / "a", encoders("bert"), dense(16, 8))
-    with pytest.raises(ValueError, match=r"2_Dense do not fit 32 pooled numbers: .*size mismatch"):
+    with pytest.raises(ValueError, match=rf"2_Dense do not fit {WIDTH} pooled numbers: .*size mismatch"):
         build_text_tower(folder)
     folder = write_sentence_folder(tmp_path / "b", encoders("bert"), dense(WIDTH, 8, activation="os.system"))
     with pytest.raises(ValueError, match=r"asks for the activation os\.system"):

@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    CamembertConfig,
+    CamembertModel,
     CLIPTextConfig,
     CLIPTextModel,
     DebertaV2Config,
@@ -25,13 +27,21 @@ from transformers import (
     Gemma3TextModel,
     GPT2Config,
     GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
     MPNetConfig,
     MPNetModel,
+    MT5Config,
+    MT5EncoderModel,
     NomicBertConfig,
     NomicBertModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2Model,
     Qwen3Config,
     Qwen3Model,
     RobertaConfig,
@@ -52,7 +62,7 @@ CAPTIONS = [
     "the quick brown fox " * 40,
     "Red Circle, A",
 ]
-WIDTH = 32
+WIDTH = 64
 _WORDS = sorted({word for caption in CAPTIONS for word in caption.lower().replace(",", " , ").split()})
 _LETTERS = sorted(set("abcdefghijklmnopqrstuvwxyzRCA:"))
 # Where RoBERTa and its kin have the padding token, which their positions count from.
@@ -70,6 +80,17 @@ _SHAPE = {
 }
 _CAUSAL = {**_SHAPE, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128}
 
+_T5 = {
+    "vocab_size": len(_PIECES),
+    "d_model": WIDTH,
+    "d_kv": 16,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+
 
 def _bert(config_class, model_class, **changes):
     return lambda: model_class(config_class(**{**_SHAPE, "max_position_embeddings": 128, **changes}))
@@ -80,6 +101,7 @@ ENCODERS = {
     "bert with its MLM head": _bert(BertConfig, BertForMaskedLM),
     "roberta": _bert(RobertaConfig, RobertaModel, max_position_embeddings=130),
     "xlm-roberta": _bert(XLMRobertaConfig, XLMRobertaModel, max_position_embeddings=130),
+    "camembert": _bert(CamembertConfig, CamembertModel, max_position_embeddings=130),
     "mpnet": _bert(MPNetConfig, MPNetModel, max_position_embeddings=130),
     "distilbert": lambda: DistilBertModel(
         DistilBertConfig(
@@ -100,17 +122,16 @@ ENCODERS = {
             bos_token_id=0, eos_token_id=2,
         )
     ),
+    "llama": lambda: LlamaModel(LlamaConfig(**_CAUSAL)),
+    "mistral": lambda: MistralModel(MistralConfig(**_CAUSAL)),
+    "qwen2": lambda: Qwen2Model(Qwen2Config(**_CAUSAL)),
     "qwen3": lambda: Qwen3Model(Qwen3Config(**_CAUSAL)),
     "gemma3, both directions": lambda: Gemma3TextModel(
         Gemma3TextConfig(**_CAUSAL, use_bidirectional_attention=True, sliding_window=8)
     ),
     "clip": lambda: CLIPTextModel(CLIPTextConfig(**{**_SHAPE, "max_position_embeddings": 128})),
-    "t5 encoder": lambda: T5EncoderModel(
-        T5Config(
-            vocab_size=len(_PIECES), d_model=WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=2, pad_token_id=1,
-            eos_token_id=2, initializer_factor=1.0,
-        )
-    ),
+    "t5 encoder": lambda: T5EncoderModel(T5Config(**_T5)),
+    "mt5 encoder": lambda: MT5EncoderModel(MT5Config(**_T5)),
 }  # fmt: skip
 
 
