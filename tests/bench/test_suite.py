@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -307,9 +308,15 @@ def test_every_command_is_one_that_its_benchmark_takes(command):
 
 @pytest.mark.slow
 def test_every_test_of_a_gpu_belongs_to_a_part():
-    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    listed = subprocess.run(collect, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    tests = [line for line in listed if "::" in line]
+    class Collected:
+        tests: ClassVar[list[str]] = []
+
+        def pytest_collection_finish(self, session):
+            self.tests += [item.nodeid for item in session.items]
+
+    collect = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:xdist", str(ROOT / "tests")]
+    assert pytest.main([*collect, "--rootdir", str(ROOT)], plugins=[Collected()]) == 0
+    tests = Collected.tests
     paths = tuple(path for part in suite.PARTS["gpu"].values() for path in part.tests)
     assert len(set(paths)) == len(paths) and all((ROOT / path).exists() for path in paths)
     assert len(tests) > 300 and all(test.startswith(paths) for test in tests)
