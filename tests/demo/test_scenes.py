@@ -87,6 +87,7 @@ def test_the_folder_holds_what_training_and_evaluation_read(written):
         assert sum(len(batch.labels) for batch in images) == 2 * len(pairs) and not any(b.skipped for b in images)
     training, heldout = captions_of(written / "train"), captions_of(written / "heldout")
     assert (len(training), len(heldout), len(set(heldout))) == (30, 12, 12)
+    assert all(caption.endswith(" background") for caption in heldout), "held-out captions are complete"
     assert (written / "captions.txt").read_text().splitlines() == sorted(set(training))
 
 
