@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
@@ -15,11 +14,13 @@ from textlock.models.text import TextConfig
 from textlock.models.vision import VISION_CONFIGS, ModelConfig, VisionTower, build_vision_tower
 from textlock.models.weights import to_nomic
 
+from .commands import run_here
+
 MICRO = "eva02_micro_patch8_32"
 
 
-def randomised_tower(name=MICRO, **arguments):
-    tower = build_vision_tower(name, **arguments)
+def randomised_tower(**arguments):
+    tower = build_vision_tower(MICRO, **arguments)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in tower.parameters():
@@ -28,9 +29,21 @@ def randomised_tower(name=MICRO, **arguments):
 
 
 def write(tower, folder):
-    write_transformers_folder(
-        tower, folder, logit_scale=14.25, text=TextConfig(name="owner/text"), text_fingerprint="abc"
-    )
+    text = TextConfig(name="owner/text")
+    write_transformers_folder(tower, folder, logit_scale=14.25, text=text, text_fingerprint="abc")
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return randomised_tower()
+
+
+@pytest.fixture
+def exported(tower, tmp_path):
+    """The tower as it is exported into an empty folder."""
+    (tmp_path / "out").mkdir()
+    write(tower, tmp_path / "out")
+    return tmp_path / "out"
 
 
 def images(size=32):
@@ -79,22 +92,20 @@ def test_base_tower_has_the_released_tensors():
     assert sum(parameter.numel() for parameter in tower.parameters()) == 92_946_688
 
 
-def test_reads_back_bit_for_bit(tmp_path):
-    tower = randomised_tower()
+@pytest.mark.parametrize("size", [32, 48])
+def test_reads_back_bit_for_bit(tmp_path, size):
+    tower = randomised_tower(image_size=size)
     write(tower, tmp_path / "out")
-    expected = tower(images())
-    assert torch.equal(load_exported_tower(tmp_path / "out")(images()), expected)
-    assert torch.equal(build_vision_tower(MICRO, weights=tmp_path / "out")(images()), expected)
-    assert load_exported_tower(tmp_path / "out").config == VISION_CONFIGS[MICRO]
+    read = load_exported_tower(tmp_path / "out")
+    assert torch.equal(read(images(size)), tower(images(size)))
+    assert read.config == tower.config
 
 
-def test_keeps_another_image_size(tmp_path):
-    tower = randomised_tower(image_size=48)
-    write(tower, tmp_path / "out")
-    assert torch.equal(load_exported_tower(tmp_path / "out")(images(48)), tower(images(48)))
+def test_a_folder_gives_a_new_tower_its_weights(exported, tower):
+    assert torch.equal(build_vision_tower(MICRO, weights=exported)(images()), tower(images()))
 
 
-def test_folder_holds_the_released_files(tmp_path):
+def test_folder_holds_the_released_files_and_fields(tmp_path):
     folder = tmp_path / "new" / "out"
     write(randomised_tower(dtype=torch.bfloat16), folder)
     assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
@@ -103,25 +114,22 @@ def test_folder_holds_the_released_files(tmp_path):
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
     assert "`owner/text`" in (folder / "README.md").read_text()
-
-
-def test_config_has_the_released_fields(tmp_path):
-    write(randomised_tower(), tmp_path / "out")
-    fields = json.loads((tmp_path / "out" / "config.json").read_text())
-    expected = {"n_embd": 64, "n_layer": 2, "n_head": 1, "n_inner": 176, "img_size": 32, "patch_size": 8}
+    fields = json.loads((folder / "config.json").read_text())
+    numbers = {"n_embd": 64, "n_layer": 2, "n_head": 1, "n_inner": 176, "img_size": 32, "patch_size": 8}
+    assert all(type(fields[key]) is int for key in numbers)
+    expected = {
+        **numbers,
+        **dict.fromkeys(("prenorm", "no_last_ln", "norm_mlp", "use_rotary_pos_emb"), True),
+        "model_type": "nomic_bert",
+        "architectures": ["NomicVisionModel"],
+        "ref_feat_shape": [4, 4],
+        "logit_scale": 14.25,
+    }
     assert {key: fields[key] for key in expected} == expected
-    assert all(type(fields[key]) is int for key in expected)
-    assert fields["model_type"] == "nomic_bert"
-    assert fields["architectures"] == ["NomicVisionModel"]
-    assert fields["ref_feat_shape"] == [4, 4]
-    assert fields["prenorm"] and fields["no_last_ln"] and fields["norm_mlp"] and fields["use_rotary_pos_emb"]
-    assert fields["logit_scale"] == 14.25
 
 
-def test_image_processor_gives_what_the_tower_does_itself(tmp_path):
-    tower = randomised_tower()
-    write(tower, tmp_path / "out")
-    processor = CLIPImageProcessor.from_pretrained(tmp_path / "out")
+def test_image_processor_gives_what_the_tower_does_itself(exported, tower):
+    processor = CLIPImageProcessor.from_pretrained(exported)
     pixels = processor(list(images().permute(0, 3, 1, 2)), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(tower(pixels), tower(images()), rtol=1e-4, atol=1e-4)
     wide = torch.zeros(3, 64, 96, dtype=torch.uint8)
@@ -129,47 +137,33 @@ def test_image_processor_gives_what_the_tower_does_itself(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("name", "pooling", "embed_dim"),
     [
-        pytest.param({"pooling": "mean"}, id="mean"),
-        pytest.param({"embed_dim": 32}, id="projection"),
+        (MICRO, "mean", None),
+        (MICRO, "map", 32),
+        ("vit_base_patch16_224", "map", None),
+        ("vit_base_patch16_rope_reg1_gap_256", "map", None),
     ],
 )
-def test_refuses_what_the_format_cannot_hold(tmp_path, arguments):
+def test_refuses_what_the_format_cannot_hold(tmp_path, name, pooling, embed_dim):
+    with torch.device("meta"):
+        tower = VisionTower(VISION_CONFIGS[name], ModelConfig(pooling=pooling), embed_dim=embed_dim)
     with pytest.raises(ValueError, match="EVA02 towers with map pooling and no projection"):
-        write(randomised_tower(**arguments), tmp_path / "out")
+        write(tower, tmp_path / "out")
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_rope_reg1_gap_256"])
-def test_refuses_other_trunks(tmp_path, name):
-    with torch.device("meta"):
-        tower = VisionTower(VISION_CONFIGS[name], ModelConfig())
-    with pytest.raises(ValueError, match="EVA02 towers with map pooling and no projection"):
-        write(tower, tmp_path / "out")
-
-
-def test_refuses_an_output_that_holds_something(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
+def test_what_is_there_is_kept_and_what_fails_leaves_nothing(tower, exported, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is not an empty folder"):
-        write(randomised_tower(), tmp_path)
-    assert os.listdir(tmp_path) == ["notes.txt"]
+        write(tower, exported)
 
-
-def test_writes_into_an_empty_folder(tmp_path):
-    (tmp_path / "out").mkdir()
-    write(randomised_tower(), tmp_path / "out")
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-
-
-def test_leaves_nothing_behind_when_writing_fails(tmp_path, monkeypatch):
     def fail(path, fields):
         raise OSError("disk full")
 
     monkeypatch.setattr(export, "_write_json", fail)
     with pytest.raises(OSError, match="disk full"):
-        write(randomised_tower(), tmp_path / "out")
-    assert not os.listdir(tmp_path)
+        write(tower, tmp_path / "other")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def edit_config(folder, **changes):
@@ -178,10 +172,9 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({key: value for key, value in fields.items() if value != "removed"}))
 
 
-def test_reads_the_fractional_inner_width_of_the_released_file(tmp_path):
-    write(randomised_tower(), tmp_path / "out")
-    edit_config(tmp_path / "out", n_inner=176.0)
-    assert load_exported_tower(tmp_path / "out").config == VISION_CONFIGS[MICRO]
+def test_reads_the_fractional_inner_width_of_the_released_file(exported, tower):
+    edit_config(exported, n_inner=176.0)
+    assert load_exported_tower(exported).config == tower.config
 
 
 @pytest.mark.parametrize(
@@ -193,60 +186,42 @@ def test_reads_the_fractional_inner_width_of_the_released_file(tmp_path):
         pytest.param({"ref_feat_shape": None}, "config.json does not describe", id="no-grid"),
     ],
 )
-def test_refuses_a_config_of_another_model(tmp_path, changes, message):
-    write(randomised_tower(), tmp_path / "out")
-    edit_config(tmp_path / "out", **changes)
+def test_refuses_a_config_of_another_model(exported, changes, message):
+    edit_config(exported, **changes)
     with pytest.raises(ValueError, match=message):
-        load_exported_tower(tmp_path / "out")
+        load_exported_tower(exported)
 
 
-def test_refuses_weights_without_a_head(tmp_path):
-    write(randomised_tower(), tmp_path / "out")
-    path = tmp_path / "out" / "model.safetensors"
+def test_refuses_weights_without_a_head_and_a_folder_that_is_not_there(exported):
+    path = exported / "model.safetensors"
     save_file({key: value for key, value in load_file(path).items() if not key.startswith("selector.")}, path)
     with pytest.raises(ValueError, match="lacks the attention pooling head"):
-        load_exported_tower(tmp_path / "out")
-
-
-def test_names_a_folder_that_is_not_there(tmp_path):
+        load_exported_tower(exported)
     with pytest.raises(FileNotFoundError, match=r"nowhere/config\.json not found"):
-        load_exported_tower(tmp_path / "nowhere")
+        load_exported_tower(exported / "nowhere")
 
 
-def run_command(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["export.py", *map(str, arguments)])
-    export.main()
+def test_a_release_that_names_no_text_tower_goes_with_that_of_v1_5(exported):
+    edit_config(exported, text_tower=None)
+    assert export.read_text_settings(exported) == (TextConfig(), None)
+    edit_config(exported, text_tower={"name": "x"})
+    with pytest.raises(ValueError, match="does not say which text tower"):
+        export.read_text_settings(exported)
 
 
-def test_command_exports_a_checkpoint(tmp_path, monkeypatch, capsys):
-    tower = randomised_tower()
+def test_command_exports_a_checkpoint(tower, tmp_path, monkeypatch, capsys):
     text = TextConfig(name="owner/text", layer_norm=False, prefix="", max_length=16)
-    loaded = SimpleNamespace(
-        tower=tower, logit_scale=20.0, step=7, config=SimpleNamespace(text=text), text_fingerprint="abc"
-    )
+    config = SimpleNamespace(text=text)
+    loaded = SimpleNamespace(tower=tower, logit_scale=20.0, step=7, config=config, text_fingerprint="abc")
     monkeypatch.setattr(export, "load_tower", lambda checkpoint: loaded)
-    run_command(monkeypatch, "--checkpoint", "runs/x", "--format", "transformers", "--output", tmp_path / "out")
-    rows = F.normalize(load_exported_tower(tmp_path / "out")(images()), dim=-1)
-    assert torch.equal(rows, F.normalize(tower(images()), dim=-1))
+    monkeypatch.setattr("sys.argv", ["export.py", "--checkpoint", "runs/x", "--output", str(tmp_path / "out")])
+    export.main()
+    assert torch.equal(load_exported_tower(tmp_path / "out")(images()), tower(images()))
     assert export.read_text_settings(tmp_path / "out") == (text, "abc")
     assert "step 7" in capsys.readouterr().out
 
 
-def test_a_release_that_names_no_text_tower_goes_with_that_of_v1_5(tmp_path):
-    write(randomised_tower(), tmp_path / "out")
-    edit_config(tmp_path / "out", text_tower=None)
-    assert export.read_text_settings(tmp_path / "out") == (TextConfig(), None)
-    edit_config(tmp_path / "out", text_tower={"name": "x"})
-    with pytest.raises(ValueError, match="does not say which text tower"):
-        export.read_text_settings(tmp_path / "out")
-
-
-def test_command_fails_in_one_line(tmp_path, monkeypatch, capsys):
-    def load_tower(checkpoint):
-        raise FileNotFoundError(f"{checkpoint} holds no checkpoint")
-
-    monkeypatch.setattr(export, "load_tower", load_tower)
-    with pytest.raises(SystemExit) as exit_status:
-        run_command(monkeypatch, "--checkpoint", "runs/x", "--output", tmp_path / "out")
-    assert exit_status.value.code == 2
-    assert capsys.readouterr().err == "error: runs/x holds no checkpoint\n"
+def test_command_fails_in_one_line(tmp_path):
+    status, _, err = run_here("export.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "out")
+    assert status == 2
+    assert err.startswith("error: ") and "holds no checkpoint" in err and err.count("\n") == 1

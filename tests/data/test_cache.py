@@ -1,5 +1,5 @@
+import errno
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from pathlib import Path
 
 import fsspec
@@ -21,12 +20,14 @@ import tenacity
 from textlock.data import cache as module
 from textlock.data.cache import FetchError, RemoteFile, RemoteFolder, ShardCache
 from textlock.data.evaluation import iterate_shards
-from textlock.data.index import INDEX_NAME, index_shards, open_index
-from textlock.data.loader import DataConfig, open_loader
+from textlock.data.index import INDEX_NAME, open_index
 from textlock.data.reader import ShardReader
 from textlock.data.verify import verify_shards
 
-from .tars import write_shards
+from ..conftest import records
+from . import loading
+from .loading import content, keys, open_one, take
+from .tars import key_of, write_shards
 
 
 @pytest.fixture(autouse=True)
@@ -40,34 +41,29 @@ def shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("data") / "shards", [4] * 9)
 
 
-class Server:
-    """A folder over HTTP. ``faults`` maps a file's name to the answers that come before the right one."""
+class Handler(SimpleHTTPRequestHandler):
+    def do_GET(self):
+        name = self.path.strip("/")
+        self.server.requests[name] += 1
+        faults = self.server.faults.get(name)
+        if faults:
+            faults.pop(0)(self, Path(self.directory, name).read_bytes())
+        else:
+            super().do_GET()
 
-    def __init__(self, folder):
-        self.requests = Counter()
-        self.faults = {}
-        server = self
+    def log_message(self, *arguments):
+        pass
 
-        class Handler(SimpleHTTPRequestHandler):
-            def do_GET(self):
-                name = self.path.strip("/")
-                server.requests[name] += 1
-                faults = server.faults.get(name, [])
-                if faults:
-                    faults.pop(0)(self, (folder / name).read_bytes())
-                else:
-                    super().do_GET()
 
-            def log_message(self, *arguments):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+@pytest.fixture
+def server(shards):
+    """The shards over HTTP. ``faults`` maps a file's name to the answers that come before the right one."""
+    pytest.importorskip("aiohttp")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=shards)) as server:
+        server.requests, server.faults, server.url = Counter(), {}, f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 def answer(handler, payload, *, said=None):
@@ -89,16 +85,8 @@ FAULTS = {
 
 
 @pytest.fixture
-def server(shards):
-    pytest.importorskip("aiohttp")
-    server = Server(shards)
-    yield server
-    server.close()
-
-
-@pytest.fixture
 def memory(shards):
-    """Return the URL of the shards in the memory of this process, and the count of what is fetched from there."""
+    """Return the URL of the shards in the memory of this process."""
     filesystem = fsspec.filesystem("memory")
     for path in shards.iterdir():
         filesystem.pipe_file(f"/shards/{path.name}", path.read_bytes())
@@ -137,18 +125,7 @@ def fetched(monkeypatch):
 
 
 def settings(address, cache, **changes):
-    base = {"batch_size": 4, "image_size": 16, "decoder": "cpu", "workers": 2, "open_shards": 2, "cache_gb": 1.0}
-    return DataConfig(shards=str(address), cache_dir=str(cache), **{**base, **changes})
-
-
-def take(config, count, **options):
-    with open_loader(config, rank=0, world_size=1, **options) as loader:
-        return [(b.keys, b.captions, b.images.numpy().tobytes()) for b in islice(loader, count)]
-
-
-def size_of(shards, count):
-    """Return the bytes of the largest ``count`` shards."""
-    return sum(sorted((path.stat().st_size for path in shards.glob("*.tar")), reverse=True)[:count])
+    return loading.settings(address, cache_dir=str(cache), **{"batch_size": 4, "cache_gb": 1.0, **changes})
 
 
 def copies(folder):
@@ -166,30 +143,34 @@ def used(folder):
             return sum(path.stat().st_size for path in copies(folder))
 
 
-def content(lease):
+def bytes_of(lease):
     return os.pread(lease.descriptor, 2**20, 0)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_batches_are_those_of_the_same_shards_in_a_folder_and_a_second_run_fetches_nothing(
     shards, memory, fetched, tmp_path
 ):
-    local = take(settings(shards, tmp_path), 18)
-    for _ in range(2):
-        assert take(settings(memory, tmp_path), 18) == local
-        assert fetched == {INDEX_NAME: 1, **{f"{number:05d}.tar": 1 for number in range(9)}}
-
-
-def test_resume_from_a_state_of_local_shards(shards, memory, tmp_path):
-    with open_loader(settings(shards, tmp_path), rank=0, world_size=1) as loader:
-        next(loader)
+    with open_one(settings(shards, tmp_path)) as loader:
+        local = content([next(loader) for _ in range(18)])
         state = loader.state()
-    assert take(settings(memory, tmp_path), 5, state=state) == take(settings(shards, tmp_path), 6)[1:]
+        following = content([next(loader)])
+    for _ in range(2):
+        assert content(take(settings(memory, tmp_path), 18)) == local
+        assert fetched == {INDEX_NAME: 1, **{f"{number:05d}.tar": 1 for number in range(9)}}
+    assert content(take(settings(memory, tmp_path), 1, state=state)) == following
 
 
-def test_the_budget_holds_and_shards_are_fetched_once_an_epoch(shards, memory, fetched, tmp_path):
-    budget = size_of(shards, 6)
+def test_the_budget_holds_and_shards_are_fetched_once_an_epoch(memory, files, fetched, tmp_path):
+    budget = 6 * files[0].size
     largest = 0
-    with open_loader(settings(memory, tmp_path, cache_gb=budget / 1e9), rank=0, world_size=1) as loader:
+    with open_one(settings(memory, tmp_path, cache_gb=budget / 1e9)) as loader:
         for step in range(9):
             next(loader)
             largest = max(largest, used(tmp_path))
@@ -200,55 +181,35 @@ def test_the_budget_holds_and_shards_are_fetched_once_an_epoch(shards, memory, f
 
 
 def test_shards_are_fetched_before_they_are_read(memory, tmp_path):
-    with open_loader(settings(memory, tmp_path, prefetch_batches=0), rank=0, world_size=1) as loader:
+    with open_one(settings(memory, tmp_path, prefetch_batches=0)) as loader:
         next(loader)
-        deadline = time.monotonic() + 30
-        while len(copies(tmp_path)) < 4 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(copies(tmp_path)) >= 4)
         assert len(copies(tmp_path)) == 4, "the group being read and the next, and no more"
         for _ in range(2):  # into the second group
             next(loader)
-        while len(copies(tmp_path)) < 6 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(copies(tmp_path)) == 6
+        wait_until(lambda: len(copies(tmp_path)) == 6)
 
 
 @pytest.mark.parametrize(("prefetch", "groups"), [(0, 2), (1, 2), (2, 3)])
-def test_a_cache_for_less_than_what_is_read_at_a_time_is_refused(shards, memory, tmp_path, prefetch, groups):
-    least = size_of(shards, 2 * groups)
+def test_a_cache_for_less_than_what_is_read_at_a_time_is_refused(memory, files, tmp_path, prefetch, groups):
+    least = groups * 2 * files[0].size
     config = settings(memory, tmp_path, prefetch_batches=prefetch, cache_gb=(least - 1) / 1e9)
     with pytest.raises(
         ValueError, match=rf"data.cache-gb is .*, must be at least .*, {groups} times --data.open-shards"
     ):
-        open_loader(config, rank=0, world_size=1)
+        open_one(config)
     take(replace(config, cache_gb=least / 1e9), 1)
 
 
-def test_impossible_settings(memory, tmp_path):
-    with pytest.raises(ValueError, match=r"--data\.fetchers is 0"):
-        open_loader(settings(memory, tmp_path, fetchers=0), rank=0, world_size=1)
-
-
-def test_evaluation_reads_remote_shards_too(shards, memory, tmp_path, monkeypatch):
+def test_evaluation_reads_remote_shards_too(memory, tmp_path, monkeypatch):
     monkeypatch.setattr("textlock.data.index.DEFAULT_CACHE_DIR", str(tmp_path))
-    keys = [key for batch in iterate_shards(memory, 16, batch_size=5) for key in batch.keys]
-    assert keys == [f"{number:09d}" for number in range(36)]
+    assert keys(iterate_shards(memory, 16, batch_size=5)) == [key_of(number) for number in range(36)]
 
 
 def test_transfers_are_tried_again(server, shards, tmp_path):
     server.faults = {f"{number:05d}.tar": [fault, fault] for number, fault in enumerate(FAULTS.values())}
-    assert take(settings(server.url, tmp_path), 9) == take(settings(shards, tmp_path), 9)
+    assert content(take(settings(server.url, tmp_path), 9)) == content(take(settings(shards, tmp_path), 9))
     assert [server.requests[f"{number:05d}.tar"] for number in range(9)] == [3] * len(FAULTS) + [1] * 3
-
-
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-def test_a_shard_that_never_arrives_whole_leaves_nothing(server, cache, files, fault, tmp_path):
-    server.faults = {"00003.tar": [fault] * 100}
-    for _ in range(2):
-        with pytest.raises(FetchError, match=rf"{server.url}/00003\.tar cannot be fetched, 6 times tried: "):
-            cache.open(RemoteFolder(server.url), files[3])
-    assert server.requests["00003.tar"] == module._ATTEMPTS, "not again for every sample"
-    assert not names(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -262,13 +223,13 @@ def test_a_shard_that_never_arrives_whole_leaves_nothing(server, cache, files, f
 def test_a_shard_that_cannot_be_had_costs_its_samples_only(server, fault, requests, message, tmp_path):
     server.faults = {"00003.tar": [fault] * 100}
     log = tmp_path / "skipped.jsonl"
-    batches = take(settings(server.url, tmp_path / "cache", max_skipped_fraction=1.0), 9, skipped_log=log)
-    assert len({key for keys, _, _ in batches for key in keys}) == 32
-    assert server.requests["00003.tar"] == requests
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert {(line["shard"], line["kind"]) for line in lines} == {("00003.tar", "unreadable")} and len(lines) == 4
+    batches = take(settings(server.url, tmp_path / "cache"), 9, skipped_log=log)
+    assert len(set(keys(batches))) == 32
+    assert len(copies(tmp_path / "cache")) == 8 and not list((tmp_path / "cache").glob("*.partial"))
+    assert server.requests["00003.tar"] == requests, "not again for every sample"
+    lines = records(log)
+    assert [(line["shard"], line["kind"]) for line in lines] == [("00003.tar", "unreadable")] * 4
     assert all(f"{server.url}/00003.tar {message}" in line["message"] for line in lines)
-    assert len(copies(tmp_path / "cache")) == 8
 
 
 def test_an_endless_answer_is_broken_off(server, cache, files, tmp_path, monkeypatch):
@@ -300,12 +261,9 @@ def test_verify_reads_remote_shards(shards, memory, tmp_path):
     assert (report.good, problem.shard, problem.kind) == (32, "00004.tar", "unreadable")
 
 
-def test_no_index_at_the_url(server, tmp_path):
+def test_an_index_that_is_missing_damaged_or_none(shards, memory, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/index\.textlock is not there: put it there, or"):
-        open_index(f"{server.url}/nowhere", cache_dir=tmp_path)
-
-
-def test_a_damaged_remote_index(shards, memory, tmp_path):
+        open_index(f"{memory}/nowhere", cache_dir=tmp_path)
     filesystem = fsspec.filesystem("memory")
     whole = (shards / INDEX_NAME).read_bytes()
     filesystem.pipe_file(f"/shards/{INDEX_NAME}", whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -316,13 +274,10 @@ def test_a_damaged_remote_index(shards, memory, tmp_path):
         open_index(memory, cache_dir=tmp_path)
 
 
-def test_a_new_index_is_noticed(shards, memory, tmp_path):
+def test_a_new_index_is_noticed(memory, tmp_path):
     before = open_index(memory, cache_dir=tmp_path)
-    folder = tmp_path / "fewer"
-    shutil.copytree(shards, folder)
-    (folder / "00008.tar").unlink()
-    index_shards(folder)
-    fsspec.filesystem("memory").pipe_file(f"/shards/{INDEX_NAME}", (folder / INDEX_NAME).read_bytes())
+    fewer = write_shards(tmp_path / "fewer", [4] * 8)
+    fsspec.filesystem("memory").pipe_file(f"/shards/{INDEX_NAME}", (fewer / INDEX_NAME).read_bytes())
     assert (len(before), len(open_index(memory, cache_dir=tmp_path))) == (36, 32)
 
 
@@ -333,33 +288,26 @@ def test_urls_that_cannot_be_read(url, tmp_path, monkeypatch):
         open_index(url, cache_dir=tmp_path)
 
 
-def fetch_in_processes(url, files, cache, count):
-    """Fetch the files in ``count`` processes at once, each in its own order; return what they have read."""
-    program = """
-import hashlib, json, os, random, sys
-from pathlib import Path
-from textlock.data.cache import CachedShards, RemoteFile, RemoteFolder, ShardCache
-url, cache, files, seed = sys.argv[1:]
-files = [RemoteFile(name, size, bytes.fromhex(sha256)) for name, size, sha256 in json.loads(files)]
-shards = CachedShards(RemoteFolder(url), files, ShardCache(Path(cache), 2**30), fetchers=2)
-order = list(range(len(files)))
-random.Random(int(seed)).shuffle(order)
-shards.expect(order)
-content = b"".join(os.pread(shards.open(shard).descriptor, files[shard].size, 0) for shard in range(len(files)))
-print(hashlib.sha256(content).hexdigest())
-shards.close()
-"""
-    listed = json.dumps([(file.name, file.size, file.sha256.hex()) for file in files])
-    command = [sys.executable, "-c", program, url, str(cache), listed]
-    processes = [subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(count)]
-    return [process.communicate(timeout=120)[0].strip() for process in processes]
-
-
 def test_processes_of_a_node_share_what_one_of_them_fetches(server, shards, files, tmp_path):
+    program = """
+import hashlib, os, random, sys
+from textlock.data.index import open_index
+url, cache, seed = sys.argv[1:]
+index = open_index(url, cache_dir=cache, fetchers=2)
+order = list(range(9))
+random.Random(int(seed)).shuffle(order)
+index.remote.expect(order)
+content = b"".join(os.pread(index.remote.open(shard).descriptor, 2**20, 0) for shard in range(9))
+print(hashlib.sha256(content).hexdigest())
+index.remote.close()
+"""
     slow = lambda handler, payload: (time.sleep(0.2), answer(handler, payload))  # noqa: E731
-    server.faults = {f"{number:05d}.tar": [slow] * 3 for number in range(9)}
-    whole = b"".join((shards / file.name).read_bytes() for file in files)
-    assert fetch_in_processes(server.url, files, tmp_path, 3) == [hashlib.sha256(whole).hexdigest()] * 3
+    server.faults = {file.name: [slow] * 3 for file in files}
+    command = [sys.executable, "-c", program, server.url, str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(3)]
+    read = {process.communicate(timeout=120)[0].strip() for process in processes}
+    assert read == {hashlib.sha256(b"".join((shards / file.name).read_bytes() for file in files)).hexdigest()}
+    del server.requests[INDEX_NAME]
     assert server.requests == {file.name: 1 for file in files}
 
 
@@ -378,7 +326,7 @@ def test_least_recently_used_files_go_and_those_in_use_stay(shards, remote, file
     held += [cache.open(remote, files[number]) for number in (1, 3)]
     assert cache.open_ahead(remote, files[4]) is None, "nothing can go"
     assert present() == [0, 1, 3]
-    assert content(held[0]) == (shards / "00000.tar").read_bytes()
+    assert bytes_of(held[0]) == (shards / "00000.tar").read_bytes()
     for _ in range(3):
         held.pop(0)
     assert cache.open_ahead(remote, files[4]) is not None
@@ -406,7 +354,7 @@ def test_a_shard_that_has_just_arrived_makes_no_room_for_another(shards, remote,
     monkeypatch.setattr(Path, "replace", rename_and_be_overtaken)
     lease = ShardCache(tmp_path, files[0].size).open(remote, files[0])
     assert held == [None]
-    assert content(lease) == (shards / "00000.tar").read_bytes()
+    assert bytes_of(lease) == (shards / "00000.tar").read_bytes()
     assert names(tmp_path) == [files[0].local_name]
 
 
@@ -428,7 +376,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
 def test_a_copy_that_was_cut_is_fetched_again(shards, remote, files, cache, tmp_path, fetched):
     cache.open(remote, files[0])
     os.truncate(tmp_path / files[0].local_name, 100)
-    assert content(cache.open(remote, files[0])) == (shards / "00000.tar").read_bytes()
+    assert bytes_of(cache.open(remote, files[0])) == (shards / "00000.tar").read_bytes()
     assert fetched["00000.tar"] == 2
 
 
@@ -441,31 +389,35 @@ def test_a_failure_is_forgotten_after_a_while(remote, cache, fetched, monkeypatc
         assert fetched["absent.tar"] == requests
 
 
-def test_a_full_disk_stops_the_run_in_one_sentence(memory, tmp_path, monkeypatch):
+@pytest.fixture
+def full_disk(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
+    return lambda: monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+
+
+def test_a_full_disk_stops_the_run_in_one_sentence(memory, full_disk, tmp_path):
     open_index(memory, cache_dir=tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    full_disk()
     with pytest.raises(ValueError, match=r"the disk of the cache .* has no room for [\d,]+ bytes more: free some"):
         take(settings(memory, tmp_path), 1)
     assert not copies(tmp_path) and not list(tmp_path.glob("*.partial"))
 
 
+def test_a_full_disk_makes_room_among_the_copies_first(remote, files, cache, full_disk, tmp_path):
+    cache.open(remote, files[0])
+    full_disk()
+    cache.open(remote, files[1])
+    assert names(tmp_path) == [files[1].local_name]
+
+
 def test_a_disk_that_fills_up_while_a_shard_arrives(remote, files, cache, tmp_path, monkeypatch):
     def fail(*arguments, **options):
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(remote._filesystem, "get_file", fail)
     with pytest.raises(ValueError, match="has no room for"):
         cache.open(remote, files[0])
     assert not names(tmp_path)
-
-
-def test_a_full_disk_makes_room_among_the_copies_first(remote, files, cache, tmp_path, monkeypatch):
-    cache.open(remote, files[0])
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
-    cache.open(remote, files[1])
-    assert names(tmp_path) == [files[1].local_name]
 
 
 def test_closing_does_not_wait_for_a_server_to_come_back(server, tmp_path, monkeypatch):
@@ -477,7 +429,7 @@ def test_closing_does_not_wait_for_a_server_to_come_back(server, tmp_path, monke
 
     monkeypatch.setattr(tenacity, "wait_random_exponential", lambda **_: an_hour)
     server.faults = {f"{number:05d}.tar": [FAULTS["busy"]] * 100 for number in range(9)}
-    loader = open_loader(settings(server.url, tmp_path, fetchers=1), rank=0, world_size=1)
+    loader = open_one(settings(server.url, tmp_path, fetchers=1))
 
     def consume():
         with suppress(Exception):
@@ -495,9 +447,5 @@ def test_closing_does_not_wait_for_a_server_to_come_back(server, tmp_path, monke
 
 def test_closing_ends_the_fetching_threads(memory, tmp_path):
     take(settings(memory, tmp_path), 3)
-    deadline = time.monotonic() + 30
-    while [t for t in threading.enumerate() if t.name.startswith("fetch_")] and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not [t for t in threading.enumerate() if t.name.startswith("fetch_")]
-    reader = ShardReader(open_index(memory, cache_dir=tmp_path))
-    assert reader.read(0).key == "000000000"
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("fetch_")])
+    assert ShardReader(open_index(memory, cache_dir=tmp_path)).read(0).key == key_of(0)

@@ -18,12 +18,11 @@ from textlock.data.images import (
 )
 from textlock.data.loader import SKIP_KINDS
 
+from .tars import bad_sample
 from .zoo import (
     DAMAGED,
     DEEP,
-    GARBAGE_FOR_DALI,
     GOOD,
-    JPEG,
     PROGRESSIVE,
     REFUSED,
     RGB,
@@ -57,21 +56,13 @@ def whole_image(payload):
     return CropWindow(0, 0, header.height, header.width)
 
 
-def open_dali(device_id):
-    decoders = pytest.importorskip("textlock.data.dali", reason="DALI is not installed")
-    return decoders.DaliDecoder(32, threads=1, device_id=device_id, hw_decoder_load=0.65)
-
-
-@pytest.fixture(scope="module")
-def dali():
-    return open_dali(None)
-
-
 def test_dali_makes_the_same_of_every_jpeg(device):
     good = {name: payload for name, payload in GOOD.items() if payload.startswith(b"\xff\xd8")}
     windows = [whole_image(payload) for payload in good.values()]
     theirs = torch.empty(len(good), 32, 32, 3, dtype=torch.uint8, device=device)
-    open_dali(0 if device.type == "cuda" else None).decode(list(good.values()), windows, theirs, range(len(good)))
+    dali = pytest.importorskip("textlock.data.dali", reason="DALI is not installed")
+    decoder = dali.DaliDecoder(32, threads=1, device_id=0 if device.type == "cuda" else None, hw_decoder_load=0.65)
+    decoder.decode(list(good.values()), windows, theirs, range(len(good)))
     for (name, payload), window, image in zip(good.items(), windows, theirs.cpu(), strict=True):
         ours = torch.empty(32, 32, 3, dtype=torch.uint8)
         crop_and_resize(decode_image(payload), window, ours)
@@ -81,31 +72,13 @@ def test_dali_makes_the_same_of_every_jpeg(device):
         assert difference.max() <= (8 if name == "one pixel wide" else 1), name
 
 
-@pytest.mark.parametrize("name", [name for name, payload in DAMAGED.items() if payload.startswith(b"\xff\xd8")])
-def test_dali_refuses_damage_but_in_a_jpeg_scan(name, dali):
-    payload = DAMAGED[name]
-    out = torch.empty(1, 32, 32, 3, dtype=torch.uint8)
-    if name in GARBAGE_FOR_DALI:
-        dali.decode([payload], [whole_image(payload)], out, [0])
-    else:
-        with pytest.raises(RuntimeError):
-            dali.decode([payload], [whole_image(payload)], out, [0])
-    dali.decode([JPEG], [whole_image(JPEG)], out, [0])
-    assert out.float().std() > 10, "the decoder stays usable"
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_check_refuses(name):
     payload, kind = REFUSED[name]
-    with pytest.raises(BadImage) as caught:
-        check_image(payload)
-    assert caught.value.kind == kind
-    with pytest.raises(BadImage):
-        decode_image(payload)
-
-
-def test_every_kind_of_refusal_is_reported_between_ranks():
-    assert {kind for _, kind in REFUSED.values()} <= set(SKIP_KINDS)
+    for read in (check_image, decode_image):
+        with bad_sample(kind):
+            read(payload)
+    assert kind in SKIP_KINDS
 
 
 def test_many_scans_are_read_up_to_the_limit():
@@ -118,9 +91,8 @@ def test_many_scans_are_read_up_to_the_limit():
 @pytest.mark.parametrize("name", DAMAGED)
 def test_damage_behind_a_good_header_is_found_by_the_decoder(name):
     check_image(DAMAGED[name])
-    with pytest.raises(BadImage) as caught:
+    with bad_sample("damaged"):
         decode_image(DAMAGED[name])
-    assert caught.value.kind == "damaged"
 
 
 WINDOW_RULE = {"scale": (0.9, 1.0), "ratio": (0.75, 4 / 3)}
@@ -141,7 +113,7 @@ def test_draws_are_random_access_and_uniform():
     assert abs(np.corrcoef(columns[:-1, 0], columns[1:, 0])[0, 1]) < 0.07
 
 
-@pytest.mark.parametrize(("height", "width"), [(384, 512), (512, 384), (300, 300), (100, 700), (700, 100), (1, 1)])
+@pytest.mark.parametrize(("height", "width"), [(384, 512), (100, 700), (700, 100), (1, 1)])
 def test_windows_are_distributed_as_in_torchvision(height, width):
     transforms = pytest.importorskip("torchvision.transforms")
     torch.manual_seed(0)

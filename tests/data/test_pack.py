@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,36 +12,10 @@ from PIL import Image
 from textlock.data.images import CropWindow, crop_and_resize, decode_image
 from textlock.data.index import INDEX_NAME, open_index
 from textlock.data.pack import Reencoding, pack_shards, read_captions, repack_shards
-from textlock.data.reader import ShardReader
 from textlock.data.verify import verify_shards
 
-from .tars import contents, jpeg, sample, tarfile_contents, write_tar
+from .tars import contents, jpeg, read_all, sample, tarfile_contents, write_dataset, write_tar
 from .zoo import encode, photo
-
-
-def write_dataset(folder, count=7, suffix=".tsv"):
-    """Write images, half of them in a folder below, and a captions file that names them."""
-    images = folder / "images"
-    (images / "sub").mkdir(parents=True)
-    rows = []
-    for number in range(count):
-        name = f"sub/{number}.jpg" if number % 2 else f"{number}.jpg"
-        (images / name).write_bytes(jpeg(number, width=30 + number))
-        rows.append({"filepath": name, "title": f"caption, number {number} é"})
-    captions = folder / f"captions{suffix}"
-    if suffix == ".jsonl":
-        lines = [json.dumps(row) for row in rows]
-    else:
-        mark = "\t" if suffix == ".tsv" else ","
-        lines = [mark.join(["filepath", "title"])] + [f'{row["filepath"]}{mark}"{row["title"]}"' for row in rows]
-    captions.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return images, captions
-
-
-def read_all(shards):
-    index = open_index(shards)
-    reader = ShardReader(index)
-    return [reader.read(number) for number in range(len(index))]
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl"])
@@ -188,9 +163,9 @@ def test_other_shards_keep_their_keys_and_bad_samples_are_left_out(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     long = "d" * 120 + "/é"
-    write_tar(source / "a.tar", [*sample("1"), *sample(long, 2), ("bad.jpg", b"<html>"), ("bad.txt", b"x")], 1)
-    write_tar(source / "b.tar", [("only.jpg", jpeg()), *sample("3", 3), ("x.jpg", jpeg()), ("x.txt", b" ")])
-    write_tar(source / "c.tar", [("none.jpg", jpeg())])
+    write_tar(source / "a.tar", [*sample("1"), *sample(long, 2), *sample("bad", jpg=b"<html>")], tarfile.GNU_FORMAT)
+    write_tar(source / "b.tar", [*sample("only", txt=None), *sample("3", 3), *sample("x", txt=b" ")])
+    write_tar(source / "c.tar", sample("none", txt=None))
     outputs = [tmp_path / "one", tmp_path / "two"]
     report, other = (
         repack_shards(source, output, Reencoding(16), workers=workers)

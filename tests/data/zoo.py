@@ -1,6 +1,5 @@
 """Payloads that a shard may hold where an image or a caption should be: good ones, bad ones and damaged ones."""
 
-import gzip
 import io
 import struct
 import zlib
@@ -141,21 +140,9 @@ GOOD = {
 # What the check refuses before any decoder runs, and by which kind.
 REFUSED = {
     "empty": (b"", "empty"),
-    "one byte": (b"\xff", "format"),
     "html": (b"<!DOCTYPE html><html>Not found</html>", "format"),
-    "json": (b'{"error": "forbidden"}', "format"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "format"),
-    "base64 text": (b"data:image/jpeg;base64,/9j/4AAQSkZJRg==", "format"),
-    "gif": (encode(photo(), "GIF"), "format"),
-    "bmp": (encode(photo(), "BMP"), "format"),
-    "tiff": (encode(photo(), "TIFF"), "format"),
-    "ico": (encode(photo(), "ICO"), "format"),
-    "jpeg 2000": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(64), "format"),
-    "avif": (b"\0\0\0\x20ftypavif" + bytes(64), "format"),
-    "gzipped jpeg": (gzip.compress(JPEG), "format"),
-    "pickle": (b"\x80\x04\x95\x0b\0\0\0\0\0\0\0\x8c\x02os", "format"),
+    **{format: (encode(photo(), format), "format") for format in ("GIF", "BMP", "TIFF", "ICO")},
     "random bytes": (np.random.default_rng(0).bytes(4000), "format"),
-    "zeros": (bytes(4000), "format"),
     "leading junk": (b"\0" + JPEG, "format"),
     "junk after the start marker": (JPEG[:2] + b"junk" + JPEG[2:], "format"),
     "too many bytes": (JPEG + bytes(MAX_IMAGE_BYTES), "too-large"),
@@ -168,7 +155,6 @@ REFUSED = {
     "lossless frame": (patched(JPEG, SOF + 1, b"\xc3"), "unsupported"),
     "arithmetic frame": (patched(JPEG, SOF + 1, b"\xc9"), "unsupported"),
     "12 bits": (patched(JPEG, SOF + 4, b"\x0c"), "unsupported"),
-    "no components": (patched(JPEG, SOF + 9, b"\0"), "unsupported"),
     "two components": (patched(JPEG, SOF + 9, b"\x02"), "unsupported"),
     "no height": (patched(JPEG, SOF + 5, b"\0\0"), "header"),
     "no frame header": (without_segments(JPEG, 0xC0), "header"),
@@ -220,9 +206,6 @@ ODD_CAPTIONS = {
     "overlong": b"\xc0\xaf etc",
     "byte order mark": b"\xef\xbb\xbfa bus",
     "two megabytes": b"word " * 400_000,
-    "one word of a megabyte": b"x" * 2**20,
     "control characters": b"\x1b[2Ja\x07\x08 bus",
-    "right to left override": "a \u202egnp.exe".encode(),
-    "markup": b"<script>alert(1)</script> {{7*7}} ${HOME} `id`",
     "line breaks": b'a\nb\r\n{"step": 1}\n',
 }

@@ -37,7 +37,7 @@ def test_it_knows_its_words_and_spells_others(tmp_path):
         ({"depth": 0}, "must be positive"),
         ({"std": -0.1}, "must be positive, std -0.1 not negative"),
     ],
-    ids=["odd heads", "no depth", "negative std"],
+    ids=str,
 )
 def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):

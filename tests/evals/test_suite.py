@@ -1,15 +1,14 @@
 """The evaluations of a run on small folders, with encoders whose answers are known."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from textlock.data.index import index_shards
-from textlock.data.pack import pack_shards
 from textlock.evals.suite import EvalConfig, EvaluationSuite
+
+from ..data.tars import sample, write_shard
+from ..data.zoo import encode
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 UNSEEN = {"cyan": (0, 255, 255)}
@@ -31,21 +30,17 @@ def see_colours(images):
     return F.normalize(images.float().mean(dim=(1, 2)) + 1e-3, dim=-1)
 
 
-def see_badly(images):
-    return torch.ones(len(images), 3)
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("suite")
-    for folder, colours in (("classes", COLOURS), ("unseen", UNSEEN), ("images", ALL)):
+    members = []
+    for folder, colours in (("classes", COLOURS), ("unseen", UNSEEN)):
         for name, rgb in colours.items():
-            where = root / folder / name if folder != "images" else root / folder
-            where.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (40, 40), rgb).save(where / f"{name}.png")
-    (root / "captions.tsv").write_text("file\tcaption\n" + "".join(f"{name}.png\ta {name} wall\n" for name in ALL))
-    pack_shards(root / "images", root / "captions.tsv", root / "shards")
-    index_shards(root / "shards")
+            image = encode(Image.new("RGB", (40, 40), rgb), "PNG")
+            (root / folder / name).mkdir(parents=True)
+            (root / folder / name / "wall.png").write_bytes(image)
+            members += sample(name, jpg=None, png=image, txt=f"a {name} wall".encode())
+    write_shard(root / "shards", members)
     return root
 
 
@@ -63,7 +58,7 @@ def suite(folders, **changes):
 def test_a_perfect_encoder_is_perfect_and_a_blind_one_guesses(folders):
     figures = suite(folders).run(see_colours)
     assert figures["zero_shot_top1"] == figures["zero_shot_unseen_top1"] == figures["mean_recall@1"] == 1.0
-    blind = suite(folders).run(see_badly)
+    blind = suite(folders).run(lambda images: torch.ones(len(images), 3))
     assert blind["zero_shot_top1"] <= 1 / 3 and blind["mean_recall@1"] < 0.5
 
 
@@ -91,7 +86,7 @@ def test_texts_are_encoded_once(folders, monkeypatch):
     assert made.run(see_colours) == first
 
 
-def test_the_gallery_shows_pictures_with_their_nearest_captions(folders):
+def test_the_gallery_shows_images_with_their_nearest_captions(folders):
     made = suite(folders)
     assert made.gallery() is None, "there is nothing to show before a run"
     made.run(see_colours)
@@ -103,13 +98,12 @@ def test_the_gallery_shows_pictures_with_their_nearest_captions(folders):
 
 
 @pytest.mark.parametrize("what", ["zero_shot", "zero_shot_unseen", "retrieval"])
-def test_a_missing_folder_is_said_at_once(folders, what):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        suite(folders, **{what: str(folders / "nowhere")})
-
-
-def test_an_empty_class_is_said_before_training(folders, tmp_path):
-    shutil.copytree(folders / "classes", tmp_path / "classes")
-    (tmp_path / "classes" / "nothing").mkdir()
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        suite(folders, zero_shot=str(tmp_path / "classes"))
+def test_a_missing_folder_and_an_empty_class_are_said_before_training(folders, tmp_path, what):
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    for folder, of_classes, of_shards in [
+        ("nowhere", "no folder", "no folder"),
+        ("empty/cat", "no class folders in", r"no \.tar shards in"),
+        ("empty", r"no \.jpg, \.png or \.webp images in .*cat", r"no \.tar shards in"),
+    ]:
+        with pytest.raises(FileNotFoundError, match=of_shards if what == "retrieval" else of_classes):
+            suite(folders, **{what: str(tmp_path / folder)})

@@ -1,0 +1,94 @@
+"""Run as a module, this file is one rank of the test: rank, scratch folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from textlock.evals import retrieval
+from textlock.evals.retrieval import evaluate_retrieval
+from textlock.evals.zero_shot import class_embeddings, evaluate_zero_shot, gather_ragged
+
+from . import test_retrieval, test_zero_shot
+from .test_zero_shot import NAMES, TEMPLATES, toy_data
+from .toys import ToyTower, random_images, toy_encoder, toy_text
+
+# The images of rank 0; rank 1 has the others.
+SHARES = {"uneven": 17, "one rank has none": 47, "the other has none": 0}
+
+
+def captioned_images():
+    images = random_images(47)
+    images[20:30] = images[:10]  # ties between ranks
+    return images, [f"caption {n % 31}" if n % 3 else f"caption {n}\nmore {n % 4}" for n in range(47)]
+
+
+def evaluate(share=slice(None), group=None):
+    """Evaluate a share of the images."""
+    images, captions = captioned_images()
+    found, rows = evaluate_retrieval(
+        toy_encoder, toy_text, test_retrieval.batches_of(images[share], captions[share]), group=group
+    )
+    images, labels, class_rows = toy_data(47)
+    batches = test_zero_shot.batches_of(images[share], labels[share]) if len(images[share]) else []
+    return found | evaluate_zero_shot(toy_encoder, batches, class_rows, group=group), len(rows.image_rows), rows.keys
+
+
+def refusal_of(evaluation, *arguments):
+    try:
+        evaluation(*arguments, group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+
+
+def evaluate_as_rank(rank, folder):
+    """Evaluate shares of unlike sizes, some of them empty, and what goes wrong on one rank alone."""
+    retrieval.TILE_ELEMENTS = 200  # several tiles, so that both ranks have some to score
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    group = dist.group.WORLD
+    results = {case: evaluate((slice(cut), slice(cut, None))[rank], group) for case, cut in SHARES.items()}
+    for count in (7, 1):
+        results[f"{count} classes"] = class_embeddings(ToyTower(), NAMES[:count], TEMPLATES, group=group).tolist()
+    results["gathered"] = gather_ragged(torch.full((rank * 2, 3), rank), group).tolist()
+
+    def diverged(images):
+        return toy_encoder(images) * (rank or float("nan"))
+
+    images, captions = captioned_images()
+    batches = test_retrieval.batches_of(images[:5], captions[:5])
+    results["diverged"] = refusal_of(evaluate_retrieval, diverged, toy_text, batches)
+    images, labels, class_rows = toy_data(5)
+    batches = test_zero_shot.batches_of(images, labels + 7 * rank)
+    results["labels"] = refusal_of(evaluate_zero_shot, toy_encoder, batches, class_rows)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def test_two_ranks_give_the_result_of_one(tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "textlock.tests.evals.test_two_ranks"]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+
+    monkeypatch.setattr(retrieval, "TILE_ELEMENTS", 200)
+    expected, _, _ = evaluate()
+    assert 0 < expected["mean_recall@1"] < 1 and 0 < expected["zero_shot_top1"] < 1
+    class_rows = class_embeddings(ToyTower(), NAMES, TEMPLATES).tolist()
+    for rank in range(2):
+        results = json.loads((tmp_path / f"{rank}.json").read_text())
+        for case, cut in SHARES.items():
+            figures, images, keys = results.pop(case)
+            assert (figures, images, len(keys)) == (expected, *[(cut, 47 - cut)[rank]] * 2), case
+        assert results.pop("diverged").startswith("5 of 10 image rows are not finite")
+        assert results == {
+            "7 classes": class_rows,
+            "1 classes": class_rows[:1],
+            "gathered": [[1, 1, 1], [1, 1, 1]],
+            "labels": "5 of 10 labels are outside the 7 classes; use the same class list",
+        }
+
+
+if __name__ == "__main__":
+    evaluate_as_rank(int(sys.argv[1]), sys.argv[2])
