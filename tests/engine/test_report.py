@@ -135,13 +135,7 @@ def run_dir(tmp_path: Path) -> Path:
     run.mkdir()
     write_metrics(run)
     evaluations = [
-        {
-            "step": step,
-            "samples_seen": step * 512,
-            "wall_seconds": 7.0 * step,
-            "zero_shot_top1": top1,
-            "mean_recall@1": 0.3,
-        }
+        {"step": step, "wall_seconds": 7.0 * step, "zero_shot_top1": top1, "mean_recall@1": 0.3}
         for step, top1 in ((2, 0.25), (6, 0.75), (10, 0.5))
     ]
     write_lines(run / "evaluations.jsonl", evaluations)
@@ -163,6 +157,12 @@ def report(run_dir: Path) -> Page:
     path = write_report(run_dir)
     assert path == run_dir / "report.html"
     return Page(path.read_text(encoding="utf-8"))
+
+
+def draw(run_dir: Path, title: str, steps: Sequence[int] = range(1, 11), **curves: Sequence[Any]) -> Page:
+    """Return the chart of that title in the report of a run that logged these curves."""
+    write_metrics(run_dir, steps, **curves)
+    return report(run_dir).chart(title)
 
 
 def points(page: Page, css_class: str = "line") -> list[tuple[float, float]]:
@@ -248,8 +248,8 @@ def test_a_missing_input_leaves_its_section_out_with_a_sentence(run_dir, missing
     whole = report(run_dir).text
     assert sentence not in whole and gone in whole
     (run_dir / missing).unlink()
-    page = report(run_dir).text
-    assert sentence in page and gone not in page
+    part = report(run_dir).text
+    assert sentence in part and gone not in part
 
 
 def test_unreadable_lines_are_left_out_and_counted(run_dir):
@@ -262,8 +262,7 @@ def test_unreadable_lines_are_left_out_and_counted(run_dir):
 
 
 def test_later_records_of_a_step_win_after_a_resume(run_dir):
-    write_metrics(run_dir, [1, 3, 2, 3, 4], loss=[1, 3, 3, 4, 5])
-    drawn = points(report(run_dir).chart("Loss"))
+    drawn = points(draw(run_dir, "Loss", [1, 3, 2, 3, 4], loss=[1, 3, 3, 4, 5]))
     wanted = [LEFT + (RIGHT - LEFT) * share for share in (0, 1 / 3, 2 / 3, 1)]
     assert [x for x, _ in drawn] == pytest.approx(wanted, abs=0.1)
     heights = [y for _, y in drawn]
@@ -271,8 +270,7 @@ def test_later_records_of_a_step_win_after_a_resume(run_dir):
 
 
 def test_a_curve_is_drawn_to_scale(run_dir):
-    write_metrics(run_dir, [0, 75, 100], loss=[0.0, 3.0, 4.0])
-    chart = report(run_dir).chart("Loss")
+    chart = draw(run_dir, "Loss", [0, 75, 100], loss=[0.0, 3.0, 4.0])
     middle = LEFT + 0.75 * (RIGHT - LEFT), BOTTOM - 0.75 * (BOTTOM - TOP)
     assert points(chart) == [pytest.approx(point, abs=0.06) for point in ((LEFT, BOTTOM), middle, (RIGHT, TOP))]
     assert chart.texts("text") == ["0", "1", "2", "3", "4", "0", "20", "40", "60", "80", "100", "step"]
@@ -310,30 +308,26 @@ def test_figures_of_the_run_ignore_values_that_are_not_finite(run_dir):
     ],
 )
 def test_numbers_of_any_size_are_readable(run_dir, top, labels, figure):
-    write_metrics(run_dir, range(11), loss=[top * step / 10 for step in range(11)])
-    chart = report(run_dir).chart("Loss")
+    chart = draw(run_dir, "Loss", range(11), loss=[top * step / 10 for step in range(11)])
     assert y_labels(chart) == labels and chart.texts("b") == [figure]
 
 
 @pytest.mark.parametrize("value", [3.0, 0.0, -2.5, 1e-12, 1e12])
 def test_a_single_point_is_marked_in_the_middle(run_dir, value):
-    write_metrics(run_dir, [7], loss=[value])
     (run_dir / "evaluations.jsonl").unlink()
-    chart = report(run_dir).chart("Loss")
+    chart = draw(run_dir, "Loss", [7], loss=[value])
     ((x, y),) = points(chart)
     assert x == (LEFT + RIGHT) / 2 and TOP < y < BOTTOM
     assert [attributes["d"].startswith(f"M{x},{y}m") for attributes, _ in chart.all("path", "m0")] == [True]
 
 
 def test_tick_labels_of_a_constant_curve_differ(run_dir):
-    write_metrics(run_dir, logit_scale=[100, 100 + 1e-6] * 5)
-    labels = y_labels(report(run_dir).chart("Logit scale"))
+    labels = y_labels(draw(run_dir, "Logit scale", logit_scale=[100, 100 + 1e-6] * 5))
     assert len(labels) == len(set(labels)) >= 3
 
 
 def test_a_spike_makes_the_axis_logarithmic(run_dir):
-    write_metrics(run_dir, grad_norm=[1.0] * 4 + [1e4] + [1.0] * 5)
-    chart = report(run_dir).chart("Gradient norm")
+    chart = draw(run_dir, "Gradient norm", grad_norm=[1.0] * 4 + [1e4] + [1.0] * 5)
     assert "logarithmic" in chart.texts("h3")[0]
     assert y_labels(chart) == ["1", "10", "100", "1k", "10k"]
     assert sorted({y for _, y in points(chart)}) == [TOP, BOTTOM]
@@ -400,9 +394,8 @@ def test_unseen_pairs_have_a_section_only_when_measured(run_dir):
 
 
 def test_evaluation_curves_share_the_steps_of_training(run_dir):
-    write_metrics(run_dir, range(1, 12))
-    chart = report(run_dir).chart("Zero-shot accuracy")
-    shares = [(x - LEFT) / (RIGHT - LEFT) for x, _ in points(chart)]
+    drawn = points(draw(run_dir, "Zero-shot accuracy", range(1, 12)))
+    shares = [(x - LEFT) / (RIGHT - LEFT) for x, _ in drawn]
     assert shares == pytest.approx([0.1, 0.5, 0.9], abs=0.01)
 
 

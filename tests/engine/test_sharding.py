@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from textlock.engine.checkpoint import Progress, read_checkpoint, restore
 from textlock.engine.distributed import World
@@ -23,7 +21,7 @@ from textlock.engine.plan import fixed_bytes, tier_costs
 from textlock.engine.sharding import full_tensor, gathered, local_shard, shard_tower, sum_after_backward
 from textlock.engine.step import autocast_for, image_rows
 from textlock.models.vision import VISION_CONFIGS, ModelConfig, VisionTower, build_vision_tower
-from textlock.tests.engine.training import MICRO, config_of, objective_of, save
+from textlock.tests.engine.training import MICRO, Operations, config_of, objective_of, save
 
 RANKS = 2
 CPU = torch.device("cpu")
@@ -88,35 +86,23 @@ def a_rank_holds_half(world, folder):
         assert held == pytest.approx(times * half, rel=0.02)
 
 
-class Exchanges(TorchDispatchMode):
-    """Counts collectives. (torch 2.11's CommDebugMode fails when a module runs twice.)"""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # so that what it does inside is seen
-        self.count += function.namespace == "c10d"
-        return function(*args, **(kwargs or {}))
-
-
 def nothing_is_exchanged_while_gathered(world, folder):
     trained = Trained(world)
     alone = make_tower()
     alone.load_state_dict({name: full_tensor(tensor) for name, tensor in trained.tower.state_dict().items()})
     for _ in range(2):
         with gathered(trained.tower), torch.no_grad():
-            with Exchanges() as exchanges:
+            with Operations() as operations:
                 for _ in range(1 + 2 * world.rank):  # ranks make different numbers of forwards
                     found = trained.tower(images(3))
-            assert exchanges.count == 0
+            assert operations.count("c10d::") == 0
         torch.testing.assert_close(found, alone(images(3)))
         # What was gathered is given up again, and a training step runs as before.
         local = sum(local_shard(parameter).numel() for parameter in trained.tower.parameters())
         assert local < 0.52 * sum(parameter.numel() for parameter in alone.parameters())
-        with Exchanges() as exchanges:
+        with Operations() as operations:
             trained.tower(images(2)).sum().backward()
-        assert exchanges.count > 0
+        assert operations.count("c10d::") > 0
 
 
 def a_checkpoint_is_whole_and_restores_anywhere(world, folder):

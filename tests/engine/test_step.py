@@ -16,8 +16,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from textlock.data.loader import Batch
 from textlock.engine.distributed import World
@@ -29,7 +27,7 @@ from textlock.engine.plan import Plan, TierCost
 from textlock.engine.sharding import full_tensor, shard_tower
 from textlock.engine.step import LargeBatchStep, autocast_for, text_dtype
 from textlock.models.vision import build_vision_tower
-from textlock.tests.engine.training import MICRO
+from textlock.tests.engine.training import MICRO, Operations
 
 BATCH, STEPS, WORLD_SIZE = 24, 3, 4
 CPU = torch.device("cpu")
@@ -250,57 +248,24 @@ def test_random_draws_of_a_second_forward_are_those_of_the_first():
         assert run("all", step=1)[0].loss != kept[0].loss
 
 
-class NoWaiting(TorchDispatchMode):
-    """Refuses what would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        assert name not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique2"}, name
-        return function(*args, **(kwargs or {}))
-
-
-class Buffers(TorchDispatchMode):
-    """Notes the shapes of memory that is asked for."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if function._schema.name == "aten::empty":
-            self.shapes.add(tuple(output.shape))
-        return output
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_embeddings_of_all_images_are_held_only_where_they_are_coupled(name):
     training = Training(name, tiers=("lean",) * 4)
-    with Buffers() as buffers:
+    with Operations() as operations:
         training.gradients_at(0)
-    assert ((BATCH, training.tower.embed_dim) in buffers.shapes) == (name in COUPLED)
+    assert (("aten::empty", (BATCH, training.tower.embed_dim)) in operations.seen) == (name in COUPLED)
     held = [value for value in vars(training.step).values() if isinstance(value, torch.Tensor)]
     assert held == [], "a step leaves nothing behind"
-
-
-class Sums(TorchDispatchMode):
-    """Counts what is summed over the ranks and divided among them."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # so that what it does inside is seen
-        self.count += "reduce_scatter" in function._schema.name
-        return function(*args, **(kwargs or {}))
 
 
 @contextmanager
 def no_waiting(device):
     """Refuse what makes the host wait: on a GPU whatever torch sees wait, on a CPU the operations that would."""
     if device.type == "cpu":
-        with NoWaiting():
+        with Operations() as operations:
             yield
+        for name in ("_local_scalar_dense", "nonzero", "masked_select", "unique2"):
+            assert not operations.count(f"aten::{name}"), name
         return
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -396,9 +361,10 @@ def run_rank(rank, folder):
         torch.save(result, f"{folder}/{case}-{rank}.pt")
         if sharded:
             assert not asked, "FSDP sums by itself"
-            with Sums() as sums:
+            with Operations() as operations:
                 training.gradients_at(0)
-            assert sums.count == len(training.tower.blocks) + 1, "once a step, whatever the number of micro-batches"
+            sums = operations.count("reduce_scatter")
+            assert sums == len(training.tower.blocks) + 1, "once a step, whatever the number of micro-batches"
             continue
         # When the sum of a block is asked for, its gradients are whole: they do not change any more.
         assert len(asked) == STEPS * len(training.tower.blocks)

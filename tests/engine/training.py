@@ -1,9 +1,11 @@
-"""What tests of the engine train: a small tower, the config of a run of it, and its checkpoints."""
+"""What tests of the engine share: the config, objective and checkpoints of a small run, and a list of operations."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from textlock.engine.checkpoint import Progress, save_checkpoint
 from textlock.engine.config import Config, dump_config, parse_config
@@ -37,3 +39,22 @@ def save(root: Path, trained: Any, config: Config, progress: Progress, *, writes
         keep=config.checkpoint.keep,
         writes=writes,
     )
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of every operation, and the shape of what it returns where that is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[int, ...] | None]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # so that what it does inside is seen
+        output = function(*args, **(kwargs or {}))
+        self.seen.append((function._schema.name, tuple(output.shape) if isinstance(output, torch.Tensor) else None))
+        return output
+
+    def count(self, part: str) -> int:
+        """Return how many operations have this in their name."""
+        return sum(part in name for name, _ in self.seen)

@@ -396,7 +396,6 @@ REFUSED = {
         "a LayerNorm inside the MLP needs SwiGLU",
     ),
     "old GPU": (lambda: on_an_old_gpu(make_block("gelu")), "this one has 7.5: set --model.block compile"),
-    "patches": (lambda: tower_of(kept_patches=17), "--model.kept-patches is 17, must be at most 16, the patches"),
     "attention": (lambda: tower_of(attention="fast"), "--model.attention is 'fast', must be one of auto, triton"),
 }
 
