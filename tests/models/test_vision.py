@@ -193,20 +193,23 @@ def test_bfloat16_loses_what_torch_loses(device, name):
 
 
 def test_rotation_is_done_in_float32():
-    config = BASE
-    x = torch.randn(2, config.tokens, 3, config.head_dim).bfloat16()
-    table = rotary_table(config)
+    x = torch.randn(2, BASE.tokens, 3, BASE.head_dim).bfloat16()
+    table = rotary_table(BASE)
     assert torch.equal(rotate(x, table), rotate(x.float(), table).bfloat16())
-    assert torch.equal(rotate(x, table)[:, : config.prefix_tokens], x[:, : config.prefix_tokens])
+    assert torch.equal(rotate(x, table)[:, : BASE.prefix_tokens], x[:, : BASE.prefix_tokens])
 
 
 def test_rotary_table_survives_changes_of_type_and_device():
     tower = build_vision_tower(MICRO, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
     assert "rope" not in tower.state_dict()
-    for changed in (tower, tower.to(torch.float64), tower.to("meta").to_empty(device="cpu")):
-        assert changed.rope.dtype == torch.float32
-        assert torch.equal(changed.rope, rotary_table(tower.config))
+    for change in (
+        torch.nn.Module.bfloat16,
+        torch.nn.Module.double,
+        lambda module: module.to("meta").to_empty(device="cpu"),
+    ):
+        rope = change(tower).rope
+        assert rope.dtype == torch.float32 and torch.equal(rope, rotary_table(tower.config))
 
 
 def test_trunk_starts_from_a_truncated_normal_and_zero_biases():
