@@ -224,7 +224,7 @@ def test_never_unpickles(tmp_path):
 
 @pytest.mark.parametrize("source", ["nowhere/deep/model", "nowhere.safetensors", "owner/weights.safetensors"])
 def test_names_a_missing_path(source):
-    with pytest.raises(FileNotFoundError, match=re.escape(source)):
+    with pytest.raises(FileNotFoundError, match=f"weights {re.escape(source)} not found"):
         build_vision_tower(MICRO, weights=source)
 
 
