@@ -9,6 +9,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -46,16 +47,27 @@ class SmallWorld:
         return ["--config", str(self.config), "--run-dir", str(run_dir), *flags]
 
 
-def run(*command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run(*command: str, timeout: float = 240) -> CompletedProcess[str]:
     """Run a command in the repository and return what it said."""
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=timeout
     )
 
 
+def torchrun(processes: int, *arguments: str, restarts: int = 0, script: str = "train.py") -> CompletedProcess[str]:
+    """Run train.py, or what stands in for it, on some ranks of this machine and return what they said."""
+    flags = ["--standalone", "--max-restarts", str(restarts), "--nproc-per-node", str(processes)]
+    return run("-m", "torch.distributed.run", *flags, script, *arguments)
+
+
 def records(path: Path) -> list[dict]:
     """Return the objects of a .jsonl file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    """Return step, loss and gradient norm of every step of a run."""
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in records(run_dir / "metrics.jsonl")]
 
 
 ON_GPU = pytest.param(
@@ -100,3 +112,12 @@ def small_world(tmp_path_factory) -> SmallWorld:
     path = root / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return SmallWorld(root, path)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(small_world, tmp_path_factory) -> Path:
+    """A run of twelve steps on two ranks that nothing interrupted."""
+    run_dir = tmp_path_factory.mktemp("two ranks") / "run"
+    outcome = torchrun(2, *small_world.command(run_dir, "--step.micro-batch", "4"))
+    assert outcome.returncode == 0, outcome.stderr
+    return run_dir

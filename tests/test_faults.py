@@ -1,20 +1,19 @@
 """Runs of several processes that lose one, or are asked to stop: they end with the cause, and go on where they were."""
 
 import re
-import subprocess
 import time
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from textlock.engine.checkpoint import verify_checkpoint
+from textlock.engine.checkpoint import read_latest, verify_checkpoint
 from textlock.engine.distributed import why_lost
 
-from .conftest import records, run
+from .conftest import losses, torchrun
 
 # Stands in for train.py: one rank is struck in a step of its first attempts, after the backward, before the sum.
 STRUCK = """
@@ -46,57 +45,35 @@ train.main()
 print(f"a rank took {Gradients.steps} steps", flush=True)
 """
 
-Outcome = subprocess.CompletedProcess[str]
-Launch = Callable[..., Outcome]
+Launch = Callable[..., CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
 def launch(small_world, tmp_path_factory) -> Launch:
-    """Return a function that trains in ``run_dir`` on some ranks, whole or struck."""
+    """Return a function that trains in ``run_dir`` on some ranks, of which one is struck."""
     script = tmp_path_factory.mktemp("struck") / "struck.py"
     script.write_text(STRUCK)
 
-    def start(run_dir: Path, *, ranks: int, blow: str | None = None, restarts: int = 0) -> Outcome:
-        program = ["train.py"] if blow is None else [str(script), blow]
-        flags = ["--standalone", "--max-restarts", str(restarts), "--nproc-per-node", str(ranks)]
+    def start(run_dir: Path, blow: str, *, ranks: int = 2, restarts: int = 0) -> CompletedProcess[str]:
         command = small_world.command(run_dir, "--step.micro-batch", "4")
-        return run("-m", "torch.distributed.run", *flags, *program, *command)
+        return torchrun(ranks, blow, *command, script=str(script), restarts=restarts)
 
     return start
 
 
-@pytest.fixture(scope="module")
-def undisturbed(launch, tmp_path_factory) -> Callable[[int], list[tuple[int, float, float]]]:
-    """Return a function that says which losses some ranks have when nothing happens."""
-
-    @cache
-    def losses_of(ranks: int) -> list[tuple[int, float, float]]:
-        run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-        outcome = launch(run_dir, ranks=ranks)
-        assert outcome.returncode == 0, outcome.stderr
-        assert len(losses(run_dir)) == 12
-        return losses(run_dir)
-
-    return losses_of
-
-
-def losses(run_dir: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in records(run_dir / "metrics.jsonl")]
-
-
 @pytest.mark.slow
-def test_the_launcher_restarts_a_run_from_its_last_checkpoint(launch, undisturbed, tmp_path):
+def test_the_launcher_restarts_a_run_from_its_last_checkpoint(launch, two_ranks, tmp_path):
     """Twice: each attempt has to find its own peers in the launcher's store."""
-    outcome = launch(tmp_path / "run", ranks=2, blow="1:6:2:exit", restarts=2)
+    outcome = launch(tmp_path / "run", "1:6:2:exit", restarts=2)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout.count("struck at") == 2
     assert re.findall(r"going on after step (\d+)", outcome.stdout) == ["4", "8"]
-    assert losses(tmp_path / "run") == undisturbed(2)
+    assert losses(tmp_path / "run") == losses(two_ranks)
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_with_the_cause(launch, undisturbed, tmp_path):
-    outcome = launch(tmp_path / "run", ranks=4, blow="2:6:1:SIGKILL")
+def test_a_killed_rank_ends_all_with_the_cause_and_leaves_the_last_checkpoint(launch, tmp_path):
+    outcome = launch(tmp_path / "run", "2:6:1:SIGKILL", ranks=4)
     ended = time.time()
     assert outcome.returncode == 1
     (struck,) = re.findall(r"struck at ([\d.]+)", outcome.stdout)
@@ -104,22 +81,19 @@ def test_a_killed_rank_ends_all_with_the_cause(launch, undisturbed, tmp_path):
     assert re.search(r"Root Cause.*rank +: 2 .*Signal 9 \(SIGKILL\)", outcome.stderr, re.DOTALL)
     assert re.search(r"error: rank [013] lost another rank; .*goes on from the last checkpoint", outcome.stderr)
     assert "[rank" not in outcome.stderr, "torch begins the lines of a rank's traceback with this"
-
-    outcome = launch(tmp_path / "run", ranks=4)
-    assert outcome.returncode == 0, outcome.stderr
-    assert "going on after step 4" in outcome.stdout
-    assert losses(tmp_path / "run") == undisturbed(4)
+    checkpoint, complaints = read_latest(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None and checkpoint.progress.step == 4 and not complaints
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("blow", "code"), [("launcher", 1), ("SIGTERM", 0)], ids=["launcher", "one rank"])
-def test_sigterm_stops_all_ranks_after_the_same_step(launch, undisturbed, tmp_path, blow, code):
-    outcome = launch(tmp_path / "run", ranks=2, blow=f"1:6:1:{blow}")
+def test_sigterm_stops_all_ranks_after_the_same_step(launch, two_ranks, tmp_path, blow, code):
+    outcome = launch(tmp_path / "run", f"1:6:1:{blow}")
     assert outcome.returncode == code, outcome.stderr  # the launcher itself ends with 1 after a signal
     assert re.findall(r"a rank took (\d+) steps", outcome.stdout) == ["7", "7"]
     assert "stopped after step 7 of 12" in outcome.stdout
     verify_checkpoint(tmp_path / "run" / "checkpoints" / "step_00000007")
-    assert losses(tmp_path / "run") == undisturbed(2)[:7]
+    assert losses(tmp_path / "run") == losses(two_ranks)[:7]
 
 
 GLOO = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.2]:1976: Connection reset by peer"

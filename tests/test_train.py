@@ -10,19 +10,22 @@ import tarfile
 from collections import Counter
 from operator import itemgetter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import textlock.train
+from textlock.data import embeddings
 from textlock.data.index import index_shards
 from textlock.data.loader import open_loader
 from textlock.engine.config import parse_config
 from textlock.engine.distributed import World
 from textlock.engine.optim import require_optimizer
 
-from .conftest import ONE_THREAD, ROOT, records, run
+from .conftest import ONE_THREAD, ROOT, losses, records, run, torchrun
 
 METRICS = {
     "step", "samples_seen", "epoch", "loss", "logit_scale", "learning_rate", "grad_norm", "images_per_second",
@@ -36,16 +39,37 @@ RESULTS = {
 }  # fmt: skip
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return run("train.py", *arguments)
+def train(*arguments: str) -> str:
+    """Run train.py in a process of its own, which ends well; return all that it said."""
+    outcome = run("train.py", *arguments)
+    assert outcome.returncode == 0, outcome.stderr
+    return outcome.stdout + outcome.stderr
 
 
-def torchrun(processes: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "train.py"]
+def train_here(*arguments: str) -> None:
+    """Run train.py in this process, on one thread as in one of its own; put signals and threads back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with mock.patch.object(sys, "argv", ["train.py", *arguments]):
+            textlock.train.main()
+    finally:
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def losses(run_dir: Path) -> list[tuple[int, float, float]]:
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in records(run_dir / "metrics.jsonl")]
+def refusal(capsys, arguments: list[str]) -> str:
+    """Return what train.py says on stderr, in one line, before it ends with exit status 2."""
+    with pytest.raises(SystemExit) as caught:
+        train_here(*arguments)
+    assert caught.value.code == 2
+    return " ".join(line.strip("│ ") for line in capsys.readouterr().err.splitlines())  # a parser's box, or one line
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(int(folder.name[-8:]) for folder in (run_dir / "checkpoints").iterdir() if folder.suffix == "")
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
@@ -53,12 +77,27 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in ("model.safetensors", "trainer.safetensors")}
 
 
+def copy_until(step: int, run_dir: Path, copy: Path) -> Path:
+    """Copy a run as it would be if it had been killed after a checkpoint."""
+    shutil.copytree(run_dir, copy)
+    for later in (later for later in saved_steps(copy) if later > step):
+        shutil.rmtree(copy / "checkpoints" / f"step_{later:08d}")
+    return copy
+
+
+def assert_same_losses(run_dir: Path, expected: Path, *, loss: float, norm: float) -> None:
+    """Compare losses and gradient norms of all steps, to these relative differences."""
+    pairs = zip(losses(run_dir), losses(expected), strict=True)
+    for (step, found_loss, found_norm), (_, expected_loss, expected_norm) in pairs:
+        assert found_loss == pytest.approx(expected_loss, rel=loss), step
+        assert found_norm == pytest.approx(expected_norm, rel=norm), step
+
+
 @pytest.fixture(scope="module")
 def whole_run(small_world, tmp_path_factory) -> Path:
     """A run of twelve steps that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    outcome = train(*small_world.command(run_dir))
-    assert outcome.returncode == 0, outcome.stderr
+    train(*small_world.command(run_dir))
     return run_dir
 
 
@@ -77,11 +116,7 @@ def test_a_run_writes_what_is_promised(whole_run):
     (evaluation,) = records(whole_run / "evaluations.jsonl")
     assert evaluation["step"] == 12 and evaluation["mean_recall@1"] == results["mean_recall@1"]
 
-    assert [folder.name for folder in sorted((whole_run / "checkpoints").iterdir())] == [
-        "step_00000004",
-        "step_00000008",
-        "step_00000012",
-    ]
+    assert saved_steps(whole_run) == [4, 8, 12]
     page = (whole_run / "report.html").read_text()
     assert "<svg" in page and "zero" in page.lower()
 
@@ -92,71 +127,56 @@ def test_the_text_tower_is_in_no_checkpoint(whole_run):
 
 
 def test_running_a_finished_run_again_changes_nothing(small_world, whole_run, tmp_path):
-    again = tmp_path / "again"
-    shutil.copytree(whole_run, again)
-    outcome = train(*small_world.command(again))
-    assert outcome.returncode == 0, outcome.stderr
+    again = copy_until(12, whole_run, tmp_path / "again")
+    train_here(*small_world.command(again))
     assert losses(again) == losses(whole_run) and weights(again) == weights(whole_run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_an_interrupted_run_goes_on_bit_for_bit(small_world, whole_run, tmp_path, number):
-    run_dir = tmp_path / "run"
-    command = [sys.executable, "train.py", *small_world.command(run_dir)]
+def interrupt(command: list[str], line: str, number: signal.Signals) -> tuple[int, str]:
+    """Send train.py a signal after its first line of that beginning; return exit status and the rest it said."""
     process = subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 6/"):
-            process.send_signal(number)
-            break
+    next(said for said in process.stdout if said.startswith(line))
+    process.send_signal(number)
     said = process.stdout.read()
-    code = process.wait(timeout=60)
-    saved = sorted(int(folder.name[-8:]) for folder in (run_dir / "checkpoints").iterdir() if folder.suffix == "")
-    if number == signal.SIGTERM:
-        assert code == 0 and "the same command goes on from there" in said
-        assert saved[-1] >= 6, "SIGTERM saves the step under way"
-    else:
-        assert code == -signal.SIGKILL
-    if saved[-1] == 12:
-        pytest.fail("the run was over before the signal came: nothing was tested")
+    return process.wait(timeout=60), said
 
-    outcome = train(*small_world.command(run_dir))
-    assert outcome.returncode == 0, outcome.stderr
-    assert f"going on after step {saved[-1]}" in outcome.stdout
-    assert losses(run_dir) == losses(whole_run)
-    assert weights(run_dir) == weights(whole_run)
+
+def test_a_killed_and_a_stopped_run_go_on_bit_for_bit(small_world, whole_run, tmp_path):
+    run_dir = tmp_path / "run"
+    command = small_world.command(run_dir)
+    code, _ = interrupt([sys.executable, "train.py", *command], "step 5/", signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    killed_after = saved_steps(run_dir)[-1]
+    code, said = interrupt([sys.executable, "train.py", *command], "step ", signal.SIGTERM)
+    assert code == 0 and "the same command goes on from there" in said
+    stopped_after = saved_steps(run_dir)[-1]
+    assert 4 <= killed_after < stopped_after, "SIGTERM saves the step under way"
+    assert stopped_after < 12, "the run was over before the signal came: nothing was tested"
+    assert f"going on after step {stopped_after}" in train(*command)
+    assert losses(run_dir) == losses(whole_run) and weights(run_dir) == weights(whole_run)
 
 
 def test_stored_text_embeddings_give_the_losses_of_the_text_tower(small_world, whole_run, tmp_path):
     """To half precision: rounding a row moves the first loss by 2e-5 of it, and the steps after it learn from that."""
-    rows = str(tmp_path / "rows")
-    shards, text = str(small_world.root / "data" / "train"), str(small_world.root / "text")
-    made = run("-m", "textlock.data.embeddings", shards, "--tower", text, "--output", rows, "--device", "cpu")
-    assert made.returncode == 0, made.stderr
-    outcome = train(*small_world.command(tmp_path / "run", "--data.text-embeddings", rows))
-    assert outcome.returncode == 0, outcome.stderr
-    one, other = losses(whole_run), losses(tmp_path / "run")
-    assert len(one) == len(other) == 12
-    assert one != other, "the stored rows were not read"
-    assert other[0][1:] == pytest.approx(one[0][1:], rel=3e-4)
-    for (step, loss, norm), (_, other_loss, other_norm) in zip(one, other, strict=True):
-        assert other_loss == pytest.approx(loss, rel=2e-3), step
-        assert other_norm == pytest.approx(norm, rel=1e-2), step
+    text = embeddings.Tower(name=str(small_world.root / "text"))
+    shards, output = small_world.root / "data" / "train", tmp_path / "embeddings"
+    embeddings.main(embeddings.Options(shards=shards, text=text, output=output, device="cpu"))
+    train_here(*small_world.command(tmp_path / "run", "--data.text-embeddings", str(output)))
+    assert losses(tmp_path / "run") != losses(whole_run), "the stored embeddings were not read"
+    assert losses(tmp_path / "run")[0] == pytest.approx(losses(whole_run)[0], rel=3e-4)
+    assert_same_losses(tmp_path / "run", whole_run, loss=2e-3, norm=1e-2)
 
 
-def go_on_without_the_last_checkpoint(run_dir: Path, copy: Path) -> None:
-    shutil.copytree(run_dir, copy)
-    shutil.rmtree(copy / "checkpoints" / "step_00000012")
-
-
-def test_a_run_learns_on_every_device_and_goes_on_bit_for_bit(small_world, tmp_path, device, request):
-    part, flags = tmp_path / "part", ("--device", device.type)
+def test_a_run_learns_on_every_device_and_goes_on_bit_for_bit_without_a_damaged_checkpoint(
+    small_world, tmp_path, device, request
+):
+    flags = ("--device", device.type)
     if device.type == "cpu":
         whole = request.getfixturevalue("whole_run")
     else:
         whole = tmp_path / "whole"
-        outcome = train(*small_world.command(whole, *flags))
-        assert outcome.returncode == 0, outcome.stderr
+        train(*small_world.command(whole, *flags))
         outcome = run("evaluate.py", "--checkpoint", str(whole), "--data", str(small_world.root / "data" / "heldout"))
         assert outcome.returncode == 0, outcome.stderr
         (during,) = records(whole / "evaluations.jsonl")
@@ -164,10 +184,14 @@ def test_a_run_learns_on_every_device_and_goes_on_bit_for_bit(small_world, tmp_p
         assert evaluated["mean_recall@1"] == pytest.approx(during["mean_recall@1"], abs=1e-9)
     found = losses(whole)
     assert sum(loss for _, loss, _ in found[-4:]) < sum(loss for _, loss, _ in found[:4])
-    go_on_without_the_last_checkpoint(whole, part)
-    outcome = train(*small_world.command(part, *flags))
-    assert outcome.returncode == 0, outcome.stderr
-    assert "going on after step 8" in outcome.stdout
+
+    part = copy_until(12, whole, tmp_path / "part")
+    damaged = part / "checkpoints" / "step_00000012" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    said = train(*small_world.command(part, *flags))
+    assert "model.safetensors is damaged" in said and "going on after step 8" in said
     assert losses(part) == found and weights(part) == weights(whole)
 
 
@@ -177,13 +201,9 @@ def test_a_sharded_run_of_one_rank_on_a_gpu_is_the_whole_one(small_world, tmp_pa
     """FSDP keeps no main gradient, so weights' gradients are summed in another order."""
     for sharding in ("replicated", "fsdp"):
         flags = ("--device", "cuda", "--step.sharding", sharding)
-        outcome = run(*torchrun(1), *small_world.command(tmp_path / sharding, *flags))
+        outcome = torchrun(1, *small_world.command(tmp_path / sharding, *flags))
         assert outcome.returncode == 0, outcome.stderr
-    for (step, loss, norm), (_, other_loss, other_norm) in zip(
-        *(losses(tmp_path / sharding) for sharding in ("replicated", "fsdp")), strict=True
-    ):
-        assert other_loss == pytest.approx(loss, rel=2e-2), step
-        assert other_norm == pytest.approx(norm, rel=0.1), step
+    assert_same_losses(tmp_path / "fsdp", tmp_path / "replicated", loss=2e-2, norm=0.1)
 
 
 def test_repeated_captions_are_counted(small_world, whole_run):
@@ -197,13 +217,13 @@ def test_repeated_captions_are_counted(small_world, whole_run):
 BAD_SAMPLES = {
     "html": (b"<html>", b"x", "format"),
     "cut": (b"\xff\xd8\xff\xe0", b"x", "truncated"),
-    "no picture": (b"", b"x", "empty"),
+    "no image": (b"", b"x", "empty"),
     "no text": (b"", b" ", "no-caption"),
 }
 
 
 @pytest.fixture(scope="module")
-def world_with_bad_samples(small_world, tmp_path_factory) -> Path:
+def shards_with_bad_samples(small_world, tmp_path_factory) -> str:
     """The shards of the small world and one more, of eight bad samples."""
     shards = tmp_path_factory.mktemp("bad") / "shards"
     shutil.copytree(small_world.root / "data" / "train", shards)
@@ -214,125 +234,77 @@ def world_with_bad_samples(small_world, tmp_path_factory) -> Path:
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     index_shards(shards)
-    return shards
-
-
-def launch(processes: int) -> list[str]:
-    return ["train.py"] if processes == 1 else torchrun(processes)
+    return str(shards)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_bad_samples_are_counted_by_kind_over_ranks_and_resumes(
-    small_world, world_with_bad_samples, tmp_path, processes
-):
-    flags = [
-        "--data.shards",
-        str(world_with_bad_samples),
-        "--data.max-skipped-fraction",
-        "1",
-        "--step.micro-batch",
-        "4",
-    ]
-    command = [*launch(processes), *small_world.command(tmp_path / "run", *flags)]
-    assert run(*command).returncode == 0
-    whole = records(tmp_path / "run" / "metrics.jsonl")[-1]
-    skipped = records(tmp_path / "run" / "skipped.jsonl")
-    assert whole["skipped_by_kind"] == Counter(line["kind"] for line in skipped)
-    assert whole["skipped_samples"] == len(skipped) >= 6
+def test_bad_samples_are_counted_by_kind_over_ranks_and_resumes(small_world, shards_with_bad_samples, tmp_path):
+    """One process goes all the way; two go on from its fourth step and see and count the same."""
+    flags = ["--data.shards", shards_with_bad_samples, "--data.max-skipped-fraction", "1", "--step.micro-batch", "4"]
+    train_here(*small_world.command(tmp_path / "one", *flags))
+    whole, skipped = (records(tmp_path / "one" / name) for name in ("metrics.jsonl", "skipped.jsonl"))
+    assert whole[-1]["skipped_by_kind"] == Counter(line["kind"] for line in skipped)
+    assert whole[-1]["skipped_samples"] == len(skipped) >= 6
     assert {line["shard"] for line in skipped} == {"zzzzz.tar"}
     kinds = [kind for *_, kind in BAD_SAMPLES.values()] * 2
     assert {(line["key"], line["kind"]) for line in skipped} <= {(f"bad{at}", kind) for at, kind in enumerate(kinds)}
+    assert {line["position"] % 16 // 8 for line in skipped if line["position"] >= 4 * 16} == {0, 1}, (
+        "each rank has some"
+    )
 
-    for folder in (tmp_path / "run" / "checkpoints").glob("step_0000001*"):
-        shutil.rmtree(folder)  # killed after step 8
-    outcome = run(*command)
-    assert outcome.returncode == 0 and "going on after step 8" in outcome.stdout
-    again = records(tmp_path / "run" / "metrics.jsonl")[-1]
-    assert (again["skipped_by_kind"], again["loss"]) == (whole["skipped_by_kind"], whole["loss"])
+    two = copy_until(4, tmp_path / "one", tmp_path / "two")
+    outcome = torchrun(2, *small_world.command(two, *flags))
+    assert outcome.returncode == 0 and "going on after step 4" in outcome.stdout, outcome.stderr
+    for found, expected in zip(records(two / "metrics.jsonl"), whole, strict=True):
+        assert found["skipped_by_kind"] == expected["skipped_by_kind"], found["step"]
+    assert_same_losses(two, tmp_path / "one", loss=2e-5, norm=2e-3)
     key = itemgetter("position")
-    assert sorted(records(tmp_path / "run" / "skipped.jsonl"), key=key) == sorted(skipped, key=key)
+    assert sorted(records(two / "skipped.jsonl"), key=key) == sorted(skipped, key=key)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_too_many_bad_samples_stop_every_rank(small_world, world_with_bad_samples, tmp_path, processes):
+@pytest.mark.slow
+def test_too_many_bad_samples_stop_every_rank(small_world, shards_with_bad_samples, tmp_path):
     """Judged from 1,000 samples on, over all ranks: each alone has seen too few."""
-    flags = ["--data.shards", str(world_with_bad_samples), "--data.batch-size", "104", "--step.micro-batch", "52"]
-    outcome = run(*launch(processes), *small_world.command(tmp_path / "run", *flags))
+    flags = ["--data.shards", shards_with_bad_samples, "--data.batch-size", "104", "--step.micro-batch", "52"]
+    outcome = torchrun(2, *small_world.command(tmp_path / "run", *flags))
     assert outcome.returncode != 0
-    assert outcome.stderr.count("of 1040 samples are bad (") == processes
+    assert outcome.stderr.count("of 1040 samples are bad (") == 2
     assert "more than --data.max-skipped-fraction 0.01" in outcome.stderr
     assert records(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 9
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(small_world, whole_run, tmp_path):
-    outcome = run(*launch(2), *small_world.command(tmp_path / "two", "--step.micro-batch", "4"))
-    assert outcome.returncode == 0, outcome.stderr
-    one, two = losses(whole_run), losses(tmp_path / "two")
-    assert len(one) == len(two) == 12
-    for (step, loss, norm), (_, other_loss, other_norm) in zip(one, two, strict=True):
-        assert other_loss == pytest.approx(loss, rel=2e-5), step
-        assert other_norm == pytest.approx(norm, rel=2e-3), step
-    results = [json.loads((path / "results.json").read_text()) for path in (whole_run, tmp_path / "two")]
-    assert results[0]["samples_seen"] == results[1]["samples_seen"]
-    assert results[1]["world_size"] == 2
+def test_two_processes_train_as_one(whole_run, two_ranks):
+    assert_same_losses(two_ranks, whole_run, loss=2e-5, norm=2e-3)
+    one, two = (json.loads((run_dir / "results.json").read_text()) for run_dir in (whole_run, two_ranks))
+    assert one["samples_seen"] == two["samples_seen"] and two["world_size"] == 2
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_the_replicated_one_and_goes_on_as_such(small_world, tmp_path):
-    replicated, sharded, resumed = (tmp_path / name for name in ("replicated", "fsdp", "resumed"))
-    for run_dir in (replicated, sharded):
-        flags = ["--step.micro-batch", "4", "--step.sharding", run_dir.name]
-        outcome = run(*torchrun(2), *small_world.command(run_dir, *flags))
-        assert outcome.returncode == 0, outcome.stderr
-    go_on_without_the_last_checkpoint(sharded, resumed)
-    outcome = train(*small_world.command(resumed))
+def test_a_sharded_run_is_the_replicated_one_and_goes_on_as_such(small_world, two_ranks, tmp_path, capsys):
+    flags = ("--step.micro-batch", "4", "--step.sharding", "fsdp")
+    outcome = torchrun(2, *small_world.command(tmp_path / "fsdp", *flags))
     assert outcome.returncode == 0, outcome.stderr
-    assert "going on after step 8" in outcome.stdout
+    resumed = copy_until(8, tmp_path / "fsdp", tmp_path / "resumed")
+    train_here(*small_world.command(resumed))
+    assert "going on after step 8" in capsys.readouterr().out
 
-    for found in (sharded, resumed):
-        for (step, loss, norm), (_, other_loss, other_norm) in zip(losses(replicated), losses(found), strict=True):
-            assert other_loss == pytest.approx(loss, rel=1e-5), step
-            assert other_norm == pytest.approx(norm, rel=1e-4), step
-        figures = [records(run_dir / "evaluations.jsonl")[-1] for run_dir in (replicated, found)]
-        for evaluation in figures:
-            del evaluation["wall_seconds"]
-        assert figures[1] == pytest.approx(figures[0], rel=1e-5)
+    def figures(run_dir: Path) -> dict[str, float]:
+        return records(run_dir / "evaluations.jsonl")[-1] | {"wall_seconds": 0}
+
+    for found in (tmp_path / "fsdp", resumed):
+        assert_same_losses(found, two_ranks, loss=1e-5, norm=1e-4)
+        assert figures(found) == pytest.approx(figures(two_ranks), rel=1e-5)
         for name in ("model.safetensors", "trainer.safetensors"):
-            expected = load_file(replicated / "checkpoints" / "step_00000012" / name)
-            torch.testing.assert_close(
-                load_file(found / "checkpoints" / "step_00000012" / name), expected, rtol=1e-3, atol=1e-5
-            )
-
-
-def refusal(capsys, arguments: list[str]) -> str:
-    """Run main() in this process; return what it says on stderr, in one line, before it ends with exit status 2."""
-    from textlock.train import main
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    before = sys.argv
-    sys.argv = ["train.py", *arguments]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main()
-    finally:
-        sys.argv = before
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert caught.value.code == 2
-    return " ".join(line.strip("│ ") for line in capsys.readouterr().err.splitlines())  # a parser's box, or one line
-
-
-def expect_refusal(capsys, message: str, arguments: list[str]) -> None:
-    said = refusal(capsys, arguments)
-    assert said.startswith("error: ") and message in said
+            own, expected = (load_file(run_dir / "checkpoints/step_00000012" / name) for run_dir in (found, two_ranks))
+            torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5)
 
 
 # A run whose inputs are nowhere: what is wrong with its settings is said before they are looked for.
 NOWHERE = "--data.shards x --data.batch-size 16 --data.image-size 32 --data.workers 1 --optim.steps 9 --device cpu"
 NOWHERE += " --model.name eva02_micro_patch8_32 --step.micro-batch 8"
 IMPOSSIBLE = [
+    ("--optim.lr 1", "--optim.lr"),
     ("--optim.learning-rate nan", "--optim.learning-rate is nan, must be a finite number"),
     ("--optim.betas 0.9 1", "--optim.betas is (0.9, 1.0), must be below 1"),
     ("--optim.head-weight-decay -1", "--optim.head-weight-decay is -1.0, must be at least 0"),
@@ -348,10 +320,7 @@ IMPOSSIBLE = [
     ("--model.name resnet50", "--model.name is 'resnet50', must be one of eva02_base_patch16_224"),
     ("--data.image-size 40 --model.kept-patches 26", "--model.kept-patches is 26, must be at most 25, the patches"),
     ("--model.kept-patches 17", "--model.kept-patches is 17, must be at most 16, the patches of an image"),
-    (
-        "--model.name vit_base_patch16_rope_reg1_gap_256 --model.pooling cls",
-        "--model.pooling is 'cls', must be mean or",
-    ),
+    ("--model.name vit_base_patch16_rope_reg1_gap_256 --model.pooling cls", "--model.pooling is 'cls', must be mean"),
     ("--model.block plain --step.keep lean", "--step.keep is 'lean', must be one of auto, all, block, none"),
     ("--step.micro-batch 0", "--step.micro-batch is 0, must be at least 1"),
     ("--step.micro-batch 5", "--step.micro-batch is 5, must divide the 16 images of one process"),
@@ -372,8 +341,6 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize(("flags", "sentence"), IMPOSSIBLE, ids=[flags for flags, _ in IMPOSSIBLE])
 def test_an_impossible_setting_is_named_before_anything_is_loaded(tmp_path, monkeypatch, capsys, flags, sentence):
-    import textlock.train
-
     loaded = []
     for name in ("make_text_tower", "make_vision_tower", "open_loader", "read_latest"):
         monkeypatch.setattr(textlock.train, name, lambda *_, name=name, **__: loaded.append(name))
@@ -400,117 +367,91 @@ def test_fused_optimisers_know_whole_parameters_only():
     require_optimizer(config.optim, torch.device("cuda"), sharded=False)
 
 
-BAD_INPUT = {
-    "missing shards": (["--data.shards", "/nowhere"], "/nowhere"),
-    "missing config file": (["--config", "configs/none.yaml"], "configs/none.yaml does not exist"),
-    "missing weights": (["--model.weights", "/nowhere/model.safetensors"], "/nowhere/model.safetensors"),
-    "missing text tower": (["--text.name", "/nowhere/text"], "/nowhere/text"),
-    "missing class folder": (["--evals.zero-shot", "/nowhere/classes"], "/nowhere/classes"),
-    "missing retrieval shards": (["--evals.retrieval", "/nowhere/heldout"], "/nowhere/heldout"),
-    "missing text embeddings": (["--data.text-embeddings", "/nowhere/rows"], "/nowhere/rows"),
-    "batch larger than the data": (["--data.batch-size", "4096"], "4096"),
-}  # fmt: skip
+@pytest.fixture
+def refused(small_world, tmp_path, capsys):
+    """Return a function that starts a run which is refused with a sentence, and leaves its folder as it was."""
+
+    def start(message: str, *flags: str, run_dir: Path = tmp_path / "run") -> None:
+        before = sorted(run_dir.rglob("*"))
+        said = refusal(capsys, small_world.command(run_dir, *flags))
+        assert said.startswith("error: ") and message in said
+        assert sorted(run_dir.rglob("*")) == before
+
+    return start
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_sentence_and_leaves_nothing(small_world, tmp_path, capsys, case):
-    flags, message = BAD_INPUT[case]
-    expect_refusal(capsys, message, small_world.command(tmp_path / "run", *flags))
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--data.shards", "/nowhere", "/nowhere"),
+        ("--config", "configs/none.yaml", "configs/none.yaml does not exist"),
+        ("--model.weights", "/nowhere/model.safetensors", "/nowhere/model.safetensors"),
+        ("--text.name", "/nowhere/text", "/nowhere/text"),
+        ("--evals.zero-shot", "/nowhere/classes", "/nowhere/classes"),
+        ("--evals.retrieval", "/nowhere/heldout", "/nowhere/heldout"),
+        ("--data.text-embeddings", "/nowhere/embeddings", "/nowhere/embeddings"),
+        ("--data.batch-size", "4096", "4096"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(refused, tmp_path, flag, value, message):
+    refused(message, flag, value)
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_key_is_named(small_world, tmp_path):
-    outcome = train(*small_world.command(tmp_path / "run", "--optim.lr", "1"))
-    assert outcome.returncode == 2 and "--optim.lr" in outcome.stderr
-    assert not (tmp_path / "run").exists()
+def test_an_empty_shard_is_named(refused, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "00000.tar").write_bytes(bytes(10240))
+    refused(str(tmp_path / "shards"), "--data.shards", str(tmp_path / "shards"))
 
 
-def test_an_empty_shard_is_named(small_world, tmp_path, capsys):
-    shards = tmp_path / "shards"
-    shards.mkdir()
-    (shards / "00000.tar").write_bytes(bytes(10240))
-    expect_refusal(capsys, str(shards), small_world.command(tmp_path / "run", "--data.shards", str(shards)))
+@pytest.fixture
+def text(small_world, tmp_path) -> Path:
+    """A copy of the text tower, to be changed."""
+    return shutil.copytree(small_world.root / "text", tmp_path / "text")
 
 
-def test_a_text_folder_without_a_tokenizer_is_named(small_world, tmp_path, capsys):
-    text = tmp_path / "text"
-    shutil.copytree(small_world.root / "text", text)
+def test_a_text_folder_without_a_tokenizer_is_named(refused, text):
     for file in text.glob("*token*"):
         file.unlink()
-    (text / "vocab.txt").unlink(missing_ok=True)
-    expect_refusal(capsys, "tokenizer", small_world.command(tmp_path / "run", "--text.name", str(text)))
+    refused("tokenizer", "--text.name", str(text))
 
 
-def test_a_run_folder_of_another_config_is_refused(small_world, whole_run, tmp_path, capsys):
-    again = tmp_path / "again"
-    shutil.copytree(whole_run, again)
-    expect_refusal(
-        capsys,
-        "optim.learning_rate is 0.001 there and 0.5 here",
-        small_world.command(again, "--optim.learning-rate", "0.5"),
-    )
-    assert losses(again) == losses(whole_run)
+def test_a_run_against_another_text_tower_is_refused(refused, whole_run, text, tmp_path):
+    state = load_file(text / "model.safetensors")
+    next(iter(state.values())).view(-1)[0] += 1
+    save_file(state, text / "model.safetensors", metadata={"format": "pt"})
+    again = copy_until(12, whole_run, tmp_path / "again")
+    refused("another text tower", "--text.name", str(text), run_dir=again)
 
 
-def test_a_run_against_another_text_tower_is_refused(small_world, whole_run, tmp_path, capsys):
-    again, text = tmp_path / "again", tmp_path / "text"
-    shutil.copytree(whole_run, again)
-    captions = str(small_world.root / "data" / "captions.txt")
-    made = run(
-        "-m",
-        "textlock.demo.text_tower",
-        "--captions",
-        captions,
-        "--output",
-        str(text),
-        "--width",
-        "64",
-        "--heads",
-        "1",
-        "--seed",
-        "7",
-    )
-    assert made.returncode == 0, made.stderr
-    expect_refusal(capsys, "another text tower", small_world.command(again, "--text.name", str(text)))
-
-
-def test_a_damaged_checkpoint_is_passed_over_aloud(small_world, whole_run, tmp_path):
-    again = tmp_path / "again"
-    shutil.copytree(whole_run, again)
-    damaged = again / "checkpoints" / "step_00000012" / "model.safetensors"
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
-    outcome = train(*small_world.command(again))
-    assert outcome.returncode == 0, outcome.stderr
-    assert "model.safetensors is damaged" in outcome.stderr and "going on after step 8" in outcome.stdout
-    assert losses(again) == losses(whole_run) and weights(again) == weights(whole_run)
+def test_a_run_folder_of_another_config_is_refused(refused, whole_run, tmp_path):
+    message = "optim.learning_rate is 0.001 there and 0.5 here"
+    refused(message, "--optim.learning-rate", "0.5", run_dir=copy_until(12, whole_run, tmp_path / "again"))
 
 
 def test_a_diverging_run_stops_before_the_weights_are_touched(small_world, tmp_path):
     run_dir = tmp_path / "run"
-    outcome = train(*small_world.command(run_dir, "--optim.learning-rate", "1e30", "--checkpoint.every", "1"))
+    flags = ("--optim.learning-rate", "1e30", "--checkpoint.every", "1")
+    outcome = run("train.py", *small_world.command(run_dir, *flags))
     assert outcome.returncode == 2
     assert "has diverged, and a lower learning rate" in outcome.stderr and len(outcome.stderr.splitlines()) == 1
     newest = sorted((run_dir / "checkpoints").iterdir())[-1]
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
 
 
-def test_help_explains_every_setting():
-    outcome = run("train.py", "--help")
-    assert outcome.returncode == 0
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train_here("--help")
+    said = capsys.readouterr().out
     for flag in ("--run-dir", "--data.shards", "--optim.learning-rate", "--step.keep", "--loss.mask-duplicates"):
-        assert flag in outcome.stdout
+        assert flag in said
 
 
-def test_a_run_without_evaluations_says_and_writes_none(small_world, tmp_path):
-    config = yaml.safe_load(small_world.config.read_text())
-    config["evals"] = {"every": 1}
-    config["optim"]["steps"] = 2
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    outcome = train("--config", str(path), "--run-dir", str(tmp_path / "run"))
-    assert outcome.returncode == 0, outcome.stderr
-    assert not [line for line in outcome.stdout.splitlines() if line.startswith(("step 1:", "step 2:"))]
-    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["samples_seen"] == 32
+def test_a_run_without_evaluations_says_and_writes_none(small_world, tmp_path, capsys):
+    config = yaml.safe_load(small_world.config.read_text()) | {"evals": {"every": 1}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    run_dir = tmp_path / "run"
+    train_here("--config", str(tmp_path / "config.yaml"), "--run-dir", str(run_dir), "--optim.steps", "2")
+    assert not [line for line in capsys.readouterr().out.splitlines() if line.startswith(("step 1:", "step 2:"))]
+    assert not (run_dir / "evaluations.jsonl").exists()
+    assert json.loads((run_dir / "results.json").read_text())["samples_seen"] == 32

@@ -1,9 +1,12 @@
 """Checkpoints: whole or absent, verified before use, bit for bit."""
 
+import contextlib
+import itertools
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,28 +19,15 @@ from textlock.engine.checkpoint import (
     read_checkpoint,
     read_latest,
     restore,
-    save_checkpoint,
 )
-from textlock.engine.config import dump_config, parse_config
-from textlock.engine.objective import LossConfig, Objective
+from textlock.engine.objective import LossConfig
 from textlock.engine.optim import FlatGradients, build_optimizer
 from textlock.engine.trained import load_tower
 from textlock.models.vision import make_vision_tower
 
-FLAGS = [
-    "--run-dir",
-    "x",
-    "--data.shards",
-    "x",
-    "--data.batch-size",
-    "8",
-    "--data.image-size",
-    "32",
-    "--data.workers",
-    "1",
-]
-FLAGS += ["--optim.steps", "9", "--model.name", "eva02_micro_patch8_32", "--checkpoint.keep", "2"]
-CONFIG = parse_config(FLAGS)
+from .training import config_of, objective_of, save
+
+CONFIG = config_of("--checkpoint.keep", "2")
 FILES = ["model.safetensors", "trainer.safetensors", "state.json", "config.yaml", "MANIFEST.json"]
 
 
@@ -48,7 +38,7 @@ class Trained:
         torch.manual_seed(seed)
         self.tower = make_vision_tower(CONFIG.model, image_size=32)
         loss = LossConfig(objective="sigmoid", initial_logit_scale=11.0 + seed, initial_logit_bias=-3.0, text_bank=5)
-        self.objective = Objective(loss, texts=8, width=64, dtype=torch.float32, device=torch.device("cpu"))
+        self.objective = objective_of(loss)
         for buffer in self.objective.buffers():
             buffer.random_(100)
         self.optimizer = build_optimizer(self.tower, self.objective, CONFIG.optim)
@@ -57,16 +47,8 @@ class Trained:
         self.optimizer.step()
 
     def save(self, root: Path, step: int) -> Path:
-        return save_checkpoint(
-            root,
-            tower=self.tower,
-            objective=self.objective,
-            optimizer=self.optimizer,
-            progress=Progress(step=step, samples_seen=8 * step, loader={"position": 8 * step}),
-            text_fingerprint="abc",
-            run_config=dump_config(CONFIG),
-            keep=CONFIG.checkpoint.keep,
-        )
+        progress = Progress(step=step, samples_seen=8 * step, loader={"position": 8 * step})
+        return save(root, self, CONFIG, progress)
 
     def tensors(self) -> list[torch.Tensor]:
         parameters = [*self.tower.parameters(), *self.objective.parameters()]
@@ -84,10 +66,8 @@ def test_restoring_is_bit_for_bit(trained, tmp_path):
     other = Trained(2)
     restore(read_checkpoint(folder), other.tower, other.objective, other.optimizer)
     mine, theirs = trained.tensors(), other.tensors()
-    of_tower = len(trained.tower.state_dict())
-    assert (
-        len(mine) == len(theirs) == 4 * of_tower + 4 + 3 * 2
-    )  # two scalars, with moments, and two buffers of the bank
+    # The tower and its moments, two scalars with theirs, and two buffers of the bank.
+    assert len(mine) == len(theirs) == 4 * len(trained.tower.state_dict()) + 2 * 4 + 2
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     progress = read_checkpoint(folder).progress
     assert (progress.step, progress.samples_seen, progress.loader) == (3, 24, {"position": 24})
@@ -97,12 +77,10 @@ def test_a_tower_is_read_from_a_step_or_a_run_folder(trained, tmp_path):
     folder = trained.save(tmp_path / "checkpoints", 3)
     for place in (folder, tmp_path):
         loaded = load_tower(place)
-        assert loaded.step == 3 and loaded.logit_scale == pytest.approx(
-            trained.objective.logit_scale().item(), rel=1e-6
-        )
-        assert all(
-            torch.equal(a, b) for a, b in zip(loaded.tower.parameters(), trained.tower.parameters(), strict=True)
-        )
+        assert loaded.step == 3
+        assert loaded.logit_scale == pytest.approx(trained.objective.logit_scale().item(), rel=1e-6)
+        pairs = zip(loaded.tower.parameters(), trained.tower.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         load_tower(tmp_path / "elsewhere")
 
@@ -145,32 +123,26 @@ def test_a_run_whose_every_checkpoint_is_damaged_does_not_start_over(trained, tm
 def test_a_kill_at_any_instant_of_a_save_leaves_the_previous_one(trained, tmp_path, monkeypatch, kill_at):
     """Every write, sync and rename of a save is a place to die; after each the newest whole checkpoint loads."""
     trained.save(tmp_path, 1)
-    calls = 0
+    calls = itertools.count()
 
     class Killed(BaseException):
         pass
 
     def dying(function):
         def wrapped(*arguments, **keywords):
-            nonlocal calls
-            calls += 1
-            if calls > kill_at:
+            if next(calls) >= kill_at:
                 raise Killed
             return function(*arguments, **keywords)
 
         return wrapped
 
-    monkeypatch.setattr(module, "save_file", dying(module.save_file))
-    monkeypatch.setattr(os, "fsync", dying(os.fsync))
-    monkeypatch.setattr(Path, "rename", dying(Path.rename))
-    monkeypatch.setattr(Path, "write_text", dying(Path.write_text))
-    monkeypatch.setattr(shutil, "rmtree", dying(shutil.rmtree))
-    try:
-        trained.save(tmp_path, 2)
-        survived = True
-    except Killed:
-        survived = False
-    monkeypatch.undo()
+    places = ((module, "save_file"), (os, "fsync"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree"))
+    with monkeypatch.context() as patch:
+        for place, name in places:
+            patch.setattr(place, name, dying(getattr(place, name)))
+        with contextlib.suppress(Killed):
+            trained.save(tmp_path, 2)
+    survived = next(calls) <= kill_at
 
     found, complaints = read_latest(tmp_path)
     assert found is not None and not complaints
@@ -181,11 +153,7 @@ def test_a_kill_at_any_instant_of_a_save_leaves_the_previous_one(trained, tmp_pa
 
 def test_a_full_disk_keeps_what_was_there(trained, tmp_path, monkeypatch):
     trained.save(tmp_path, 1)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(module, "save_file", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         trained.save(tmp_path, 2)
     assert [folder.name for folder in list_checkpoints(tmp_path)] == ["step_00000001"]
@@ -196,7 +164,7 @@ def test_another_architecture_is_named_and_nothing_changed(trained, tmp_path):
     found = read_checkpoint(trained.save(tmp_path, 1))
     torch.manual_seed(0)
     other = make_vision_tower(replace(CONFIG.model, pooling="mean"), image_size=32)
-    objective = Objective(LossConfig(), texts=8, width=64, dtype=torch.float32, device=torch.device("cpu"))
+    objective = objective_of(LossConfig())
     before = [parameter.detach().clone() for parameter in other.parameters()]
     with pytest.raises(ValueError, match=r"another architecture .* unexpected pool\."):
         restore(found, other, objective, build_optimizer(other, objective, CONFIG.optim))

@@ -10,24 +10,23 @@ import torch
 
 from textlock.data.loader import SKIP_KINDS
 from textlock.engine.checkpoint import Progress
-from textlock.engine.config import parse_config
 from textlock.engine.distributed import World
 from textlock.engine.metrics import Metrics, QueuedStep
 from textlock.engine.step import StepResult
 from textlock.models.vision import build_vision_tower
+
+from .training import MICRO, config_of
 
 WORLD = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture(scope="module")
 def tower():
-    return build_vision_tower("eva02_micro_patch8_32")
+    return build_vision_tower(MICRO)
 
 
 def open_metrics(folder, tower, progress, *flags, world=WORLD):
-    arguments = ["--run-dir", str(folder), "--data.shards", "x", "--data.batch-size", "8", "--data.image-size", "32"]
-    config = parse_config([*arguments, "--data.workers", "1", "--optim.steps", "9", *flags])
-    return Metrics(config.log, folder, {}, world=world, tower=tower, progress=progress, total_steps=9)
+    return Metrics(config_of(*flags).log, folder, {}, world=world, tower=tower, progress=progress, total_steps=9)
 
 
 def numbers(*, norm=4.0, stops=0.0, **skipped):
@@ -88,19 +87,13 @@ def test_a_resumed_run_drops_the_lines_of_steps_it_runs_again(tmp_path, tower):
     assert progress.train_seconds >= 7.0 and progress.wall_seconds >= 11.0
 
 
-def test_other_ranks_write_nothing(tmp_path, tower, capsys):
-    other = World(1, 2, torch.device("cpu"), None)
+def test_other_ranks_and_evaluations_of_nothing_say_and_write_nothing(tmp_path, tower, capsys):
     progress = Progress()
-    metrics = open_metrics(tmp_path, tower, progress, world=other)
+    metrics = open_metrics(tmp_path, tower, progress, world=World(1, 2, torch.device("cpu"), None))
     metrics.log(finish(metrics, progress, samples_seen=8))
     metrics.log_evaluation({"zero_shot_top1": 0.5})
     metrics.close()
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
-
-
-def test_a_run_that_evaluates_nothing_says_and_writes_nothing(tmp_path, tower, capsys):
-    metrics = open_metrics(tmp_path, tower, Progress())
-    metrics.log_evaluation({})
+    open_metrics(tmp_path, tower, Progress()).log_evaluation({})
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
 
 
@@ -119,9 +112,8 @@ def test_tensorboard_gets_the_same_figures(tmp_path, tower):
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_one_sentence(norm):
-    queued = QueuedStep(7, SimpleNamespace(position=8, epoch=0), 3.0, *numbers(norm=norm))
     with pytest.raises(ValueError, match=r"step 7: loss 1.0 with gradient norm (nan|inf) is not finite"):
-        queued.wait()
+        QueuedStep(7, SimpleNamespace(position=8, epoch=0), 3.0, *numbers(norm=norm)).wait()
 
 
 def test_a_queued_step_lets_go_of_its_images():
