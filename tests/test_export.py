@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from textlock.models.text import TextConfig
 from textlock.models.vision import VISION_CONFIGS, ModelConfig, VisionTower, build_vision_tower
 from textlock.models.weights import to_nomic
 
+from . import text_tower
 from .commands import run_here
 
 MICRO = "eva02_micro_patch8_32"
@@ -29,8 +31,7 @@ def randomised_tower(**arguments):
 
 
 def write(tower, folder):
-    text = TextConfig(name="owner/text")
-    write_transformers_folder(tower, folder, logit_scale=14.25, text=text, text_fingerprint="abc")
+    write_transformers_folder(tower, folder, logit_scale=14.25, text_tower=asdict(text_tower.describe()))
 
 
 @pytest.fixture(scope="module")
@@ -203,22 +204,37 @@ def test_refuses_weights_without_a_head_and_a_folder_that_is_not_there(exported)
 
 def test_a_release_that_names_no_text_tower_goes_with_that_of_v1_5(exported):
     edit_config(exported, text_tower=None)
-    assert export.read_text_settings(exported) == (TextConfig(), None)
+    assert export.read_text_tower(exported) == (TextConfig(), None)
     edit_config(exported, text_tower={"name": "x"})
     with pytest.raises(ValueError, match="does not say which text tower"):
-        export.read_text_settings(exported)
+        export.read_text_tower(exported)
 
 
 def test_command_exports_a_checkpoint(tower, tmp_path, monkeypatch, capsys):
-    text = TextConfig(name="owner/text", layer_norm=False, prefix="", max_length=16)
-    config = SimpleNamespace(text=text)
-    loaded = SimpleNamespace(tower=tower, logit_scale=20.0, step=7, config=config, text_fingerprint="abc")
+    text = asdict(
+        text_tower.describe(layer_norm=False, prefix="passage: ", max_length=16, layers=("Dense 32 to 64 Tanh",))
+    )
+    loaded = SimpleNamespace(tower=tower, logit_scale=20.0, step=7, text_tower=text)
     monkeypatch.setattr(export, "load_tower", lambda checkpoint: loaded)
     monkeypatch.setattr("sys.argv", ["export.py", "--checkpoint", "runs/x", "--output", str(tmp_path / "out")])
     export.main()
     assert torch.equal(load_exported_tower(tmp_path / "out")(images()), tower(images()))
-    assert export.read_text_settings(tmp_path / "out") == (text, "abc")
+    settings, described = export.read_text_tower(tmp_path / "out")
+    assert described == json.loads(json.dumps(text))
+    assert settings == TextConfig(
+        name="owner/text", prefix="passage: ", max_length=16, pooling="mean", layer_norm=False, dimensions=64
+    )
     assert "step 7" in capsys.readouterr().out
+    # Whoever reads the card can make the same text embeddings.
+    card = (tmp_path / "out/README.md").read_text()
+    for row in (
+        "prefix, in front of every text | `passage: `",
+        "| 16 tokens",
+        "| mean",
+        "| Dense 32 to 64 Tanh, unit length",
+    ):
+        assert row in card
+    assert "build_text_tower('owner/text', prefix='passage: ', max_length=16, pooling='mean', layer_norm=False" in card
 
 
 def test_command_fails_in_one_line(tmp_path):

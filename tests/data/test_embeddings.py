@@ -32,7 +32,7 @@ def tower_folder(tmp_path_factory):
 
 
 def build(folder, **changes):
-    return build_text_tower(folder, **{"prefix": "", "max_length": 16, **changes})
+    return build_text_tower(folder, **{"max_length": 16, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,8 @@ def test_a_damaged_embedding_costs_its_sample_and_no_other(encoded, tower, tmp_p
     [
         ({"prefix": "search_query: "}, r"prefix is '' there and 'search_query: ' here"),
         ({"max_length": 8}, "max_length is 16 there and 8 here"),
-        ({"layer_norm": False}, "layer_norm is True there and False here"),
+        ({"layer_norm": True}, "layer_norm is False there and True here"),
+        ({"pooling": "cls"}, r"pooling is \['mean'\] there and \['cls'\] here"),
     ],
 )
 def test_another_setting_of_the_tower_is_refused(encoded_once, tower_folder, change, message):

@@ -25,6 +25,7 @@ from textlock.engine.optim import FlatGradients, build_optimizer
 from textlock.engine.trained import load_tower
 from textlock.models.vision import make_vision_tower
 
+from .. import text_tower
 from .training import config_of, objective_of, save
 
 CONFIG = config_of("--checkpoint.keep", "2")
@@ -173,9 +174,11 @@ def test_another_architecture_is_named_and_nothing_changed(trained, tmp_path):
 
 def test_another_text_tower_is_refused(trained, tmp_path):
     found = read_checkpoint(trained.save(tmp_path, 1))
-    found.require_text_tower("abc", "tower")
-    with pytest.raises(ValueError, match="another text tower than other/tower"):
-        found.require_text_tower("abd", "other/tower")
+    found.require_text_tower(text_tower.describe("the/same/elsewhere"))
+    with pytest.raises(ValueError, match="than other/tower: the weights or the tokenizer of owner/text are other ones"):
+        found.require_text_tower(text_tower.describe("other/tower", fingerprint="abd"))
+    with pytest.raises(ValueError, match=r"than owner/text: pooling is \['mean'\] there and \['cls'\] here"):
+        found.require_text_tower(text_tower.describe(fingerprint="abd", pooling=("cls",)))
 
 
 def test_the_checkpoint_just_saved_survives_damaged_ones_of_later_steps(trained, tmp_path):

@@ -48,7 +48,7 @@ def test_null_is_the_default_and_odd_strings_stay_strings(tmp_path):
     text = "model: {weights: null}\ntext: {layer_norm: false, prefix: null, name: --odd}\n"
     config = parse_config([*write(tmp_path, text), *FLAGS])
     assert config.model.weights is None and config.text.layer_norm is False
-    assert config.text.prefix == "search_query: " and config.text.name == "--odd"
+    assert config.text.prefix is None and config.text.name == "--odd"
     (tmp_path / "saved.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "saved.yaml") == config
     assert parse_config([f"--config={tmp_path / 'saved.yaml'}"]) == config

@@ -11,6 +11,8 @@ from textlock.engine.checkpoint import Progress, save_checkpoint
 from textlock.engine.config import Config, dump_config, parse_config
 from textlock.engine.objective import LossConfig, Objective
 
+from .. import text_tower
+
 MICRO = "eva02_micro_patch8_32"
 FLAGS = ["--run-dir", "x", "--data.shards", "x", "--data.batch-size", "8", "--data.image-size", "32"]
 FLAGS += ["--data.workers", "1", "--optim.steps", "9"]
@@ -34,7 +36,7 @@ def save(root: Path, trained: Any, config: Config, progress: Progress, *, writes
         objective=trained.objective,
         optimizer=trained.optimizer,
         progress=progress,
-        text_fingerprint="abc",
+        text_tower=text_tower.describe(),
         run_config=dump_config(config),
         keep=config.checkpoint.keep,
         writes=writes,
