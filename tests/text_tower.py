@@ -17,5 +17,5 @@ def describe(name: str = "owner/text", fingerprint: str = "abc", **changes: Any)
         "layers": (),
         "layer_norm": True,
         "dimensions": 64,
-    }
-    return TextTowerDescription(name, None, Recipe(**recipe | changes), recipe["dimensions"], fingerprint)
+    } | changes
+    return TextTowerDescription(name, None, Recipe(**recipe), recipe["dimensions"], fingerprint)

@@ -25,15 +25,15 @@ import tyro
 from textlock.data import stored_text
 from textlock.data.captions import MAX_CAPTION_BYTES, caption_id, decode_caption
 from textlock.data.images import BadSample, CropWindow, check_image, crop_and_resize, decode_image
-from textlock.models.text import TextTowerDescription
 
+from .. import text_tower
 from . import zoo
 
 TELLING = [bytes.fromhex(word) for word in ["00", "ff", "7f", "80", "ffff", "00000000", "ffffffff", "7fffffff", "0001"]]
 MARKERS = [bytes([0xFF, marker]) for marker in (0xC0, 0xC2, 0xC4, 0xC9, 0xD8, 0xD9, 0xDA, 0xDB, 0xDD, 0xE1, 0xFE)]
 IMAGES = [*zoo.GOOD.values(), *zoo.DAMAGED.values()]
 CAPTIONS = [*(caption[:5000] for caption in zoo.ODD_CAPTIONS.values()), "Grüße 🐘 é".encode() * 300]
-TOWER = TextTowerDescription("tower", None, "", 77, "mean", True, 8, "0" * 64)
+TOWER = text_tower.describe(fingerprint="0" * 64, dimensions=8)
 
 
 def mutate(payload: bytes, rng: np.random.Generator, reach: int) -> bytes:

@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import asdict
 
@@ -92,7 +93,8 @@ def test_every_embedding_is_the_tower_s_and_the_empty_caption_has_none(encoded_o
 
     header = read_header(path_of(shards, 1))
     assert (header.shard, header.samples, header.embed_dim) == ("00001.tar", 5, 16)
-    assert header.tower == asdict(tower.describe())
+    assert header.tower == json.loads(json.dumps(asdict(tower.describe())))
+    assert header.tower["recipe"]["pooling"] == ["mean"] and header.tower["recipe"]["max_length"] == 16
     matrix = np.memmap(path_of(shards, 1), record_dtype(16), "r", header.records_offset)["row"]
     assert np.array_equal(matrix, [rows.row(number) for number in range(11, 16)])
 
@@ -214,7 +216,7 @@ def test_missing_embeddings_are_named(shards, encoded, tower):
     [
         (lambda path: path.write_bytes(b""), "holds no stored text embeddings"),
         (lambda path: path.write_bytes(b"TEXTROWS" + b"\xff" * 8), "has version"),
-        (lambda path: path.write_bytes(b"TEXTROWS\x01\0\0\0" + b"\xff" * 4), "is damaged"),
+        (lambda path: path.write_bytes(b"TEXTROWS\x02\0\0\0" + b"\xff" * 4), "is damaged"),
         (lambda path: flip(path, 30), "is damaged"),
         (lambda path: cut(path, 1), "is damaged"),
         (lambda path: path.write_bytes(path.read_bytes() + b"x"), "is damaged"),
@@ -232,7 +234,8 @@ def test_a_damaged_file_is_named(encoded, tower, damage, message):
 def test_the_command(shards, tower_folder):
     command = ("textlock.data.embeddings", shards, "--tower", tower_folder, "--max-length", 16)
     status, said, _ = run_here(*command, "--prefix", "", "--rank", 1, "--world-size", 2)
-    assert status == 0 and said.splitlines()[0] == "00001.tar" and "5 captions of 1 shards encoded" in said
+    assert said.startswith(f"text tower {tower_folder}: prefix '', 16 tokens, mean pooling")
+    assert status == 0 and said.splitlines()[1] == "00001.tar" and "5 captions of 1 shards encoded" in said
     status, said, _ = run_here(*command, "--prefix", "")
     assert status == 0
     assert "19 captions of 2 shards encoded" in said and "1 shards were there; 1 samples have no caption" in said

@@ -8,7 +8,7 @@ CAPTIONS = ["a red circle", "two “dogs”"]
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_equal_seeds_give_equal_bytes_and_leave_no_trace(tmp_path):
