@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..settings import FREE_ON_RESUME, NOT_EMPTY, Settings, at_least
-from .text_folder import local_folder, read_json, tensors, weight_files
+from .text_folder import first_line, local_folder, read_json, tensors, weight_files
 from .text_recipe import Pooling, Recipe, Said, load_layers, pool, read_recipe
 
 # No WordPiece or SentencePiece vocabulary in use averages near 64 characters a token, so this cut is only ever
@@ -144,6 +144,13 @@ class TextTower:
         self._tokenizer.no_padding()
         if recipe.lower_case:
             _lower_case(self._tokenizer)
+        self._tokenizer.no_truncation()
+        least = len(self._tokenizer.encode(recipe.prefix).ids)
+        if recipe.max_length <= least:
+            raise ValueError(
+                f"{config.flag('max_length')} is {recipe.max_length}, must be above {least}, the tokens of the prefix "
+                "and those that every caption gets"
+            )
         self._tokenizer.enable_truncation(recipe.max_length, direction=tokenizer.truncation_side)
         self._pad_token_id: int = tokenizer.pad_token_id or 0
         self._prefix_tokens = 0 if recipe.pool_prefix else self._count_prefix(tokenizer.all_special_ids)
@@ -265,7 +272,8 @@ def make_text_tower(config: TextConfig, device: torch.device) -> TextTower:
 
     model, tokenizer = load_encoder(folder)
     pooling = said.pooling if config.pooling is None else (config.pooling,)
-    layers, words, width = load_layers(said, model.config.hidden_size * len(pooling))
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)
+    layers, words, width = load_layers(said, width * len(pooling))
     recipe = Recipe(
         prefix=config.prefix if config.prefix is not None else said.prefix or "",
         pool_prefix=said.pool_prefix,
@@ -280,7 +288,9 @@ def make_text_tower(config: TextConfig, device: torch.device) -> TextTower:
         config.refuse("dimensions", f"be at most {width}, the length of the embeddings of {local}")
     revision = local.name if local.parent.name == "snapshots" else None  # how the hub's cache names a commit
     notes = _contradictions(config, said)
-    return TextTower(config, model, tokenizer, said, layers, recipe, notes=notes, revision=revision, device=device)
+    tower = TextTower(config, model, tokenizer, said, layers, recipe, notes=notes, revision=revision, device=device)
+    _require_encodes(tower, local)
+    return tower
 
 
 def build_text_tower(path_or_name: str | Path, *, device: str | torch.device = "cpu", **settings: Any) -> TextTower:
@@ -333,6 +343,19 @@ def _require_recipe(config: TextConfig, said: Said, folder: Path) -> None:
         raise ValueError(
             f"text tower {folder} is a NomicBERT that does not say its prompt and LayerNorm: give "
             f"{' and '.join(asked)} (Nomic Embed Text: 'search_query: ', True for v1.5, False for v1)"
+        )
+
+
+def _require_encodes(tower: TextTower, folder: Path) -> None:
+    """Raise ValueError where a caption cannot be encoded: now, and not after all else of a run is loaded."""
+    try:
+        rows = tower.encode(["a caption"])
+    except Exception as error:  # models that want images too, or give no last hidden states, raise as they like
+        raise ValueError(f"text tower {folder} cannot encode a caption: {first_line(error)}") from error
+    if rows.shape != (1, tower.embed_dim) or not rows.isfinite().all():
+        raise ValueError(
+            f"text tower {folder} encodes a caption to {list(rows.shape)} numbers that are not all finite, where "
+            f"[1, {tower.embed_dim}] are expected"
         )
 
 

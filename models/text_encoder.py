@@ -72,7 +72,13 @@ def load_encoder(folder: Path) -> tuple[Any, Any]:
             raise ValueError(f"the tokenizer of text tower {folder} cannot be read: {first_line(error)}") from error
         model = _load_model(folder, config)
 
-    largest_id, vocabulary = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    try:
+        vocabulary = model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):
+        raise ValueError(
+            f"{folder}/config.json is a {type(model).__name__}, which reads more than texts; save its text model alone"
+        ) from None
+    largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= vocabulary:
         raise ValueError(
             f"{folder}/tokenizer.json has token ids up to {largest_id} and the weights only rows for {vocabulary}; "

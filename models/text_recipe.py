@@ -28,7 +28,12 @@ mean_sqrt_len_tokens: sum over the root of their number; weightedmean: weights 1
 # The order in which sentence-transformers concatenates poolings that are asked for by its old names.
 _OLD_ORDER: Final = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 _ACTIVATIONS: Final = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid", "LeakyReLU", "ELU", "Mish", "Softplus")
-# What sentence_bert_config.json may hold beside length and lower-casing without a say in the embeddings.
+# Length and lower-casing: the name of today, then those of early versions, which named it after the encoder.
+_ENCODER_SETTINGS: Final = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# What it may hold beside length and lower-casing without a say in the embeddings.
 _HARMLESS: Final = ("module_output_name", "unpad_inputs", "query_length", "document_length", "query_expansion")
 _ARGUMENTS: Final = re.compile(r"(model|config|tokenizer|processor|processing)_(args|kwargs)")
 _HARMLESS_ARGUMENTS: Final = ("dtype", "torch_dtype", "attn_implementation", "padding_side", "trust_remote_code")
@@ -105,7 +110,8 @@ def read_recipe(folder: Path, name: str) -> Said:
                 f"{folder} holds {', '.join(modules)} and no modules.json that says what they do; the folder is "
                 "incomplete"
             )
-        said = Said(folder, *_read_pooling(folder / modules[0])) if modules else Said(folder)
+        pooling = _read_pooling(folder / modules[0]) if modules else ((), True)
+        said = Said(folder, *pooling, **_read_encoder_settings(folder))
     said = _with_prompts(said, folder)
     if nomic := _NOMIC_NAME.fullmatch(_released_name(folder, name)):
         return Said(
@@ -243,6 +249,9 @@ def _read_modules(folder: Path) -> Said:
             f"{path} lists {', '.join(kinds)}; only Transformer, Pooling, and after them Dense, LayerNorm, Normalize "
             "and Dropout, can serve as a text tower"
         )
+    for module in modules:
+        if Path(str(module["path"])).is_absolute() or ".." in Path(str(module["path"])).parts:
+            raise ValueError(f"{path} names the place {module['path']}, which is not in its folder")
     places = [folder / str(module["path"]) for module in modules]
     pooling, pool_prefix = _read_pooling(places[1])
     layers = [(kind, place) for kind, place in zip(kinds[2:], places[2:], strict=True) if kind != "Dropout"]
@@ -274,9 +283,9 @@ def _read_pooling(folder: Path) -> tuple[tuple[Pooling, ...], bool]:
 
 
 def _read_encoder_settings(encoder: Path) -> dict[str, Any]:
-    """Return max_length and lower_case of an encoder's sentence_bert_config.json, under the names of `Said`."""
-    path = encoder / "sentence_bert_config.json"
-    if not path.is_file():
+    """Return max_length and lower_case of an encoder, under the names of `Said`."""
+    path = next((encoder / name for name in _ENCODER_SETTINGS if (encoder / name).is_file()), None)
+    if path is None:
         return {}
     settings = read_json(path)
     max_length = settings.pop("max_seq_length", None)

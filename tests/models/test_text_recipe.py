@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import CLIPConfig, CLIPModel
 
 from textlock.models.text import build_text_tower
 
@@ -204,6 +205,15 @@ def test_weights_in_bfloat16_alone(encoders, tmp_path):
     assert_same_embeddings(folder)
 
 
+@pytest.mark.parametrize("name", ["sentence_bert_config.json", "sentence_xlm-roberta_config.json"])
+def test_length_and_lower_case_are_read_beside_a_pooling_without_modules(encoders, tmp_path, name):
+    folder = write_sentence_folder(tmp_path / "t", encoders("bert"), max_seq_length=9, do_lower_case=True)
+    whole = build_text_tower(folder)
+    (folder / "modules.json").unlink()
+    (folder / "sentence_bert_config.json").rename(folder / name)
+    assert build_text_tower(folder).recipe == whole.recipe
+
+
 @pytest.mark.parametrize("architecture", ["roberta", "xlm-roberta", "mpnet"])
 def test_positions_that_hold_no_token_are_not_counted(encoders, architecture):
     """130 positions of which the padding token's two are never read: issue after issue asks why 514 is 512."""
@@ -294,6 +304,13 @@ REFUSED = {
         lambda f: modules_of(f, ["custom_st.Transformer", "Pooling"]),
         r"names code of its own \(custom_st\.Transformer\), which is never run",
     ),
+    "modules elsewhere": (
+        lambda f: (f / "modules.json").write_text(
+            '[{"type": "sentence_transformers.models.Transformer", "path": "../secret"},'
+            ' {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]'
+        ),
+        r"names the place \.\./secret, which is not in its folder",
+    ),
     "an unknown pooling": (
         lambda f: write_part(f, "1_Pooling", {"pooling_mode": "attention"}),
         "asks for the pooling attention, which is not known",
@@ -355,6 +372,31 @@ def test_dense_that_does_not_fit_and_an_unknown_activation(encoders, tmp_path):
     folder = write_sentence_folder(tmp_path / "b", encoders("bert"), dense(WIDTH, 8, activation="os.system"))
     with pytest.raises(ValueError, match=r"asks for the activation os\.system"):
         build_text_tower(folder)
+
+
+@pytest.mark.parametrize(("prefix", "least"), [("", 2), ("two dogs: ", 5)])
+def test_a_length_that_leaves_no_room_for_a_caption_is_refused(encoders, prefix, least):
+    """Every caption would be cut to the same tokens."""
+    tower = build_text_tower(encoders("bert"), pooling="mean", prefix=prefix, max_length=least + 1)
+    assert not torch.equal(*tower.encode(["red", "blue"]))
+    with pytest.raises(ValueError, match=rf"--text\.max-length is {least}, must be above {least}, the tok"):
+        build_text_tower(encoders("bert"), pooling="mean", prefix=prefix, max_length=least)
+
+
+def test_a_model_that_cannot_encode_is_refused_when_it_is_loaded(encoders, tmp_path):
+    folder = shutil.copytree(encoders("bert"), tmp_path / "t")
+    edit_weights(folder, **{"embeddings.LayerNorm.bias": torch.full((WIDTH,), torch.nan)})
+    with pytest.raises(ValueError, match=r"encodes a caption to .* numbers that are not all finite"):
+        build_text_tower(folder, pooling="mean")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    text, vision = {"vocab_size": 99, **shape}, {"image_size": 32, "patch_size": 16, **shape}
+    both = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    both.save_pretrained(tmp_path / "clip")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / file, tmp_path / "clip" / file)
+    with pytest.raises(ValueError, match="is a CLIPModel, which reads more than texts; save its text"):
+        build_text_tower(tmp_path / "clip", pooling="mean", max_length=16)
 
 
 def test_an_encoder_without_a_limit_is_asked_for_one(encoders):
