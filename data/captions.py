@@ -14,11 +14,20 @@ def decode_caption(payload: bytes) -> str:
     """Return the text of a caption member: its first 2 KiB as UTF-8, stripped.
 
     Invalid bytes become U+FFFD and NUL becomes a space, so the result can always be tokenised and written as JSON. A
-    character that the cut splits is dropped. Empty when nothing but white space is left.
+    character that the cut splits is dropped. Empty when nothing that has a width is left.
     """
     whole = len(payload) <= MAX_CAPTION_BYTES
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return decoder.decode(payload[:MAX_CAPTION_BYTES], final=whole).replace("\0", " ").strip()
+    caption = decoder.decode(payload[:MAX_CAPTION_BYTES], final=whole).replace("\0", " ").strip()
+    return "" if is_blank(caption) else caption
+
+
+def is_blank(caption: str) -> bool:
+    """Whether a caption says nothing: white space, or characters without width such as U+200B and the byte-order mark.
+
+    A tokenizer makes of it what it makes of no text.
+    """
+    return all(unicodedata.category(character)[0] in "ZC" for character in caption)
 
 
 def caption_id(caption: str) -> int:

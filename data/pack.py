@@ -1,17 +1,15 @@
 """Writes tar shards: from a folder of images and a captions file, or from other shards with smaller images."""
 
-import csv
 import hashlib
 import json
 import os
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -19,6 +17,7 @@ import torch
 from PIL import Image
 
 from .atomic import atomic_folder
+from .captions_file import CaptionsFile
 from .images import (
     MAX_IMAGE_BYTES,
     BadSample,
@@ -33,9 +32,6 @@ from .processes import map_in_processes
 from .reader import ShardReader, require_caption
 from .tar import Problem, read_samples
 
-FILE_COLUMNS = ("file", "filepath", "filename")
-CAPTION_COLUMNS = ("caption", "title", "text")
-
 
 @dataclass(frozen=True)
 class PackReport:
@@ -44,6 +40,10 @@ class PackReport:
     shards: int
     samples: int
     skipped: list[Problem]
+    images: int | None = None
+    """Distinct image files that the captions file names; None where there is none."""
+    in_marks: int = 0
+    """Captions that stand in quotation marks and were packed with them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _is_progressive(payload: bytes) -> bool:
 
 def pack_shards(
     images: Path,
-    captions: Path,
+    captions: CaptionsFile,
     output: Path,
     *,
     samples_per_shard: int = 1000,
@@ -109,7 +109,7 @@ def pack_shards(
         raise FileNotFoundError(f"no folder {images}: name the folder of the images")
     with atomic_folder(output) as draft:
         samples = _load_samples(images, captions, reencoding, workers)
-        report = _write_shards(samples, captions, draft, samples_per_shard, skip_bad)
+        report = _write_shards(samples, captions.path, draft, samples_per_shard, skip_bad)
         index_shards(draft)
     return report
 
@@ -175,7 +175,9 @@ class _Loaded:
     image: tuple[bytes, ImageHeader] | BadSample
 
 
-def _load_samples(images: Path, captions: Path, reencoding: Reencoding | None, workers: int) -> Iterator[_Loaded]:
+def _load_samples(
+    images: Path, captions: CaptionsFile, reencoding: Reencoding | None, workers: int
+) -> Iterator[_Loaded]:
     """Yield what ``captions`` names in its order; ``workers`` threads are a few images ahead."""
 
     def load(line: int, name: str, caption: str, path: Path) -> _Loaded:
@@ -189,8 +191,8 @@ def _load_samples(images: Path, captions: Path, reencoding: Reencoding | None, w
 
     pending: deque[Future[_Loaded]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for line, name, caption in read_captions(captions):
-            path = _image_path(images, name, f"{captions} line {line}")
+        for line, name, caption in captions.rows():
+            path = _image_path(images, name, f"{captions.path} line {line}")
             pending.append(pool.submit(load, line, name, caption, path))
             if len(pending) > 4 * workers:
                 yield pending.popleft().result()
@@ -204,9 +206,13 @@ def _write_shards(
     digits = max(4, len(str(samples_per_shard - 1)))
     skipped: list[Problem] = []
     written = 0
+    in_marks = 0
+    names: set[str] = set()
     tar: tarfile.TarFile | None = None
     try:
         for sample in samples:
+            names.add(sample.name)
+            in_marks += len(sample.caption) > 1 and sample.caption[0] == sample.caption[-1] == '"'
             if isinstance(sample.image, BadSample):
                 fault = sample.image
                 if not skip_bad:
@@ -231,7 +237,7 @@ def _write_shards(
             tar.close()
     if not written:
         raise ValueError(f"{captions} names no usable image: there is nothing to pack")
-    return PackReport(-(-written // samples_per_shard), written, skipped)
+    return PackReport(-(-written // samples_per_shard), written, skipped, len(names), in_marks)
 
 
 def _image_path(images: Path, name: str, where: str) -> Path:
@@ -278,73 +284,3 @@ def _close_shard(tar: tarfile.TarFile | None) -> None:
     if tar is None:
         return
     tar.close()
-
-
-def read_captions(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield (line number, file, caption) of a captions file: .tsv or .csv with a header line, or .jsonl.
-
-    The file's column is called file, filepath or filename; the caption's caption, title or text.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another extension, no such columns, or a line that cannot be read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no captions file {path}")
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
-        ".tsv": _read_table,
-        ".csv": _read_table,
-        ".jsonl": _read_json_lines,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path}: the captions file must be .tsv, .csv or .jsonl")
-    try:
-        for line, row in reader(path):
-            file_column = _column(row, FILE_COLUMNS, f"{path} line {line}")
-            caption_column = _column(row, CAPTION_COLUMNS, f"{path} line {line}")
-            name, caption = row[file_column], row[caption_column]
-            if not isinstance(name, str) or not isinstance(caption, str) or not name:
-                raise ValueError(f"{path} line {line}: {file_column} and {caption_column} must both hold text")
-            yield line, name, caption
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def _column(row: dict[str, Any], accepted: tuple[str, ...], where: str) -> str:
-    for column in accepted:
-        if column in row:
-            return column
-    seen = ", ".join(str(name) for name in row if name is not None)
-    raise ValueError(f"{where}: no column {', '.join(accepted[:-1])} or {accepted[-1]}; the columns are: {seen}")
-
-
-def _read_table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(
-                        f"{path} line {reader.line_num}: it does not have the {len(reader.fieldnames or [])} columns "
-                        "of the header line"
-                    )
-                yield reader.line_num, row
-        except csv.Error as error:
-            # The line after the last good row: an open quotation mark is only noticed at the end of the file.
-            line = reader.line_num + 1
-            raise ValueError(f"{path} line {line}: {error}; quote the caption, or use .jsonl") from error
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} is not a JSON object")
-            yield number, row

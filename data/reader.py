@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .cache import Lease
-from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption
+from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption, is_blank
 from .images import MAX_IMAGE_BYTES, BadSample
 from .index import ShardIndex, hash_key
 from .tar import BLOCK, DamagedTar, header_name, read_members, split_key
@@ -146,7 +146,7 @@ def _read_exactly(descriptor: int, offset: int, size: int) -> bytes:
 
 
 def require_caption(caption: str) -> str:
-    """Return a caption; raises BadSample of kind no-caption when it is only white space, as a missing one is read."""
-    if not caption.strip():
+    """Return a caption; raises BadSample of kind no-caption when it is blank, as a missing one is read."""
+    if is_blank(caption):
         raise BadSample("no-caption", "the caption is missing or empty")
     return caption

@@ -17,6 +17,7 @@ import tyro
 
 from ..settings import exit_with
 from .atomic import atomic_file
+from .captions_file import CaptionsFile
 from .index import index_shards
 from .pack import Reencoding, pack_shards, repack_shards
 from .tar import Problem
@@ -39,20 +40,26 @@ def _pack(
     resize: int | None = None,
     quality: int = 90,
     workers: int | None = None,
+    quoting: bool = False,
+    file_column: str | None = None,
+    caption_column: str | None = None,
 ) -> None:
     """Write a folder of images and a captions file, or other shards, as tar shards with an index.
 
     Args:
         output: New folder for the shards.
         images: Folder of the images.
-        captions: .tsv or .csv with a header line, or .jsonl; with a column file, filepath or filename (inside the
-            folder of the images) and a column caption, title or text.
+        captions: .tsv or .csv with a header line, or .jsonl; a row for each caption of an image.
         shards: Folder of shards to re-encode with --resize, instead of images and captions; bad samples are left out.
         samples_per_shard: Samples in each shard; the last may have fewer.
         skip_bad: Leave out images that are no JPEG, PNG or WebP and empty captions, instead of stopping at the first.
         resize: Re-encode as baseline JPEG whose short side has at most so many pixels; smaller ones are not enlarged.
         quality: Of those JPEGs, 1 to 100.
         workers: Threads, or for shards processes; by default one for each CPU.
+        quoting: Cells of the .tsv may stand in quotation marks, as those of a .csv do. Otherwise a mark is a character.
+        file_column: Column of the image files, which lie inside the folder of the images; by default file, filepath or
+            filename.
+        caption_column: Column of the captions; by default caption, title or text.
     """
     reencoding = Reencoding(resize, quality) if resize is not None else None
     workers = workers or os.cpu_count() or 1
@@ -61,7 +68,7 @@ def _pack(
     elif shards is None and images is not None and captions is not None:
         report = pack_shards(
             images,
-            captions,
+            CaptionsFile(path=captions, quoting=quoting, file_column=file_column, caption_column=caption_column),
             output,
             samples_per_shard=samples_per_shard,
             skip_bad=skip_bad,
@@ -72,6 +79,11 @@ def _pack(
         raise ValueError("name --images and --captions, or --shards with --resize")
     for problem in report.skipped:
         _show(problem)
+    if report.images is not None:
+        rows = report.samples + len(report.skipped)
+        print(f"{rows} rows of {captions} name {report.images} images")
+    if report.in_marks and not quoting:
+        print(f"{report.in_marks} captions stand in quotation marks, which were kept; --quoting takes them off a .tsv")
     print(f"{report.samples} samples in {report.shards} shards in {output}; {len(report.skipped)} left out")
 
 

@@ -33,6 +33,7 @@ import tyro
 from PIL import Image, ImageDraw
 
 from ..data.atomic import atomic_folder
+from ..data.captions_file import CaptionsFile
 from ..data.pack import pack_shards
 from ..settings import exit_with
 
@@ -339,7 +340,7 @@ def write_split(output: Path, seed: int, split: Split, indices: Sequence[int], p
         table = images / "captions.tsv"
         rows = (f"{index}.jpg\t{caption}\n" for index, caption in zip(indices, captions, strict=True))
         table.write_text("file\tcaption\n" + "".join(rows))
-        pack_shards(images, table, output / split)
+        pack_shards(images, CaptionsFile(path=table), output / split)
     return captions
 
 

@@ -92,11 +92,10 @@ def write_captions(path, rows, columns=("file", "caption")):
     with open(path, "w", encoding="utf-8", newline="") as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+        elif path.suffix == ".tsv":
+            file.writelines("\t".join(row) + "\n" for row in (columns, *rows))
         else:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(
-                [columns, *rows]
-            )
+            csv.writer(file, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows([columns, *rows])
     return path
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from textlock.data.captions_file import CaptionsFile
 from textlock.data.images import CropWindow, crop_and_resize, decode_image
 from textlock.data.index import INDEX_NAME, open_index
-from textlock.data.pack import Reencoding, pack_shards, read_captions, repack_shards
+from textlock.data.pack import Reencoding, pack_shards, repack_shards
 from textlock.data.verify import verify_shards
 
 from .tars import contents, jpeg, read_all, sample, tarfile_contents, write_dataset, write_tar
@@ -22,11 +23,13 @@ from .zoo import encode, photo
 def test_what_is_packed_is_read_back(suffix, tmp_path):
     images, captions = write_dataset(tmp_path, suffix=suffix)
     shards = tmp_path / "shards"
-    report = pack_shards(images, captions, shards, samples_per_shard=3)
+    report = pack_shards(images, CaptionsFile(path=captions), shards, samples_per_shard=3)
     assert (report.shards, report.samples, report.skipped) == (3, 7, [])
     assert sorted(path.name for path in shards.iterdir()) == ["00000.tar", "00001.tar", "00002.tar", INDEX_NAME]
     assert open_index(shards).samples_per_shard == [3, 3, 1]
-    for number, (raw, (_, name, caption)) in enumerate(zip(read_all(shards), read_captions(captions), strict=True)):
+    for number, (raw, (_, name, caption)) in enumerate(
+        zip(read_all(shards), CaptionsFile(path=captions).rows(), strict=True)
+    ):
         assert raw.key == f"{number // 3:05d}{number % 3:04d}"
         assert raw.image == (images / name).read_bytes()
         assert raw.caption.decode() == caption == f"caption, number {number} é"
@@ -46,13 +49,13 @@ def test_equal_input_gives_equal_bytes_and_nothing_is_overwritten(tmp_path):
     images, captions = write_dataset(tmp_path)
     one, other = tmp_path / "one", tmp_path / "other"
     other.mkdir()
-    pack_shards(images, captions, one, samples_per_shard=4)
+    pack_shards(images, CaptionsFile(path=captions), one, samples_per_shard=4)
     os.utime(images / "0.jpg", (5, 5))
-    pack_shards(images, captions, other, samples_per_shard=4, workers=3)
+    pack_shards(images, CaptionsFile(path=captions), other, samples_per_shard=4, workers=3)
     tars = {path.name: path.read_bytes() for path in one.glob("*.tar")}
     assert tars == {path.name: path.read_bytes() for path in other.glob("*.tar")} and len(tars) == 2
     with pytest.raises(ValueError, match="is not an empty folder"):
-        pack_shards(images, captions, one)
+        pack_shards(images, CaptionsFile(path=captions), one)
     assert tars == {path.name: path.read_bytes() for path in one.glob("*.tar")}
 
 
@@ -75,29 +78,8 @@ def test_a_bad_row_is_refused_and_nothing_written(row, message, tmp_path):
     with open(captions, "a") as file:
         file.write(row)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        pack_shards(images, captions, tmp_path / "out", samples_per_shard=2)
+        pack_shards(images, CaptionsFile(path=captions), tmp_path / "out", samples_per_shard=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["captions.tsv", "images"]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("c.tsv", "image\tcaption\na\tb\n", "no column file, filepath or filename; the columns are: image, caption"),
-        ("c.jsonl", '{"file": "a", "words": "b"}\n', "no column caption, title or text; the columns are: file, words"),
-        ("c.csv", "file,caption\na.jpg,one,two\n", "line 2: it does not have the 2 columns"),
-        ("c.csv", "file,caption\na.jpg\n", "line 2: it does not have the 2 columns"),
-        ("c.tsv", 'file\tcaption\na.jpg\t"Hello" he said\n', "line 2: .*quote the caption"),
-        ("c.tsv", 'file\tcaption\na.jpg\t"never closed\nb.jpg\tx\n', "line 2: .*quote the caption"),
-        ("c.jsonl", '{"file": "a", "caption": "b"}\n{oops\n', "line 2 is not JSON"),
-        ("c.jsonl", "[1]\n", "line 1 is not a JSON object"),
-        ("c.jsonl", '{"file": "a", "caption": null}\n', "line 1: file and caption must both hold text"),
-        ("c.txt", "", r"must be \.tsv, \.csv or \.jsonl"),
-    ],
-)
-def test_captions_file_errors(name, text, message, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        list(read_captions(tmp_path / name))
 
 
 def gradient(mode="RGB", size=(60, 40)):
@@ -148,11 +130,17 @@ def test_resized_images_keep_their_captions_and_bad_ones_are_left_out(workers, t
         file.write("0.jpg\t \n")
     resize = Reencoding(16)
     report = pack_shards(
-        images, captions, tmp_path / "out", samples_per_shard=8, skip_bad=True, reencoding=resize, workers=workers
+        images,
+        CaptionsFile(path=captions),
+        tmp_path / "out",
+        samples_per_shard=8,
+        skip_bad=True,
+        reencoding=resize,
+        workers=workers,
     )
     found = [(problem.key, problem.kind) for problem in report.skipped]
     assert (report.samples, found) == (19, [("4.jpg", "truncated"), ("0.jpg", "no-caption")])
-    good = [row for row in read_captions(captions) if row[1] != "4.jpg"][:-1]
+    good = [row for row in CaptionsFile(path=captions).rows() if row[1] != "4.jpg"][:-1]
     for raw, (_, name, caption) in zip(read_all(tmp_path / "out"), good, strict=True):
         assert raw.caption.decode() == caption
         assert raw.image == resize((images / name).read_bytes())[0]

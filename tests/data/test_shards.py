@@ -16,13 +16,22 @@ def test_pack_index_verify_and_repack(tmp_path):
     images, captions = write_dataset(tmp_path)
     shards, smaller = tmp_path / "shards", tmp_path / "smaller"
     source = ("--images", images, "--captions", captions)
-    said = f"7 samples in 3 shards in {shards}; 0 left out\n"
+    said = f"7 rows of {captions} name 7 images\n7 samples in 3 shards in {shards}; 0 left out\n"
     assert run("pack", *source, "--output", shards, "--samples-per-shard", 3, "--resize", 16) == (0, said, "")
     (shards / INDEX_NAME).unlink()
     assert run("index", shards, "--workers", 1) == (0, "7 samples in 3 shards; 0 problems\n", "")
     assert run("verify", shards, "--workers", 1) == (0, "7 good samples; 0 problems\n", "")
     assert run("pack", "--shards", shards, "--output", smaller, "--resize", 8, "--workers", 1)[0] == 0
     assert [min(decode_image(read_all(folder)[0].image).shape[:2]) for folder in (shards, smaller)] == [16, 8]
+    captions.write_text('file\tcaption\talt\n0.jpg\tx\ta "b"\n0.jpg\ty\t"c"\n2.jpg\t\t"d"\n', encoding="utf-8")
+    options = ("--caption-column", "alt", "--output", tmp_path / "alt")
+    said = (
+        "3 rows of {} name 2 images\n2 captions stand in quotation marks, which were kept; --quoting takes them off a"
+    )
+    assert run("pack", *source, *options)[1].startswith(said.format(captions))
+    assert [raw.caption for raw in read_all(tmp_path / "alt")] == [b'a "b"', b'"c"', b'"d"']
+    assert run("pack", *source, "--quoting", *options[:3], tmp_path / "unmarked")[0] == 0
+    assert read_all(tmp_path / "unmarked")[2].caption == b"d"
     for wrong in ([], ["--images", images], ["--shards", shards], ["--shards", shards, "--captions", captions]):
         refused = (2, "", "error: name --images and --captions, or --shards with --resize\n")
         assert run("pack", "--output", tmp_path / "out", *wrong) == refused
