@@ -1,7 +1,8 @@
 """The index of tar shards: one file in their folder that says where each sample is.
 
-A shard is a tar file of samples in the layout of img2dataset: members that share a key (the path up to the first dot of
-the base name) are one sample: an image (jpg, jpeg, png or webp) and a caption (txt). Other members are ignored.
+A shard is a tar file of samples in the layout of img2dataset and webdataset: members that share a key (the path up to
+the first dot of the base name) are one sample; what follows is the field. The fields jpg, jpeg, png and webp are its
+image, txt is its caption. Members of other fields are left, and counted.
 
 The index holds 40 bytes a sample and is memory-mapped, so that opening two billion samples takes no longer than opening
 two thousand. Its layout, little-endian:
@@ -18,6 +19,7 @@ Shards at a URL have their index there too: it is written while they are in a fo
 import hashlib
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,7 @@ from .atomic import atomic_file
 from .cache import CachedShards, FetchError, RemoteFile, RemoteFolder, ShardCache, is_remote
 from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption
 from .processes import map_in_processes
-from .tar import Problem, TarSample, read_samples
+from .tar import Problem, ShardContent, TarSample, printable, read_samples
 
 INDEX_NAME = "index.textlock"
 SAMPLE_DTYPE = np.dtype(
@@ -124,6 +126,8 @@ class IndexReport:
     shards: int
     samples: int
     problems: list[Problem]
+    left: Counter[str]
+    """How many members have each of the fields that are not read."""
 
 
 def list_shards(folder: Path) -> list[Path]:
@@ -148,18 +152,18 @@ def shard_names(folder: Path) -> list[str]:
     return names
 
 
-def scan_shard(path: Path) -> tuple[ShardEntry, list[TarSample], list[Problem]]:
-    """Return the table entry of one shard, its samples and what is wrong with it, from all of its bytes."""
+def scan_shard(path: Path) -> tuple[ShardEntry, ShardContent]:
+    """Return the table entry of one shard and what it holds, from all of its bytes."""
     status = path.stat()
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
-    samples, problems = read_samples(path)
-    return ShardEntry(path.name, status.st_size, status.st_mtime_ns, len(samples), digest), samples, problems
+    content = read_samples(path)
+    return ShardEntry(path.name, status.st_size, status.st_mtime_ns, len(content.samples), digest), content
 
 
-def _index_shard(path: Path) -> tuple[ShardEntry, bytes, list[Problem]]:
-    entry, samples, problems = scan_shard(path)
-    return entry, _records(path, samples).tobytes(), problems
+def _index_shard(path: Path) -> tuple[ShardEntry, bytes, list[Problem], Counter[str]]:
+    entry, content = scan_shard(path)
+    return entry, _records(path, content.samples).tobytes(), content.problems, content.left
 
 
 def index_of_one_shard(path: Path, samples: list[TarSample]) -> ShardIndex:
@@ -216,12 +220,14 @@ def index_shards(folder: Path, *, workers: int = 1) -> IndexReport:
     entries: list[ShardEntry] = []
     problems: list[Problem] = []
     empty: list[str] = []
+    left: Counter[str] = Counter()
     with atomic_file(folder / INDEX_NAME) as file:
         file.seek(records_offset)
-        for entry, records, found in map_in_processes(_index_shard, shards, min(workers, len(shards))):
+        for entry, records, found, left_here in map_in_processes(_index_shard, shards, min(workers, len(shards))):
             problems += found
+            left += left_here
             if not entry.samples:
-                empty.append(entry.name)
+                empty.append(f"{entry.name} ({_why_empty(entry, found, left_here)})")
                 continue
             fingerprint.update(entry.hashed())
             fingerprint.update(records)
@@ -229,14 +235,24 @@ def index_shards(folder: Path, *, workers: int = 1) -> IndexReport:
             entries.append(entry)
         if empty:
             raise ValueError(
-                f"{len(empty)} of {len(shards)} shards in {folder} hold no sample with an image: {', '.join(empty[:5])}"
-                f"{', ...' if len(empty) > 5 else ''}; delete them, or write them again"
+                f"{len(empty)} of {len(shards)} shards in {folder} hold no sample with an image: {'; '.join(empty[:5])}"
+                f"{'; ...' if len(empty) > 5 else ''}. Mend them, or move them elsewhere, and index again"
             )
         total = sum(entry.samples for entry in entries)
         table = b"".join(entry.pack() for entry in entries)
         file.seek(0)
         file.write(_Header(len(entries), total, records_offset, fingerprint.digest()).pack(table) + table)
-    return IndexReport(len(entries), total, problems)
+    return IndexReport(len(entries), total, problems, left)
+
+
+def _why_empty(entry: ShardEntry, problems: list[Problem], left: Counter[str]) -> str:
+    """Say why a shard holds no sample with an image."""
+    if problems:
+        return printable(f"{problems[0].key and problems[0].key + ': '}{problems[0].message}")
+    if left:
+        fields = ", ".join(printable(field) for field, _ in left.most_common(5))
+        return f"its fields are {fields}, none of them an image"
+    return f"{entry.size} bytes without a member"
 
 
 def open_index(

@@ -144,7 +144,7 @@ class _ShardRepacking:
     reencoding: Reencoding
 
     def __call__(self, path: Path) -> list[Problem]:
-        samples, problems = read_samples(path)
+        samples, problems, _ = read_samples(path)
         reader = ShardReader(index_of_one_shard(path, samples))
         draft = self.output / path.name
         written = 0

@@ -20,14 +20,12 @@ from .atomic import atomic_file
 from .captions_file import CaptionsFile
 from .index import index_shards
 from .pack import Reencoding, pack_shards, repack_shards
-from .tar import Problem
+from .tar import Problem, printable
 from .verify import verify_shards
 
 
 def _show(problem: Problem) -> None:
-    line = "\t".join([problem.shard, problem.key or "-", problem.kind, problem.message])
-    # Keys are untrusted: a character that is not printable could forge a line or control the terminal.
-    print("".join(c if c.isprintable() or c == "\t" else c.encode("unicode_escape").decode() for c in line))
+    print("\t".join(map(printable, [problem.shard, problem.key or "-", problem.kind, problem.message])))
 
 
 def _pack(
@@ -97,6 +95,12 @@ def _index(folder: tyro.conf.Positional[Path], workers: int | None = None) -> No
     report = index_shards(folder, workers=workers or os.cpu_count() or 1)
     for problem in report.problems:
         _show(problem)
+    if report.left:
+        fields = ", ".join(f"{count:,} {printable(field)}" for field, count in report.left.most_common(8))
+        more = len(report.left) - 8
+        print(
+            f"members of other fields, which are not read: {fields}" + (f" and {more} more fields" if more > 0 else "")
+        )
     print(f"{report.samples} samples in {report.shards} shards; {len(report.problems)} problems")
 
 

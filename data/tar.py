@@ -18,20 +18,24 @@ What may be wrong with a shard is counted by these kinds:
     name              an image or caption whose name is absolute or climbs with ``..``
     duplicate         a second image (or caption) with one key: the first counts
     no-image          a caption without an image
+    dots              an image whose name has dots besides that of its extension, and no other image with its key
+    gzip              the shard is compressed, and a compressed one is not read at random
     tar-empty         no sample with an image at all
 """
 
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from .images import IMAGE_EXTENSIONS
 
 BLOCK = 512
+_GZIP = b"\x1f\x8b"
 _MAX_EXTENDED_HEADER = 2**20
 _MAX_DAMAGES = 100
 _SCAN_BYTES = 2**20
@@ -242,33 +246,58 @@ class TarSample:
     caption: TarMember | None = None
 
 
-def split_key(name: str) -> tuple[str, str]:
-    """Return (key, extension) of a member: the path up to the first dot of the base name; what follows the last dot.
+class ShardContent(NamedTuple):
+    """What a shard holds."""
 
-    The extension is in lower case. The key is empty for names such as ``.hidden`` or ``folder/._001.jpg``.
+    samples: list[TarSample]
+    """Those with an image, in the order of their first member."""
+    problems: list[Problem]
+    left: Counter[str]
+    """How many members have each of the fields that are not read."""
+
+
+def printable(text: str) -> str:
+    """Return a name from a shard for a message: a character that is not printable could forge a line of a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """Return (key, field) of a member as webdataset does: the path up to the first dot of the base name; what follows.
+
+    ``000.depth.png`` is the field depth.png of 000. The field is in lower case. The key is empty for names such as
+    ``.hidden`` or ``folder/._001.jpg``.
     """
     folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
+    stem, dot, field = base.partition(".")
     if not stem or not dot:
         return "", ""
-    return folder + slash + stem, extension.rpartition(".")[2].lower()
+    return folder + slash + stem, field.lower()
 
 
-def read_samples(path: Path) -> tuple[list[TarSample], list[Problem]]:
-    """Return the samples of a shard that have an image, in the order of their first member, and what is wrong with it.
+def read_samples(path: Path) -> ShardContent:
+    """Read the samples of a shard: the fields jpg, jpeg, png or webp are the image, the field txt is the caption.
 
     Members of a key may be adjacent or not. Of two images (or captions) with one key the first counts.
     """
     samples: dict[str, TarSample] = {}
     problems: list[Problem] = []
+    left: Counter[str] = Counter()
+    dotted: dict[str, str] = {}  # key -> name of an image that has further dots
 
     def add(key: str, kind: str, message: str) -> None:
         problems.append(Problem(path.name, key, kind, message))
 
     with open(path, "rb", buffering=0) as file:
+        if file.read(2) == _GZIP:
+            add("", "gzip", "it is compressed with gzip: decompress it (gzip -d) and index again")
+            return ShardContent([], problems, left)
         for member in read_members(file, on_damage=lambda damage: add("", damage.kind, str(damage))):
-            key, extension = split_key(member.name)
-            if not key or extension not in IMAGE_EXTENSIONS | {"txt"}:
+            key, field = split_key(member.name)
+            if field not in IMAGE_EXTENSIONS | {"txt"}:
+                if key and member.is_file:
+                    left[field] += 1
+                    if field.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                        dotted.setdefault(key, member.name)
                 continue
             if not member.is_file:
                 add(key, "link", f"{member.name} is a link, a device or a folder, which is not followed")
@@ -278,12 +307,17 @@ def read_samples(path: Path) -> tuple[list[TarSample], list[Problem]]:
                 add(key, "name", f"the name {member.name} leads out of its folder")
                 continue
             sample = samples.setdefault(key, TarSample(key))
-            slot = "caption" if extension == "txt" else "image"
+            slot = "caption" if field == "txt" else "image"
             if getattr(sample, slot) is None:
                 setattr(sample, slot, member)
             else:
                 add(key, "duplicate", f"a second {slot} with this key, {member.name}, is not used")
+    for key, name in dotted.items():
+        if key not in samples or samples[key].image is None:
+            field = split_key(name)[1]
+            message = f"{name} is the field {field} of {key}, which is no image: write other dots in names as - or _"
+            add(key, "dots", message)
     for sample in samples.values():
-        if sample.image is None:
+        if sample.image is None and sample.key not in dotted:
             add(sample.key, "no-image", "the sample has a caption but no image")
-    return [sample for sample in samples.values() if sample.image is not None], problems
+    return ShardContent([sample for sample in samples.values() if sample.image is not None], problems, left)

@@ -103,7 +103,7 @@ class _ShardCheck:
             path = Path(f"/proc/self/fd/{lease.descriptor}")
         else:
             path = Path(self.address) / name
-        entry, samples, problems = scan_shard(path)
+        entry, (samples, problems, _) = scan_shard(path)
         entry = replace(entry, name=name)
         problems = [replace(problem, shard=name) for problem in problems]
         alone = index_of_one_shard(path, samples)

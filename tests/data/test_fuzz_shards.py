@@ -137,7 +137,7 @@ def test_tampered_tars(tmp_path):
         raw = mutate_tar(random.Random(number))
         path.write_bytes(raw)
         with guarded(number, tmp_path):
-            samples, problems = read_samples(path)
+            samples, problems, _ = read_samples(path)
             for found in samples:
                 for member in (found.image, found.caption):
                     assert member is None or 0 <= member.offset <= member.offset + member.size <= len(raw)

@@ -1,3 +1,4 @@
+import gzip
 import os
 import shutil
 from dataclasses import replace
@@ -54,11 +55,22 @@ def test_missing_shards_and_shards_without_an_image_are_named(shards, tmp_path):
         open_index(tmp_path / "nowhere")
     before = (shards / INDEX_NAME).read_bytes()
     (shards / "90000.tar").write_bytes(b"")
-    write_tar(shards / "90001.tar", [("a.txt", b"text alone")])
-    with pytest.raises(
-        ValueError, match=r"2 of 5 shards .* hold no sample with an image: 90000.tar, 90001.tar; delete"
-    ):
+    (shards / "90001.tar").write_bytes(gzip.compress(before))
+    write_tar(shards / "90002.tar", [("a.txt", b"text alone")])
+    write_tar(shards / "90003.tar", [("a.cls", b"1"), ("a.x\x1b.pyd", b"1")])
+    write_tar(shards / "90004.tar", [("a.1.jpg", b"1"), ("a.1.txt", b"1")])
+    with pytest.raises(ValueError, match=r"5 of 8 shards .* hold no sample with an image: ") as caught:
         index_shards(shards)
+    said = str(caught.value)
+    for reason in (
+        "90000.tar (the file ends at byte 0 without an end marker: it was cut short)",
+        "90001.tar (it is compressed with gzip: decompress it (gzip -d) and index again)",
+        "90002.tar (a: the sample has a caption but no image)",
+        r"90003.tar (its fields are cls, x\x1b.pyd, none of them an image)",
+        "90004.tar (a: a.1.jpg is the field 1.jpg of a, which is no image: write other dots in names as - or _)",
+    ):
+        assert reason in said
+    assert "delete" not in said and said.isprintable()
     assert (shards / INDEX_NAME).read_bytes() == before
     assert not list(shards.glob(".*"))
 
@@ -94,8 +106,8 @@ def test_an_index_that_names_files_elsewhere_is_refused(name, shards, monkeypatc
     scan = module.scan_shard
 
     def lie(path):
-        entry, samples, problems = scan(path)
-        return replace(entry, name=name), samples, problems
+        entry, content = scan(path)
+        return replace(entry, name=name), content
 
     monkeypatch.setattr(module, "scan_shard", lie)
     index_shards(shards)

@@ -2,6 +2,7 @@ import io
 import tarfile
 
 import pytest
+import webdataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ def test_links_and_devices_are_not_followed(tmp_path):
     links = [(f"{number}.jpg", b"", kind) for number, kind in enumerate(kinds)]
     path = write_tar(tmp_path / "0.tar", [*links, ("real.jpg", b"abc")])
     assert contents(path) == [("real.jpg", b"abc")]
-    samples, problems = read_samples(path)
+    samples, problems, _ = read_samples(path)
     assert [sample.key for sample in samples] == ["real"]
     # tarfile writes a folder's name with a slash at its end: it has no extension.
     assert [(problem.key, problem.kind) for problem in problems] == [("0", "link"), ("1", "link"), ("2", "link")]
@@ -40,10 +41,11 @@ def test_links_and_devices_are_not_followed(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "b/../../a.jpg", "b/..", "b\\..\\a.jpg", "C:\\..\\a.jpg"])
 def test_names_that_lead_out_of_their_folder(name, tmp_path):
-    path = write_tar(tmp_path / "0.tar", [("./b.jpg", b"b"), (name, b"a"), ("..c/d..e.jpg", b"c")])
-    samples, problems = read_samples(path)
+    path = write_tar(tmp_path / "0.tar", [("./b.jpg", b"b"), (name, b"a"), ("..c/d.jpg", b"c")])
+    samples, problems, _ = read_samples(path)
     assert [sample.key for sample in samples] == ["./b", "..c/d"]
-    assert [problem.kind for problem in problems] == ["name"] * name.endswith(".jpg")
+    # A backslash is a character of a name here, and the dots behind it begin the field.
+    assert [problem.kind for problem in problems] == ["dots" if "\\" in name else "name"] * name.endswith(".jpg")
 
 
 def test_base_256_and_pax_sizes(tmp_path):
@@ -137,23 +139,45 @@ def test_an_extended_header_of_many_records_is_read_in_one_pass():
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "extension"),
+    ("name", "key", "field"),
     [
         ("000000001.jpg", "000000001", "jpg"),
-        ("folder.d/a.b.JPG", "folder.d/a", "jpg"),
+        ("folder.d/a.b.JPG", "folder.d/a", "b.jpg"),
+        ("folder.d/a.JPG", "folder.d/a", "jpg"),
         ("../../etc/a.txt", "../../etc/a", "txt"),
         ("folder/._a.jpg", "", ""),
         ("noextension", "", ""),
     ],
 )
-def test_split_key(name, key, extension):
-    assert split_key(name) == (key, extension)
+def test_split_key(name, key, field):
+    assert split_key(name) == (key, field)
+    found, suffix = webdataset.tariterators.base_plus_ext(name)
+    assert (found or "", (suffix or "").lower()) == (key, field) or "._" in name  # what macOS puts beside a file
 
 
 def test_samples_are_grouped_by_key(tmp_path):
     names = ["b.txt", "a.JPG", "b.webp", "a.json", "a.txt", "a.png", "b.txt", "alone.txt", "silent.jpeg"]
     path = write_tar(tmp_path / "0.tar", [(name, b"x") for name in names])
-    samples, problems = read_samples(path)
+    samples, problems, _ = read_samples(path)
     found = [(s.key, s.image.name, s.caption.name if s.caption else None) for s in samples]
     assert found == [("b", "b.webp", "b.txt"), ("a", "a.JPG", "a.txt"), ("silent", "silent.jpeg", None)]
     assert sorted((p.key, p.kind) for p in problems) == [("a", "duplicate"), ("alone", "no-image"), ("b", "duplicate")]
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["as listed", "the other way round"])
+def test_other_fields_beside_image_and_caption_are_left_and_counted(reverse, tmp_path):
+    """As webdataset and open_clip read them, whichever comes first."""
+    names = ["0.depth.png", "0.jpg", "0.de.txt", "0.txt", "0.json", "0.npz", "1.seg.v2.png", "1.webp"]
+    path = write_tar(tmp_path / "0.tar", [(name, name.encode()) for name in (names[::-1] if reverse else names)])
+    samples, problems, left = read_samples(path)
+    found = {s.key: (s.image.name, s.caption and s.caption.name) for s in samples}
+    assert found == {"0": ("0.jpg", "0.txt"), "1": ("1.webp", None)} and not problems
+    assert left == {"depth.png": 1, "de.txt": 1, "json": 1, "npz": 1, "seg.v2.png": 1}
+
+
+def test_dotted_names_are_never_joined_crosswise(tmp_path):
+    names = ["cat.1.jpg", "cat.1.txt", "cat.2.jpg", "cat.2.txt", "dog.jpg", "dog.txt", "cow.1.png", "cow.txt"]
+    samples, problems, _ = read_samples(write_tar(tmp_path / "0.tar", [(name, b"x") for name in names]))
+    assert [(s.key, s.image.name, s.caption.name) for s in samples] == [("dog", "dog.jpg", "dog.txt")]
+    assert [(p.key, p.kind) for p in problems] == [("cat", "dots"), ("cow", "dots")]
+    assert problems[0].message.startswith("cat.1.jpg is the field 1.jpg of cat, which is no image: write other dots")
