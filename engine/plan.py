@@ -360,8 +360,8 @@ def measure_activation_bytes(tower: VisionTower, autocast: torch.autocast, keep:
 
     What does not grow with the batch (weights, copies of them, RoPE tables) drops out of the difference.
     """
-    few, more = (_saved_bytes(tower, autocast, images, keep) for images in (1, 3))
-    return (more - few) // 2
+    one, two = (_saved_bytes(tower, autocast, images, keep) for images in (1, 2))
+    return two - one
 
 
 def _saved_bytes(tower: VisionTower, autocast: torch.autocast, images: int, keep: Keep) -> int:
