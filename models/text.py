@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..settings import FREE_ON_RESUME, NOT_EMPTY, Settings, at_least
 from .text_folder import first_line, local_folder, read_json, tensors, weight_files
-from .text_recipe import Pooling, Recipe, Said, load_layers, pool, read_recipe
+from .text_recipe import Pooling, Recipe, FolderRecipe, load_layers, pool, read_recipe
 
 # No WordPiece or SentencePiece vocabulary in use averages near 64 characters a token, so this cut is only ever
 # felt by strings that would otherwise be tokenised for seconds and then thrown away.
@@ -124,7 +124,7 @@ class TextTower:
         config: TextConfig,
         model: Any,
         tokenizer: Any,
-        said: Said,
+        said: FolderRecipe,
         layers: nn.Module,
         recipe: Recipe,
         *,
@@ -328,7 +328,7 @@ def bucket_by_length(lengths: Sequence[int], tokens_per_batch: int) -> list[list
     return [*batches, batch] if batch else batches
 
 
-def _require_recipe(config: TextConfig, said: Said, folder: Path) -> None:
+def _require_recipe(config: TextConfig, said: FolderRecipe, folder: Path) -> None:
     """Raise ValueError, naming the flag, where neither the folder nor the config says how embeddings are made."""
     if not said.pooling and config.pooling is None:
         raise ValueError(
@@ -359,7 +359,7 @@ def _require_encodes(tower: TextTower, folder: Path) -> None:
         )
 
 
-def _resolve_length(config: TextConfig, said: Said, folder: Path, of_tokenizer: int, most: int | None) -> int:
+def _resolve_length(config: TextConfig, said: FolderRecipe, folder: Path, of_tokenizer: int, most: int | None) -> int:
     if config.max_length is not None:
         if most is not None and config.max_length > most:
             config.refuse("max_length", f"be at most {most}, the tokens that text tower {folder} reads")
@@ -370,7 +370,7 @@ def _resolve_length(config: TextConfig, said: Said, folder: Path, of_tokenizer: 
     return min(limits)
 
 
-def _contradictions(config: TextConfig, said: Said) -> list[str]:
+def _contradictions(config: TextConfig, said: FolderRecipe) -> list[str]:
     """Say where the settings ask for another recipe than the folder's."""
     notes = []
     for name, theirs in (

@@ -44,7 +44,7 @@ _NOMIC_TOKENS: Final = 77  # as Nomic Embed Vision was trained; the text model i
 
 
 @dataclass(frozen=True)
-class Said:
+class FolderRecipe:
     """What a folder says of its recipe; None and empty where it says nothing."""
 
     encoder: Path
@@ -84,13 +84,13 @@ class Recipe:
     """Leading components kept, then the embedding is made unit length."""
 
     def __str__(self) -> str:
-        before = f"prefix {self.prefix!r}" + ("" if self.pool_prefix else " (not pooled)")
+        before = f"prefix {self.prefix!r}" + (" (not pooled)" if self.prefix and not self.pool_prefix else "")
         steps = [f"{' + '.join(self.pooling)} pooling", *self.layers, *(["LayerNorm"] if self.layer_norm else [])]
         lower = "lower case, " if self.lower_case else ""
         return f"{before}, {lower}{self.max_length:,} tokens, {', '.join(steps)}, {self.dimensions} dimensions"
 
 
-def read_recipe(folder: Path, name: str) -> Said:
+def read_recipe(folder: Path, name: str) -> FolderRecipe:
     """Read what a folder says of its recipe.
 
     Args:
@@ -111,10 +111,10 @@ def read_recipe(folder: Path, name: str) -> Said:
                 "incomplete"
             )
         pooling = _read_pooling(folder / modules[0]) if modules else ((), True)
-        said = Said(folder, *pooling, **_read_encoder_settings(folder))
+        said = FolderRecipe(folder, *pooling, **_read_encoder_settings(folder))
     said = _with_prompts(said, folder)
     if nomic := _NOMIC_NAME.fullmatch(_released_name(folder, name)):
-        return Said(
+        return FolderRecipe(
             said.encoder,
             pooling=said.pooling or ("mean",),
             prefix=_NOMIC_PREFIX,
@@ -124,7 +124,7 @@ def read_recipe(folder: Path, name: str) -> Said:
     return said
 
 
-def load_layers(said: Said, width: int) -> tuple[nn.Sequential, tuple[str, ...], int]:
+def load_layers(said: FolderRecipe, width: int) -> tuple[nn.Sequential, tuple[str, ...], int]:
     """Build what comes after pooling.
 
     Args:
@@ -146,7 +146,7 @@ def load_layers(said: Said, width: int) -> tuple[nn.Sequential, tuple[str, ...],
             continue
         settings = read_json(folder / "config.json")
         weights = _read_weights(folder)
-        layer: nn.Module
+        layer: nn.LayerNorm | _Dense
         if kind == "LayerNorm":
             layer, out = nn.LayerNorm(width), width
             words.append("LayerNorm with weights")
@@ -154,7 +154,8 @@ def load_layers(said: Said, width: int) -> tuple[nn.Sequential, tuple[str, ...],
             activation = _activation(settings.get("activation_function", "torch.nn.modules.activation.Tanh"), folder)
             out = int(settings.get("out_features", 0))
             layer = _Dense(width, out, weights, activation, residual=bool(settings.get("use_residual", False)))
-            words.append(f"Dense {width} to {out} {type(activation).__name__}")
+            added = ", input added" if layer.adds_input else ""
+            words.append(f"Dense {width} to {out} {type(activation).__name__}{added}")
         try:
             layer.load_state_dict({key.removeprefix("norm."): value.float() for key, value in weights.items()})
         except RuntimeError as error:
@@ -233,7 +234,7 @@ def _released_name(folder: Path, name: str) -> str:
     return Path(name).name
 
 
-def _read_modules(folder: Path) -> Said:
+def _read_modules(folder: Path) -> FolderRecipe:
     path = folder / "modules.json"
     modules = read_json(path, list)
     if not all(isinstance(module, dict) and {"type", "path"} <= module.keys() for module in modules):
@@ -259,7 +260,7 @@ def _read_modules(folder: Path) -> Said:
         _require_sentence_embedding(place)
     if layers and layers[-1][0] == "Normalize":
         layers.pop()  # every embedding ends at unit length
-    return Said(places[0], pooling, pool_prefix, layers=tuple(layers), **_read_encoder_settings(places[0]))
+    return FolderRecipe(places[0], pooling, pool_prefix, layers=tuple(layers), **_read_encoder_settings(places[0]))
 
 
 def _read_pooling(folder: Path) -> tuple[tuple[Pooling, ...], bool]:
@@ -283,7 +284,7 @@ def _read_pooling(folder: Path) -> tuple[tuple[Pooling, ...], bool]:
 
 
 def _read_encoder_settings(encoder: Path) -> dict[str, Any]:
-    """Return max_length and lower_case of an encoder, under the names of `Said`."""
+    """Return max_length and lower_case of an encoder, under the names of `FolderRecipe`."""
     path = next((encoder / name for name in _ENCODER_SETTINGS if (encoder / name).is_file()), None)
     if path is None:
         return {}
@@ -307,7 +308,7 @@ def _read_encoder_settings(encoder: Path) -> dict[str, Any]:
     return {"max_length": max_length, "lower_case": lower_case}
 
 
-def _with_prompts(said: Said, folder: Path) -> Said:
+def _with_prompts(said: FolderRecipe, folder: Path) -> FolderRecipe:
     path = folder / "config_sentence_transformers.json"
     if not path.is_file():
         return said
@@ -315,10 +316,10 @@ def _with_prompts(said: Said, folder: Path) -> Said:
     prompts, default = settings.get("prompts") or {}, settings.get("default_prompt_name")
     if default is None:
         named = tuple(name for name, prompt in prompts.items() if prompt)
-        return Said(**{**vars(said), "prompts": named})
+        return FolderRecipe(**{**vars(said), "prompts": named})
     if not isinstance(prompts.get(default), str):
         raise ValueError(f"{path} names the prompt {default!r} as its default and has no such prompt")
-    return Said(**{**vars(said), "prefix": prompts[default]})
+    return FolderRecipe(**{**vars(said), "prefix": prompts[default]})
 
 
 def _require_sentence_embedding(folder: Path) -> None:

@@ -143,6 +143,7 @@ LAYERS = {
 def test_what_comes_after_pooling(encoders, tmp_path, parts):
     folder = write_sentence_folder(tmp_path / "t", encoders("bert"), *parts)
     tower = assert_same_embeddings(folder)
+    assert tower.recipe.layers and ("input added" in str(tower.recipe)) == any("use_residual" in it[1] for it in parts)
     changed = shutil.copytree(folder, tmp_path / "changed")
     weighted = next(place for place in sorted(changed.glob("[2-9]_*")) if (place / "model.safetensors").exists())
     name = "norm.bias" if "LayerNorm" in weighted.name else "linear.weight"
