@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..settings import FREE_ON_RESUME, NOT_EMPTY, Settings, at_least
 from .text_folder import first_line, local_folder, read_json, tensors, weight_files
-from .text_recipe import Pooling, Recipe, FolderRecipe, load_layers, pool, read_recipe
+from .text_recipe import FolderRecipe, Pooling, Recipe, load_layers, pool, read_recipe
 
 # No WordPiece or SentencePiece vocabulary in use averages near 64 characters a token, so this cut is only ever
 # felt by strings that would otherwise be tokenised for seconds and then thrown away.
