@@ -6,15 +6,18 @@ DEMO := runs/demo
 
 .PHONY: demo test test-processors lint gpu-check bench report clean
 
-demo: $(DEMO)/data/captions.txt $(DEMO)/text_tower/config.json
+demo: $(DEMO)/data/train/text_embeddings
 	$(RUN) train.py --config configs/demo.yaml --run-dir $(DEMO)
 
 $(DEMO)/data/captions.txt: | $(VENV)/.installed
 	$(RUN) -m textlock.demo.scenes --output $(DEMO)/data
 
-$(DEMO)/text_tower/config.json: $(DEMO)/data/captions.txt
-	rm -rf $(DEMO)/text_tower
-	$(RUN) -m textlock.demo.text_tower --captions $(DEMO)/data/captions.txt --output $(DEMO)/text_tower
+$(DEMO)/text_tower/origin.json: | $(VENV)/.installed
+	$(RUN) -m textlock.demo.sentence_encoder --output $(DEMO)/text_tower
+
+$(DEMO)/data/train/text_embeddings: $(DEMO)/data/captions.txt $(DEMO)/text_tower/origin.json
+	$(RUN) -m textlock.data.embeddings $(DEMO)/data/train --tower $(DEMO)/text_tower
+	touch $@
 
 # A process a core, one thread each, at most eight: a process may take four GiB.
 test: export OMP_NUM_THREADS = 1

@@ -210,12 +210,13 @@ def write_results(
 ) -> Path:
     """Write results.json, the images for the report and the report of a finished run; return the report's path."""
     # Only here: no rank needs what writes the page in order to train.
-    from textlock.engine.gallery import save_gallery
+    from textlock.engine.gallery import save_answers, save_gallery
     from textlock.engine.report import write_report
 
     run_dir = Path(config.run_dir)
     results = {
         **figures,
+        "chance": evaluations.chance(),
         "images_per_second": progress.samples_seen / progress.train_seconds,
         "wall_seconds": progress.wall_seconds,
         "samples_seen": progress.samples_seen,
@@ -229,6 +230,8 @@ def write_results(
     write_text_atomically(run_dir / "results.json", json.dumps(results, indent=1) + "\n")
     if gallery := evaluations.gallery():
         save_gallery(run_dir, gallery.images, gallery.captions, gallery.nearest)
+    if answers := evaluations.answers():
+        save_answers(run_dir, answers)
     return write_report(run_dir)
 
 

@@ -3,6 +3,7 @@
 Bad ones are left out, named in the log and counted; nothing replaces them.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,32 @@ def list_classes(folder: Path | str) -> list[str]:
         FileNotFoundError: the folder does not exist or holds no folders.
     """
     return [path.name.replace("_", " ") for path in _class_folders(Path(folder))]
+
+
+def read_class_names(names: Path | str, folder: Path | str) -> list[str]:
+    """Return the names that a file gives the classes of a folder, in the order of ``list_classes``.
+
+    Args:
+        names: JSON file with one object, {name of the class folder: name of the class}. It may name other folders too.
+        folder: class folders.
+
+    Raises:
+        FileNotFoundError: the file does not exist, or the folder does not or holds no folders.
+        ValueError: the file is no such object, or leaves a class folder without a name.
+    """
+    path, folders = Path(names), [path.name for path in _class_folders(Path(folder))]
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: give a JSON file that maps the folders in {folder} to class names")
+    try:
+        name_of = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): it must map class folders to class names") from error
+    if not isinstance(name_of, dict):
+        raise ValueError(f"{path} holds a {type(name_of).__name__}: it must map class folders to class names")
+    for name in folders:
+        if not isinstance(name_of.get(name), str) or not name_of[name].strip():
+            raise ValueError(f"{path} has no name for class folder {name} of {folder}: add one")
+    return [name_of[name] for name in folders]
 
 
 def iterate_class_folder(

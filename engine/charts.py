@@ -22,7 +22,12 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 170
 AREA = {"width": 360, "height": 196, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
 
 # Marks differ in shape and lines in dashes (see the style sheet), so that a series is never known by its colour alone.
-MARK_SHAPES = ("m-3,0a3,3 0 1 0 6,0a3,3 0 1 0 -6,0z", "m-2.8,-2.8h5.6v5.6h-5.6z", "m0,-3.8l3.8,3.8l-3.8,3.8l-3.8,-3.8z")
+MARK_SHAPES = (
+    "m-3,0a3,3 0 1 0 6,0a3,3 0 1 0 -6,0z",
+    "m-2.8,-2.8h5.6v5.6h-5.6z",
+    "m0,-3.8l3.8,3.8l-3.8,3.8l-3.8,-3.8z",
+    "m0,-3.6l3.6,6.2h-7.2z",
+)
 
 Record = dict[str, Any]
 Floats = npt.NDArray[np.float64]
@@ -54,6 +59,7 @@ def evaluation_charts(metrics: list[Record], evaluations: list[Record]) -> list[
             "zero_shot_top1": "top-1",
             "zero_shot_top5": "top-5",
             "zero_shot_unseen_top1": "unseen, top-1",
+            "zero_shot_renamed_top1": "renamed, top-1",
         },
         "Image to text recall": {f"image_to_text_recall@{k}": f"@{k}" for k in (1, 5, 10)},
         "Text to image recall": {f"text_to_image_recall@{k}": f"@{k}" for k in (1, 5, 10)},

@@ -1,4 +1,4 @@
-"""The held-out images that a report shows: saved at the end of a run, read back as cards of the page."""
+"""The held-out images that a report shows: saved at the end of a run, read back for the page."""
 
 import base64
 import io
@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,10 @@ import torch
 from PIL import Image
 
 from ..data.atomic import atomic_file, write_text_atomically
-from .charts import number
+from .charts import figure, number
+
+if TYPE_CHECKING:  # evals loads transformers, which a report does without
+    from ..evals.suite import Answer
 
 MAX_IMAGES = 24
 
@@ -77,6 +80,47 @@ def read_gallery(run_dir: Path) -> dict[str, Any] | None:
         "first": sum(card["rank"] == 1 for card in cards),
         "found": sum(card["rank"] is not None for card in cards),
     }
+
+
+def save_answers(run_dir: Path, answers: "Sequence[Answer]") -> None:
+    """Write the free texts that the report shows and the images they found: `answers.safetensors` and `.json`."""
+    entries = [
+        {
+            "query": answer.query,
+            "images": [
+                {"caption": caption, "score": score}
+                for caption, score in zip(answer.captions, answer.scores, strict=True)
+            ],
+        }
+        for answer in answers
+    ]
+    images = {str(index): answer.images.detach().cpu().contiguous() for index, answer in enumerate(answers)}
+    (run_dir / "answers.json").unlink(missing_ok=True)  # the texts go last, as in the gallery
+    with atomic_file(run_dir / "answers.safetensors") as file:
+        file.write(safetensors.torch.save(images))
+    write_text_atomically(run_dir / "answers.json", json.dumps(entries, indent=1))
+
+
+def read_answers(run_dir: Path) -> list[dict[str, Any]]:
+    """Return what the template shows of the free texts and the images they found; nothing when the run has none."""
+    images_path, texts_path = run_dir / "answers.safetensors", run_dir / "answers.json"
+    if not (images_path.is_file() and texts_path.is_file()):
+        return []
+    try:
+        images = safetensors.numpy.load_file(images_path)
+        entries = json.loads(texts_path.read_text(encoding="utf-8"))
+        return [
+            {
+                "query": entry["query"],
+                "images": [
+                    {"image": _data_url(image), "caption": found["caption"], "score": figure(number(found["score"]))}
+                    for image, found in zip(images[str(index)], entry["images"], strict=True)
+                ],
+            }
+            for index, entry in enumerate(entries)
+        ]
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"the answers in {run_dir} are damaged ({error!r}): delete both answers files") from error
 
 
 def _card(image: npt.NDArray[np.uint8], caption: str, nearest: list[tuple[str, float]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from ..data.atomic import write_text_atomically
 from ..settings import exit_with
 from .charts import ABSENT, AREA, Floats, Record, column, count, evaluation_charts, figure, number, training_charts
-from .gallery import read_gallery
+from .gallery import read_answers, read_gallery
 
 MAX_CAPTION_LETTERS = 160
 PAGE = Path(__file__).with_name("page")
@@ -31,11 +31,15 @@ METRIC_LABELS = {
     "zero_shot_top1": "Zero-shot top-1",
     "zero_shot_top5": "Zero-shot top-5",
     "zero_shot_unseen_top1": "Zero-shot top-1, unseen",
+    "zero_shot_renamed_top1": "Zero-shot top-1, renamed",
     **{f"image_to_text_recall@{k}": f"Image to text, recall@{k}" for k in (1, 5, 10)},
     **{f"text_to_image_recall@{k}": f"Text to image, recall@{k}" for k in (1, 5, 10)},
     "mean_recall@1": "Mean recall@1",
     "zero_shot_unseen_top5": "Zero-shot top-5, unseen",
+    "zero_shot_renamed_top5": "Zero-shot top-5, renamed",
 }
+UNSEEN_BARS = {"zero_shot_top1": "Seen", "zero_shot_unseen_top1": "Unseen"}
+RENAMED_BARS = {"zero_shot_renamed_top1": "Top-1", "zero_shot_renamed_top5": "Top-5"}
 # Numbers logged with the metrics that are facts of the run, not scores of the model.
 RUN_KEYS = {"step", "samples_seen", "images_per_second", "wall_seconds", "world_size"}
 
@@ -72,7 +76,9 @@ def write_report(run_dir: Path) -> Path:
         training_charts=training_charts(metrics),
         evaluation_charts=evaluation_charts(metrics, evaluations),
         scores=_scores(evaluations, results),
-        unseen=_unseen_bars(evaluations, results),
+        unseen=_bars("zero_shot_unseen", UNSEEN_BARS, evaluations, results),
+        renamed=_bars("zero_shot_renamed", RENAMED_BARS, evaluations, results),
+        answers=read_answers(run_dir),
         gallery=read_gallery(run_dir),
         facts=_facts(metrics, results),
         versions=versions if isinstance(versions := results.get("versions"), dict) else {},
@@ -187,16 +193,28 @@ def _scores(evaluations: list[Record], results: Record) -> list[Record]:
     return rows
 
 
-def _unseen_bars(evaluations: list[Record], results: Record) -> list[Record]:
-    keys = ("zero_shot_top1", "zero_shot_unseen_top1")
-    values = [_final(key, evaluations, results) for key in keys]
-    if not math.isfinite(values[1]):
+def _bars(kind: str, labels: dict[str, str], evaluations: list[Record], results: Record) -> list[Record]:
+    """Return a bar for each of the ``labels`` {metric: label} that has a value; none unless one of ``kind`` has."""
+    chance = results["chance"] if isinstance(results.get("chance"), dict) else {}
+    values = {key: _final(key, evaluations, results) for key in labels}
+    if not any(math.isfinite(value) and key.startswith(kind) for key, value in values.items()):
         return []
     return [
-        {"label": label, "value": figure(value, percent=True), "share": f"{100 * min(max(value, 0), 1):.1f}"}
-        for label, value in zip(("Seen", "Unseen"), values, strict=True)
+        {
+            "label": labels[key],
+            "value": figure(value, percent=True),
+            "share": _width(value),
+            "chance": figure(blind, percent=True) if math.isfinite(blind := number(chance.get(key))) else None,
+            "chance_share": _width(blind),
+        }
+        for key, value in values.items()
         if math.isfinite(value)
     ]
+
+
+def _width(share: float) -> str:
+    """Write a share as the width of a bar in percent."""
+    return f"{100 * min(max(share, 0), 1):.1f}" if math.isfinite(share) else "0"
 
 
 def _of_finite(reduce: Callable[[Floats], float], records: Sequence[Record], key: str) -> float:

@@ -8,15 +8,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.evaluation import iterate_class_folder, iterate_shards, list_class_images, list_classes
+from ..data.evaluation import (
+    iterate_class_folder,
+    iterate_shards,
+    list_class_images,
+    list_classes,
+    read_class_names,
+)
 from ..data.index import open_index
 from ..models.text import TextTower
-from ..settings import Bound, Settings, at_least
+from ..settings import NOT_EMPTY, Bound, Settings, at_least
 from .retrieval import RetrievalRows, evaluate_retrieval
 from .zero_shot import class_embeddings, evaluate_zero_shot
 
 _GALLERY_IMAGES = 24
 _GALLERY_CAPTIONS = 3
+_ANSWERS = 6  # images shown for a query
 
 EncodeImages = Callable[[Tensor], Tensor]  # uint8 [b, S, S, 3] -> rows [b, d]
 
@@ -35,12 +42,25 @@ class EvalConfig(Settings, section="evals"):
     zero_shot_unseen: str | None = None
     """A second class folder, of classes that no training caption names. Its images choose among the classes of both
     folders, and are reported apart as zero_shot_unseen_top1 and _top5."""
+    zero_shot_renamed: str | None = None
+    """JSON file with other names of the classes of zero_shot, {folder name: class name}. The same images choose among
+    these names too, and are reported apart as zero_shot_renamed_top1 and _top5."""
     retrieval: str | None = None
     """Shards for image-text retrieval, recall@1, 5 and 10 both ways."""
     templates: Annotated[tuple[str, ...], PROMPTS] = ("a photo of a {}.",)
     """Prompts of a class; {} is its name. The mean of their text embeddings stands for the class."""
+    queries: Annotated[tuple[str, ...], NOT_EMPTY] = ()
+    """Free texts for the page of the run, which shows the images of retrieval that are nearest to each."""
     batch_size: Annotated[int, at_least(1)] = 256
     """Images per forward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        """Also refuse what needs another evaluation that is not asked for."""
+        super().__post_init__()
+        if self.zero_shot_renamed is not None and self.zero_shot is None:
+            self.refuse("zero_shot_renamed", f"be left out without {self.flag('zero_shot')}, whose classes it renames")
+        if self.queries and self.retrieval is None:
+            self.refuse("queries", f"be left out without {self.flag('retrieval')}, whose images answer them")
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,16 @@ class Gallery:
     images: Tensor  # uint8 [n, S, S, 3]
     captions: list[str]  # the true ones
     nearest: list[list[tuple[str, float]]]  # best first, with their cosines
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The held-out images nearest to a free text."""
+
+    query: str
+    images: Tensor  # uint8 [k, S, S, 3], the nearest first
+    captions: list[str]  # their own
+    scores: list[float]  # cosines of image and query
 
 
 class EvaluationSuite:
@@ -62,8 +92,8 @@ class EvaluationSuite:
         group: ranks that share the images; None for one process.
 
     Raises:
-        FileNotFoundError: a folder is missing or empty.
-        ValueError: the index of the retrieval shards is stale.
+        FileNotFoundError: a folder is missing or empty, or the file of other names is missing.
+        ValueError: the index of the retrieval shards is stale, or a class has no other name.
     """
 
     def __init__(
@@ -84,25 +114,30 @@ class EvaluationSuite:
         if config.retrieval is not None:
             open_index(config.retrieval)
 
-        def rows_of_classes(folder: str | None) -> Tensor | None:
-            if folder is None:
-                return None
+        def rows_of_classes(folder: str, names: str | None = None) -> Tensor:
             list_class_images(folder)  # an empty class is said now, not after hours of training
-            return class_embeddings(text_tower, list_classes(folder), config.templates, group=group)
+            known = list_classes(folder) if names is None else read_class_names(names, folder)
+            return class_embeddings(text_tower, known, config.templates, group=group)
 
-        self._class_rows = rows_of_classes(config.zero_shot)  # [C, d]
-        self._unseen_rows = rows_of_classes(config.zero_shot_unseen)  # [U, d]
+        # For each zero-shot figure the class folder, and the embeddings [C, d] of the classes to choose among.
+        self._choices: dict[str, tuple[str, Tensor]] = {}
+        if config.zero_shot is not None:
+            self._choices["zero_shot"] = config.zero_shot, rows_of_classes(config.zero_shot)
+        if config.zero_shot_unseen is not None:
+            # The unseen classes come first, so that the labels of their folder stay what they are.
+            rows = [rows_of_classes(config.zero_shot_unseen), *(rows for _, rows in self._choices.values())]
+            self._choices["zero_shot_unseen"] = config.zero_shot_unseen, torch.cat(rows)
+        if config.zero_shot is not None and config.zero_shot_renamed is not None:
+            rows_renamed = rows_of_classes(config.zero_shot, config.zero_shot_renamed)
+            self._choices["zero_shot_renamed"] = config.zero_shot, rows_renamed
 
     def run(self, encode_images: EncodeImages) -> dict[str, float]:
         """Measure what the config asks for: shares from 0 to 1, the same on every rank. All ranks must call."""
         config, figures = self._config, dict[str, float]()
-        if config.zero_shot is not None and self._class_rows is not None:
-            figures |= self._classify(encode_images, config.zero_shot, self._class_rows)
-        if config.zero_shot_unseen is not None and self._unseen_rows is not None:
-            # The unseen classes come first, so that the labels of their folder stay what they are.
-            rows = [self._unseen_rows] + ([] if self._class_rows is None else [self._class_rows])
-            unseen = self._classify(encode_images, config.zero_shot_unseen, torch.cat(rows))
-            figures |= {name.replace("zero_shot", "zero_shot_unseen"): share for name, share in unseen.items()}
+        for kind, (folder, class_rows) in self._choices.items():
+            of_class = iterate_class_folder(folder, self._image_size, **self._share(config.batch_size))
+            accuracy = evaluate_zero_shot(encode_images, of_class, class_rows, group=self._group)
+            figures |= {name.replace("zero_shot", kind): share for name, share in accuracy.items()}
         if config.retrieval is not None:
             batches = iterate_shards(config.retrieval, self._image_size, **self._share(config.batch_size))
             recall, self._rows = evaluate_retrieval(encode_images, self._encode_once, batches, group=self._group)
@@ -124,6 +159,40 @@ class EvaluationSuite:
         ]
         return Gallery(batch.images, batch.captions, nearest)
 
+    def chance(self) -> dict[str, float]:
+        """Return what choosing a class blindly gives, for each figure of zero-shot classification."""
+        return {
+            f"{kind}_top{k}": min(1.0, k / len(class_rows))
+            for kind, (_, class_rows) in self._choices.items()
+            for k in (1, 5)
+        }
+
+    def answers(self) -> list[Answer]:
+        """Return the images of the last retrieval run nearest to each of ``config.queries``, among this rank's."""
+        shards, rows, queries = self._config.retrieval, self._rows, self._config.queries
+        if not queries or shards is None or rows is None:
+            return []
+        similarity = self._text_tower.encode(queries) @ rows.image_rows.T  # [q, n]
+        scores, places = similarity.topk(min(_ANSWERS, len(rows.image_rows)))
+        wanted = {place for some_places in places.tolist() for place in some_places}
+        shown: dict[int, tuple[Tensor, str]] = {}
+        batches = iterate_shards(shards, self._image_size, **self._share(self._config.batch_size))
+        pairs = (pair for batch in batches for pair in zip(batch.images, batch.captions, strict=True))
+        for place, pair in enumerate(pairs):
+            if place in wanted:
+                shown[place] = pair
+            if len(shown) == len(wanted):
+                break
+        return [
+            Answer(
+                query,
+                torch.stack([shown[place][0] for place in some_places]),
+                [shown[place][1] for place in some_places],
+                some_scores,
+            )
+            for query, some_places, some_scores in zip(queries, places.tolist(), scores.tolist(), strict=True)
+        ]
+
     def _share(self, batch_size: int) -> dict[str, int]:
         """Return how this rank reads its share of the images."""
         return {"batch_size": batch_size, "rank": self._rank, "world_size": self._world_size}
@@ -132,7 +201,3 @@ class EvaluationSuite:
         if self._encoded is None or self._encoded[0] != captions:
             self._encoded = (captions, self._text_tower.encode(captions))
         return self._encoded[1]
-
-    def _classify(self, encode_images: EncodeImages, folder: str, class_rows: Tensor) -> dict[str, float]:
-        batches = iterate_class_folder(folder, self._image_size, **self._share(self._config.batch_size))
-        return evaluate_zero_shot(encode_images, batches, class_rows, group=self._group)

@@ -87,7 +87,7 @@ def small_world(tmp_path_factory) -> SmallWorld:
     """Pack 200 demo images into shards, write a random text tower and a config for twelve steps."""
     root = tmp_path_factory.mktemp("world")
     data = root / "data"
-    scenes = f"textlock.demo.scenes --output {data} --train 200 --heldout 40 --per-class 2 --workers 1"
+    scenes = f"textlock.demo.scenes --output {data} --train 200 --heldout 40 --per-class 1 --workers 1"
     text = f"textlock.demo.text_tower --captions {data}/captions.txt --output {root}/text --width 64 --heads 1"
     for command in (scenes, text):
         outcome = run("-m", *command.split())
