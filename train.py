@@ -152,6 +152,7 @@ def train(config: Config, world: World) -> None:
         result = compute_gradients(progress.step, batch.images, batch.text, batch.ids)
         grad_norm = gradients.clip(config.optim.clip_norm(world.world_size))
         optimizer.step()
+        objective.limit_logit_scale()
         progress.step += 1
         queued.append(QueuedStep(progress.step, batch, rate, result, grad_norm, gradients.reported()))
 

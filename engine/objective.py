@@ -33,7 +33,10 @@ class LossConfig(Settings, section="loss"):
     mode: Annotated[Mode, FREE_ON_RESUME] = "auto"
     """Implementation of infonce: the table at the top of kernels/contrastive.py. All compute the same loss."""
     initial_logit_scale: Annotated[float, above(0)] = 1 / 0.07
-    """Start of the learnable, unclamped logit scale. SigLIP starts at 10."""
+    """Start of the learnable logit scale. SigLIP starts at 10."""
+    max_logit_scale: Annotated[float | None, above(0)] = None
+    """Most that the logit scale becomes. CLIP has 100; the published recipe has no limit. A low one draws images closer
+    to the embeddings of their captions, where a high one only has them further from the other captions."""
     initial_logit_bias: float = -10.0
     """Start of the learnable bias of the sigmoid objective."""
     mask_duplicates: bool = False
@@ -95,6 +98,12 @@ class Objective(nn.Module):
     def logit_scale(self) -> Tensor:
         """Return the factor of the cosines, 0-dim, differentiable."""
         return self.log_logit_scale.exp()
+
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """Bring the logit scale back to its limit, if it has one and has passed it; after the optimiser's step."""
+        if self._config.max_logit_scale is not None:
+            self.log_logit_scale.clamp_(max=math.log(self._config.max_logit_scale))
 
     def texts(self, step: int, rows: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return embeddings and ids of the texts that step ``step`` compares images with: the batch's, then the bank's.
