@@ -126,6 +126,10 @@ LAYERS = {
         dense(96, WIDTH, activation="torch.nn.modules.linear.Identity", bias=False),
         ("Normalize", {}, {}),
     ],
+    "dense that names no activation": [
+        ("Dense", {"in_features": WIDTH, "out_features": 24}, dense(WIDTH, 24)[2]),
+        ("Normalize", {}, {}),
+    ],
     "residual": [dense(WIDTH, WIDTH, use_residual=True)],
     "residual to another width": [dense(WIDTH, 24, activation="torch.nn.modules.activation.GELU", use_residual=True)],
     "layer norm": [
@@ -143,7 +147,8 @@ LAYERS = {
 def test_what_comes_after_pooling(encoders, tmp_path, parts):
     folder = write_sentence_folder(tmp_path / "t", encoders("bert"), *parts)
     tower = assert_same_embeddings(folder)
-    assert tower.recipe.layers and ("input added" in str(tower.recipe)) == any("use_residual" in it[1] for it in parts)
+    assert tower.recipe.layers[-1] != "Normalize", "every embedding ends at unit length"
+    assert ("input added" in str(tower.recipe)) == any("use_residual" in it[1] for it in parts)
     changed = shutil.copytree(folder, tmp_path / "changed")
     weighted = next(place for place in sorted(changed.glob("[2-9]_*")) if (place / "model.safetensors").exists())
     name = "norm.bias" if "LayerNorm" in weighted.name else "linear.weight"
