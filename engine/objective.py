@@ -52,7 +52,7 @@ class LossConfig(Settings, section="loss"):
     """Weight of the loss of each length; the whole has 1. Left out: 1 each."""
 
     def __post_init__(self) -> None:
-        """Also refuse an implementation of another loss, a start above the limit, and weights that belong to no length."""
+        """Also refuse another loss's implementation, a start above the limit, and weights that belong to no length."""
         super().__post_init__()
         if self.max_logit_scale is not None and self.initial_logit_scale > self.max_logit_scale:
             self.refuse("initial_logit_scale", f"be at most {self.max_logit_scale}, {self.flag('max_logit_scale')}")

@@ -72,11 +72,15 @@ def test_weights_are_one_when_left_out():
     ("settings", "message"),
     [
         ({"matryoshka": (8, 24)}, r"--loss\.matryoshka is \(8, 24\), must be lengths below 24"),
+        (
+            {"max_logit_scale": 10.0},
+            r"--loss\.initial-logit-scale is 14\.28.*, must be at most 10\.0",
+        ),
         ({"matryoshka": (0,)}, r"--loss\.matryoshka is \(0,\), must be at least 1"),
         ({"matryoshka": (8,), "matryoshka_weights": (1.0, 1.0)}, r"be one weight for each of the 1 lengths"),
         ({"matryoshka": (8,), "matryoshka_weights": (0.0,)}, r"--loss\.matryoshka-weights is .* must be above 0"),
     ],
-    ids=["as long as the whole", "nothing", "too many weights", "no weight"],
+    ids=["as long as the whole", "a start above the limit", "nothing", "too many weights", "no weight"],
 )
 def test_lengths_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
