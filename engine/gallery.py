@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ..data.atomic import atomic_file, write_text_atomically
-from .charts import figure, number
+from .charts import number
 
 if TYPE_CHECKING:  # evals loads transformers, which a report does without
     from ..evals.suite import Answer
@@ -113,7 +113,7 @@ def read_answers(run_dir: Path) -> list[dict[str, Any]]:
             {
                 "query": entry["query"],
                 "images": [
-                    {"image": _data_url(image), "caption": found["caption"], "score": figure(number(found["score"]))}
+                    {"image": _data_url(image), "caption": found["caption"], "score": f"{number(found['score']):.3f}"}
                     for image, found in zip(images[str(index)], entry["images"], strict=True)
                 ],
             }

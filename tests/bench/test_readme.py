@@ -63,7 +63,8 @@ def write(root, lines, *, device, date, driver=None):
 def world(tmp_path):
     """Make a folder of files of figures and the project's pages with every block empty."""
     (tmp_path / "bench" / "results").mkdir(parents=True)
-    shutil.copy(ROOT / "bench" / "results" / "demo.json", tmp_path / "bench" / "results")
+    for name in ("demo.json", "demo_random_text.json"):
+        shutil.copy(ROOT / "bench" / "results" / name, tmp_path / "bench" / "results")
     write(tmp_path, lines_of_a_cpu(), device="some cpu", date="2026-11-02")
     for name in ("README.md", "bench/RESULTS.md"):
         (tmp_path / name).write_text(emptied((ROOT / name).read_text()))

@@ -49,7 +49,7 @@ def test_free_texts_and_their_images_are_shown(run_dir):
     assert re.findall(r"<q>(.*?)</q>", page) == ["a cat", escaped]
     section = page[page.index("Free texts") :].partition("</section>")[0]
     assert re.findall(r'title="(.*?)"', section) == ["a cat here", escaped, "a dog"]
-    assert re.findall(r'score">([\d.]+)<', section) == ["0.5", "0.375", "0.5"]
+    assert re.findall(r'score">([\d.]+)<', section) == ["0.500", "0.375", "0.500"]
     sources = re.findall(r'src="(data:image/.*?)"', section)
     assert len(sources) == 3 and sources[0] == sources[1] != sources[2]
 
