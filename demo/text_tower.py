@@ -1,8 +1,9 @@
-"""The demo's text tower: a NomicBERT of random weights, with a vocabulary for the demo's captions.
+"""A text tower that knows nothing: a NomicBERT of random weights, with a vocabulary for the captions.
 
     python -m textlock.demo.text_tower --captions captions.txt --output text_tower
 
-The folder is a normal transformers folder, read like any other text tower (``models/text.py``).
+The tests lock it, and the demo's figures stand next to those of a run against it. Its folder is read like any other
+text tower's (``models/text.py``).
 """
 
 import csv
