@@ -8,6 +8,7 @@ import hashlib
 import unicodedata
 
 MAX_CAPTION_BYTES = 2048
+_BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")  # spaces, line breaks, control characters, characters without width
 
 
 def decode_caption(payload: bytes) -> str:
@@ -25,9 +26,9 @@ def decode_caption(payload: bytes) -> str:
 def is_blank(caption: str) -> bool:
     """Whether a caption says nothing: white space, or characters without width such as U+200B and the byte-order mark.
 
-    A tokenizer makes of it what it makes of no text.
+    A tokenizer makes of it what it makes of no text. A character that this Python does not know, a new emoji, counts.
     """
-    return all(unicodedata.category(character)[0] in "ZC" for character in caption)
+    return all(unicodedata.category(character) in _BLANK for character in caption)
 
 
 def caption_id(caption: str) -> int:

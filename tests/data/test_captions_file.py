@@ -83,7 +83,7 @@ def test_a_caption_without_width_is_none(caption):
         require_caption(caption)
 
 
-@pytest.mark.parametrize("caption", ["👩‍👩‍👧", "می‌خواهم", "​a​", "7", "!"])
+@pytest.mark.parametrize("caption", ["👩‍👩‍👧", "می‌خواهم", "​a​", "7", "!", "\U0001fae8", "\U000e1234", "\ue000"])
 def test_characters_without_width_inside_a_caption_stay(caption):
     assert decode_caption(caption.encode()) == caption
     assert require_caption(caption) == caption
