@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from textlock.data.captions_file import CaptionsFile
 from textlock.data.evaluation import list_classes, read_class_names
 from textlock.data.index import index_shards
 from textlock.data.pack import pack_shards
@@ -47,7 +48,7 @@ def folders(tmp_path_factory):
                 Image.new("RGB", (40, 40), rgb).save(path)
             lines.append(f"{name}.png\ta {name.replace('_', ' ')}\n")
     (root / "captions.tsv").write_text("".join(lines))
-    pack_shards(root / "images", root / "captions.tsv", root / "shards")
+    pack_shards(root / "images", CaptionsFile(path=root / "captions.tsv"), root / "shards")
     index_shards(root / "shards")
     (root / "names.json").write_text(json.dumps(OTHER_NAMES))
     return root
