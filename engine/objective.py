@@ -7,7 +7,7 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -151,11 +151,11 @@ class Objective(nn.Module):
             first_row: the row of `texts` that matches row 0 of `images`.
             group: of the ranks, or None.
         """
-        losses = (
-            weight
-            * contrastive_loss(
-                some_images,
-                some_texts,
+
+        def loss(images: Tensor, texts: Tensor) -> Tensor:
+            return contrastive_loss(
+                images,
+                texts,
                 self.logit_scale(),
                 first_row=first_row,
                 ids=ids,
@@ -163,33 +163,34 @@ class Objective(nn.Module):
                 bank=len(texts) - self._batch_size,
                 mode=self._config.mode,
             )
-            for weight, some_images, some_texts in self._lengths(images, texts)
-        )
-        return torch.stack([*losses]).sum()
+
+        return self._over_lengths(loss, images, texts)
 
     def of_micro_batch(self, images: Tensor, texts: Tensor, ids: Tensor | None, *, first_row: int) -> Tensor:
         """Return the share of some images [m, d] in the loss of the global batch, for objectives without coupling.
 
         Arguments as in `of_batch`; the shares of all micro-batches of all ranks add up to the loss.
         """
-        scale, bias, share = self.logit_scale(), self.logit_bias, len(images) / self._batch_size
-        losses = []
-        for weight, some_images, some_texts in self._lengths(images, texts):
-            if bias is None:
-                loss = image_to_text_loss(
-                    some_images, some_texts, scale, first_row=first_row, ids=ids, batch=self._batch_size
-                )
-            else:
-                loss = share * sigmoid_loss(some_images, some_texts, scale, bias, first_row=first_row, ids=ids)
-            losses.append(weight * loss)
-        return torch.stack(losses).sum()
 
-    def _lengths(self, images: Tensor, texts: Tensor) -> Iterator[tuple[float, Tensor, Tensor]]:
-        """Yield the weight of each loss and its unit embeddings: the whole, then the leading parts."""
-        yield 1.0, images, texts
+        def loss(images: Tensor, texts: Tensor) -> Tensor:
+            if self.logit_bias is None:
+                return image_to_text_loss(
+                    images, texts, self.logit_scale(), first_row=first_row, ids=ids, batch=self._batch_size
+                )
+            share = len(images) / self._batch_size
+            return share * sigmoid_loss(
+                images, texts, self.logit_scale(), self.logit_bias, first_row=first_row, ids=ids
+            )
+
+        return self._over_lengths(loss, images, texts)
+
+    def _over_lengths(self, loss: Callable[[Tensor, Tensor], Tensor], images: Tensor, texts: Tensor) -> Tensor:
+        """Return the loss of the whole embeddings, plus the weighted losses of their leading parts."""
+        total = loss(images, texts)
         weights = self._config.matryoshka_weights or (1.0,) * len(self._config.matryoshka)
         for length, weight in zip(self._config.matryoshka, weights, strict=True):
-            yield weight, _cut(images, length), _cut(texts, length)
+            total = total + weight * loss(_cut(images, length), _cut(texts, length))
+        return total
 
 
 def _cut(rows: Tensor, length: int) -> Tensor:

@@ -16,10 +16,9 @@ from typing import Any, Final, Literal, get_args
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .text_folder import first_line, read_json
+from .text_folder import first_line, read_json, tensors
 
 Pooling = Literal["mean", "cls", "lasttoken", "max", "mean_sqrt_len_tokens", "weightedmean"]
 """sentence-transformers' names. mean: over the tokens; cls, lasttoken: the first, the last; max: of each dimension;
@@ -332,15 +331,10 @@ def _require_sentence_embedding(folder: Path) -> None:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no model.safetensors; pickled weights (.bin, .pt) are not read, convert them first"
-        )
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+        return dict(tensors(folder))
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {first_line(error)}") from error
 
 
 def _activation(path: str, folder: Path) -> nn.Module:

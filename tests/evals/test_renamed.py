@@ -14,6 +14,8 @@ from textlock.data.index import index_shards
 from textlock.data.pack import pack_shards
 from textlock.evals.suite import EvalConfig, EvaluationSuite
 
+from .toys import see_colours
+
 SEEN = {"blue_wall": (0, 0, 255), "green_wall": (0, 255, 0), "red_wall": (255, 0, 0)}
 UNSEEN = {"cyan_wall": (0, 255, 255)}
 # Red has its own colour, green and blue have each other's.
@@ -31,10 +33,6 @@ class ColourText:
                 if word in COLOUR_OF:
                     row[COLOUR_OF[word]] += 1 / (1 + place)
         return F.normalize(rows, dim=-1)
-
-
-def see_colours(images):
-    return F.normalize(images.float().mean(dim=(1, 2)) + 1e-3, dim=-1)
 
 
 @pytest.fixture(scope="module")

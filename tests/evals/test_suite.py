@@ -9,6 +9,7 @@ from textlock.evals.suite import EvalConfig, EvaluationSuite
 
 from ..data.tars import sample, write_shard
 from ..data.zoo import encode
+from .toys import see_colours
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 UNSEEN = {"cyan": (0, 255, 255)}
@@ -24,10 +25,6 @@ class ColourText:
             for text in captions
         ]
         return F.normalize(torch.stack(rows), dim=-1) if rows else torch.empty(0, 3)
-
-
-def see_colours(images):
-    return F.normalize(images.float().mean(dim=(1, 2)) + 1e-3, dim=-1)
 
 
 @pytest.fixture(scope="module")

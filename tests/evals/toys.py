@@ -29,3 +29,8 @@ def toy_encoder(images):
 
 def random_images(count):
     return torch.randint(0, 256, (count, 2, 2, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def see_colours(images):
+    """Return the mean colour of each image as its unit embedding."""
+    return F.normalize(images.float().mean(dim=(1, 2)) + 1e-3, dim=-1)
