@@ -37,6 +37,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+# Where copies of remote shards are kept unless the config says otherwise.
+DEFAULT_CACHE_DIR = "~/.cache/textlock"
+
 _ATTEMPTS = 6
 _BACK_OFF = 1.0  # seconds; doubled with every attempt
 # A shard that could not be fetched is not requested for each of its samples.

@@ -1,26 +1,143 @@
-"""Captions: bytes from a shard to text, and a 64-bit identity for each distinct caption.
+"""Captions: from the bytes of a member of a shard to texts, and a 64-bit identity for each distinct caption.
 
-Tokenising a 10 MB caption takes seconds even when the tokenizer keeps 77 tokens, so the cut comes first, in bytes.
+An image may have several: each line of a text is a caption, as in clip_benchmark's datasets, or each text of a list in
+JSON. What is read is bounded: tokenising a 10 MB caption takes seconds even when the tokenizer keeps 77 tokens.
 """
 
-import codecs
 import hashlib
+import json
 import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .order import mix64, stream_key
 
 MAX_CAPTION_BYTES = 2048
+MAX_MEMBER_BYTES = 2**20
+MAX_CAPTIONS = 2**16 - 1  # of one image: the index counts them with 16 bits
 _BLANK = ("Zs", "Zl", "Zp", "Cc", "Cf")  # spaces, line breaks, control characters, characters without width
 
 
-def decode_caption(payload: bytes) -> str:
-    """Return the text of a caption member: its first 2 KiB as UTF-8, stripped.
+@dataclass(frozen=True)
+class Fields:
+    """The members of a sample that are read. Member ``000.depth.png`` is the field depth.png of sample 000.
 
-    Invalid bytes become U+FFFD and NUL becomes a space, so the result can always be tokenised and written as JSON. A
-    character that the cut splits is dropped. Empty when nothing that has a width is left.
+    Raises:
+        ValueError: no field, one that is named twice or that no member can have, or a .json without a key.
     """
-    whole = len(payload) <= MAX_CAPTION_BYTES
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    caption = decoder.decode(payload[:MAX_CAPTION_BYTES], final=whole).replace("\0", " ").strip()
-    return "" if is_blank(caption) else caption
+
+    image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    """Fields of the image: the first of them that a sample has is its image."""
+    caption: tuple[str, ...] = ("txt",)
+    """Fields of the captions: the first of them in which a sample has one. ``json:title`` is what the key title holds
+    in the JSON object of the field json: a text, or a list of texts."""
+    whole_text: bool = False
+    """A text of several lines is one caption; otherwise each line is one."""
+
+    def __post_init__(self) -> None:
+        for flag, fields in (("--image-fields", self.image), ("--caption-fields", self.caption)):
+            if not fields or len(set(fields)) < len(fields):
+                raise ValueError(f"{flag} is {','.join(fields)!r}: name at least one field, and none twice")
+            for field in fields:
+                member = field.partition(":")[0]
+                if not member or member != member.strip() or "/" in member or member.startswith("."):
+                    raise ValueError(f"{flag} is {','.join(fields)!r}: a field is what follows the first dot of a name")
+        for field in self.image:
+            if ":" in field:
+                raise ValueError(f"--image-fields is {','.join(self.image)!r}: only captions are read from JSON")
+        for field in self.caption:
+            member, colon, key = field.partition(":")
+            if (member.rpartition(".")[2] == "json") != bool(key) or (colon and not key):
+                raise ValueError(
+                    f"--caption-fields is {','.join(self.caption)!r}: name the key of a JSON object, and of it alone, "
+                    "such as json:caption"
+                )
+
+    @classmethod
+    def parse(cls, image: Sequence[str] | None, caption: Sequence[str] | None, *, whole_text: bool = False) -> "Fields":
+        """Return the fields that words of a command line name, each of one or several between commas; None: default."""
+        return cls(
+            cls.image if image is None else split_fields(image),
+            cls.caption if caption is None else split_fields(caption),
+            whole_text,
+        )
+
+    def __str__(self) -> str:
+        lines = ", a text of several lines being one caption" if self.whole_text else ""
+        return f"image in {' or '.join(self.image)}, captions in {' or '.join(self.caption)}{lines}"
+
+
+def split_fields(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the fields in words that may hold several between commas. Members are in lower case, keys of JSON not."""
+    fields = (field.strip() for word in words for field in word.split(","))
+    return tuple(member.lower() + colon + key for member, colon, key in (field.partition(":") for field in fields))
+
+
+class Captions(NamedTuple):
+    """The captions in one member."""
+
+    texts: list[str]
+    """Those that say something, in their order; each has at most MAX_CAPTION_BYTES of UTF-8."""
+    cut: int
+    """How often a limit took the end of a caption, or all captions behind it."""
+
+
+def read_captions(payload: bytes, field: str, *, whole_text: bool = False) -> Captions:
+    """Return the captions in ``payload``, which has at most MAX_MEMBER_BYTES + 1 bytes of a member.
+
+    Invalid bytes become U+FFFD and NUL becomes a space, so a caption can always be tokenised and written as JSON.
+
+    Args:
+        payload: the first bytes of the member.
+        field: as in `Fields.caption`.
+        whole_text: as in `Fields`.
+
+    Raises:
+        ValueError: the field is one of JSON, and the payload is none or no object, or its key holds no text.
+    """
+    key = field.partition(":")[2]
+    too_long = len(payload) > MAX_MEMBER_BYTES
+    if key:
+        if too_long:
+            raise ValueError(f"the JSON has more than {MAX_MEMBER_BYTES:,} bytes")
+        texts = _texts_of_json(payload, key)
+    else:
+        text = payload[:MAX_MEMBER_BYTES].decode("utf-8", "replace")
+        texts = [text] if whole_text else text.splitlines()
+    found = without_blanks(texts)
+    cut = int(too_long)
+    for place, caption in enumerate(found[:MAX_CAPTIONS]):
+        if len(caption) > MAX_CAPTION_BYTES // 4:  # a character has at most four bytes
+            encoded = caption.encode()
+            if len(encoded) > MAX_CAPTION_BYTES:
+                # A character that the cut splits is dropped.
+                found[place] = encoded[:MAX_CAPTION_BYTES].decode("utf-8", "ignore").strip()
+                cut += 1
+    return Captions(found[:MAX_CAPTIONS], cut + max(0, len(found) - MAX_CAPTIONS))
+
+
+def without_blanks(texts: Sequence[str]) -> list[str]:
+    """Return the texts that say something, without the space around them; NUL becomes a space."""
+    return [caption for caption in (text.replace("\0", " ").strip() for text in texts) if not is_blank(caption)]
+
+
+def _texts_of_json(payload: bytes, key: str) -> list[str]:
+    try:
+        content = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is not JSON") from error
+    if not isinstance(content, dict) or key not in content:
+        raise ValueError(f"its JSON has no key {key}")
+    value = content[key]
+    texts = value if isinstance(value, list) else [value]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise ValueError(f"the key {key} of its JSON holds no text and no list of texts")
+    # A text of JSON is one caption whatever breaks its lines; half a surrogate pair is no character.
+    return [" ".join(text.splitlines()).encode("utf-8", "replace").decode() for text in texts if text is not None]
 
 
 def is_blank(caption: str) -> bool:
@@ -39,3 +156,22 @@ def caption_id(caption: str) -> int:
     normalised = " ".join(unicodedata.normalize("NFC", caption).lower().split())
     digest = hashlib.blake2b(normalised.encode("utf-8", "replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def captions_hash(captions: Sequence[str]) -> int:
+    """Return 64 bits for the captions of an image: those of ``caption_id`` where it has one, or none."""
+    return hash_of_ids([caption_id(caption) for caption in captions or [""]])
+
+
+def hash_of_ids(ids: Sequence[int]) -> int:
+    """Return what ``captions_hash`` does for captions of these ``caption_id``."""
+    if len(ids) == 1:
+        return ids[0] % 2**64
+    digest = hashlib.blake2b(np.array(ids, dtype="<i8").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def caption_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return the uniform number in [0, 1) that chooses the caption at each position, shape [n] -> [n]."""
+    bits = mix64(positions.astype(np.uint64) ^ stream_key(seed, epoch, "caption"))
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

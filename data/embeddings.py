@@ -24,11 +24,19 @@ import tyro
 from ..models.text import TextConfig, TextTower, TextTowerDescription, make_text_tower
 from ..settings import exit_with
 from .atomic import atomic_file
-from .captions import caption_id
+from .captions import caption_id, hash_of_ids
 from .images import BadSample
 from .index import ShardIndex, open_index
-from .reader import ShardReader, require_caption
-from .stored_text import file_name, pack_header, read_header, record_dtype, require_tower, samples_of
+from .reader import ShardReader, require_captions
+from .stored_text import (
+    file_name,
+    first_captions,
+    pack_header,
+    read_header,
+    record_dtype,
+    require_tower,
+    samples_of,
+)
 from .tar import Problem
 
 FOLDER_NAME = "text_embeddings"
@@ -57,7 +65,7 @@ def encode_shards(
     world_size: int = 1,
     on_shard: Callable[[str], None] | None = None,
 ) -> EncodeReport:
-    """Write the embeddings of this rank's shards, every ``world_size``-th; without ``output`` next to the shards.
+    """Write the embeddings of this rank's shards, every ``world_size``-th; without ``output`` next to their index.
 
     Each file appears whole or not at all. Files that are there, whole, of this index and of this tower are kept.
     ``on_shard`` is called with the name of each shard that is done.
@@ -74,7 +82,7 @@ def encode_shards(
         raise ValueError(
             f"{index.address} is remote and nothing can be written next to it: give --output with a folder"
         )
-    folder = Path(output) if output is not None else Path(index.address) / FOLDER_NAME
+    folder = Path(output) if output is not None else (index.folder or Path(index.address)) / FOLDER_NAME
     folder.mkdir(parents=True, exist_ok=True)
     reader = ShardReader(index)
     report = EncodeReport()
@@ -101,15 +109,17 @@ def _is_current(path: Path, index: ShardIndex, shard: int, tower: TextTowerDescr
     except ValueError:
         return False
     require_tower(header, path, tower)
-    samples = samples_of(index, shard)
-    if header.samples != len(samples):
+    samples, first = samples_of(index, shard), first_captions(index, shard)
+    if header.captions != first[-1]:
         return False
     records = np.fromfile(path, header.dtype, offset=header.records_offset)
-    has_row = samples["caption_hash"] != np.uint64(caption_id("") % 2**64)
-    for column in ("key_hash", "caption_hash"):
-        if not np.array_equal(records[column], np.where(has_row, samples[column], 0)):
+    if not np.array_equal(records["key_hash"], np.repeat(samples["key_hash"], samples["captions"])):
+        return False
+    ids = records["caption_hash"].astype(np.int64).tolist()
+    for number in np.flatnonzero(samples["captions"]):
+        if hash_of_ids(ids[first[number] : first[number + 1]]) != samples["caption_hash"][number]:
             return False
-    return all(zlib.crc32(record["row"].tobytes()) == record["crc32"] for record in records[has_row])
+    return all(zlib.crc32(record["row"].tobytes()) == record["crc32"] for record in records)
 
 
 def _encode_shard(
@@ -117,17 +127,21 @@ def _encode_shard(
 ) -> None:
     samples = samples_of(index, shard)
     name = index.shard_names[shard]
+    first = first_captions(index, shard)
     # A record of zeros is that of no sample: the loader finds no embedding there.
-    records = np.zeros(len(samples), record_dtype(tower.embed_dim))
-    numbers, captions = [], []
+    records = np.zeros(first[-1], record_dtype(tower.embed_dim))
+    numbers: list[int] = []
+    captions: list[str] = []
     for number in range(len(samples)):
         try:
-            caption = require_caption(reader.read_caption(int(index.first_sample[shard]) + number))
+            found = reader.read_captions(int(index.first_sample[shard]) + number)
+            require_captions(found)
         except BadSample as fault:
             report.without_row.append(Problem(name, f"sample {number}", fault.kind, str(fault)))
             continue
-        numbers.append(number)
-        captions.append(caption)
+        numbers += range(first[number], first[number] + len(found))
+        captions += found
+        records["key_hash"][first[number] : first[number + 1]] = samples["key_hash"][number]
     if captions:
         rows = tower.encode(captions).half().cpu().numpy()  # [n, d]
         if not np.isfinite(rows).all():
@@ -135,12 +149,11 @@ def _encode_shard(
                 f"text tower {tower.config.name} gives embeddings that are not finite for captions of {name}"
             )
         records["row"][numbers] = rows
-        for column in ("key_hash", "caption_hash"):
-            records[column][numbers] = samples[column][numbers]
+        records["caption_hash"][numbers] = [caption_id(caption) % 2**64 for caption in captions]
         records["crc32"][numbers] = [zlib.crc32(row.tobytes()) for row in rows]
     report.rows += len(captions)
     with atomic_file(path) as file:
-        file.write(pack_header(name, len(samples), tower.describe()))
+        file.write(pack_header(name, len(records), tower.describe()))
         file.write(records.tobytes())
 
 
@@ -160,7 +173,7 @@ class Options:
     """Folder of .tar shards with their index."""
     text: Annotated[Tower, tyro.conf.arg(name="")]
     output: Path | None = None
-    """Folder for the embeddings; left out: text_embeddings in the folder of the shards."""
+    """Folder for the embeddings; left out: text_embeddings in the folder of the index."""
     rank: int = int(os.environ.get("RANK", "0"))
     """Number of this process; torchrun sets it."""
     world_size: int = int(os.environ.get("WORLD_SIZE", "1"))

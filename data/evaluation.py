@@ -14,10 +14,11 @@ from typing import TypeVar
 
 import torch
 
+from .captions import caption_id
 from .images import IMAGE_EXTENSIONS, MAX_IMAGE_BYTES, BadSample, eval_image
 from .index import open_index
 from .loader import Batch
-from .reader import ShardReader
+from .reader import ShardReader, require_captions
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -54,8 +55,9 @@ def iterate_shards(
     def load(sample: int) -> tuple[torch.Tensor, str, int, str]:
         raw = reader.read(sample)
         try:
-            caption = raw.text()
-            return eval_image(raw.image, image_size), caption, raw.caption_id, raw.key
+            require_captions(raw.captions)
+            caption = "\n".join(raw.captions)
+            return eval_image(raw.image, image_size), caption, caption_id(caption), raw.key
         except BadSample as fault:
             raise BadSample(fault.kind, f"{raw.key}: {fault}") from fault
 

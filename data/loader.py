@@ -34,6 +34,8 @@ import numpy.typing as npt
 import torch
 
 from ..settings import FREE_ON_RESUME, NOT_EMPTY, RISING, Settings, above, at_least, at_most
+from .cache import DEFAULT_CACHE_DIR
+from .captions import Fields, caption_draws, caption_id
 from .images import (
     BadSample,
     CropWindow,
@@ -44,7 +46,7 @@ from .images import (
     crop_window,
     decode_image,
 )
-from .index import DEFAULT_CACHE_DIR, ShardIndex, open_index
+from .index import ShardIndex, open_index, require_fields
 from .order import EpochOrder, SampleOrder
 from .reader import ShardReader
 from .stored_text import StoredText
@@ -88,6 +90,11 @@ class DataConfig(Settings, section="data"):
 
     shards: Annotated[str, NOT_EMPTY, FREE_ON_RESUME]
     """Folder of tar shards with their index (python -m textlock.data.shards), or its URL (s3, gs, https, hf, ...)."""
+    image_fields: Annotated[tuple[str, ...] | None, FREE_ON_RESUME] = None
+    """Fields of the image in a sample, the first that is there counts: jpg,jpeg,png,webp. None: as they were indexed;
+    others than these are refused, with the command that indexes them."""
+    caption_fields: Annotated[tuple[str, ...] | None, FREE_ON_RESUME] = None
+    """Fields of the captions, the first that holds one counts: txt, or json:KEY. None: as they were indexed."""
     batch_size: Annotated[int, at_least(1)]
     """Global batch: samples a step over all GPUs."""
     image_size: Annotated[int, at_least(1)]
@@ -119,6 +126,11 @@ class DataConfig(Settings, section="data"):
     fetchers: Annotated[int, at_least(1), FREE_ON_RESUME] = 4
     """Remote shards that each rank fetches at a time."""
 
+    def __post_init__(self) -> None:
+        """Also refuse fields that no member of a shard has."""
+        super().__post_init__()
+        Fields.parse(self.image_fields, self.caption_fields)
+
     def local_batch(self, world_size: int) -> int:
         """Return the samples of one rank in a step. Raises ValueError where the ranks do not divide the batch."""
         if self.batch_size % world_size:
@@ -133,6 +145,7 @@ class Batch:
     images: torch.Tensor
     """uint8 [b, S, S, 3], on the device of the loader, as the other tensors are."""
     captions: list[str]
+    """One of each image, drawn by seed, epoch and position where it has several."""
     text_embeddings: torch.Tensor | None
     """Stored embeddings of the captions, float16 [b, d], where the config names a folder of them. `Feed` fills in unit
     embeddings, float32 [b, d], of all captions."""
@@ -194,11 +207,18 @@ class _Plan:
     places: npt.NDArray[np.int64]  # [b]
     samples: npt.NDArray[np.int64]  # [b] their sample numbers
     draws: npt.NDArray[np.float64]  # [b, tries, 4] the random numbers of their crops
+    choices: npt.NDArray[np.float64]  # [b] those of their captions, where an image has several
     end: int  # global position after the whole batch
 
     def part(self, part: slice) -> "_Plan":
         """Return the plan of some consecutive slots."""
-        return replace(self, places=self.places[part], samples=self.samples[part], draws=self.draws[part])
+        return replace(
+            self,
+            places=self.places[part],
+            samples=self.samples[part],
+            draws=self.draws[part],
+            choices=self.choices[part],
+        )
 
 
 # A batch that waits to be handed out, its bad samples, and what the device has to reach before it is used.
@@ -325,7 +345,8 @@ class Loader:
         places = np.arange(place + self._part.start, place + self._part.stop)
         order = self._order.epoch(epoch)
         draws = crop_draws(self._config.seed, epoch, places)
-        return _Plan(order, epoch, places, order.samples(places), draws, self._planned)
+        choices = caption_draws(self._config.seed, epoch, places)
+        return _Plan(order, epoch, places, order.samples(places), draws, choices, self._planned)
 
     def _start(self, plan: _Plan) -> Callable[[], _Prepared]:
         """Hand the work of a batch to the threads; the result waits for the batch."""
@@ -403,16 +424,17 @@ class Loader:
 
     def _fill(self, plan: _Plan, number: int, decode: _Decode | None) -> _Slot:
         """Fill one slot with its sample or, when that is bad, with the first good replacement."""
-        place, sample, draws = int(plan.places[number]), int(plan.samples[number]), plan.draws[number]
+        place, sample = int(plan.places[number]), int(plan.samples[number])
+        draws, choice = plan.draws[number], float(plan.choices[number])
         try:
-            return self._use(sample, draws, decode)
+            return self._use(sample, draws, choice, decode)
         except BadSample as fault:
             first_fault = fault
         replacements = self._order.replacements(place)
         for _ in range(_MAX_REPLACEMENTS):
             candidate = int(plan.order.samples(np.array([next(replacements)]))[0])
             try:
-                slot = self._use(candidate, draws, decode)
+                slot = self._use(candidate, draws, choice, decode)
             except BadSample:
                 continue
             skipped = _Skipped(
@@ -431,13 +453,14 @@ class Loader:
             f"run python -m textlock.data.shards verify {self._config.shards}"
         )
 
-    def _use(self, sample: int, draws: npt.NDArray[np.float64], decode: _Decode | None) -> _Slot:
+    def _use(self, sample: int, draws: npt.NDArray[np.float64], choice: float, decode: _Decode | None) -> _Slot:
         """Read and check a sample, and decode it unless ``decode`` is None. Raises BadSample."""
         raw = self._reader.read(sample)
         config = self._config
         try:
-            caption = raw.text()
-            text = None if self._stored_text is None else self._stored_text.row(sample)
+            which, caption = raw.caption(choice)
+            identity = caption_id(caption)
+            text = None if self._stored_text is None else self._stored_text.row(sample, which, identity)
             header = check_image(raw.image)
             window = crop_window(header.height, header.width, draws, scale=config.crop_scale, ratio=config.crop_ratio)
             pixels, payload = None, b""
@@ -451,7 +474,7 @@ class Loader:
         except BadSample as fault:
             fault.key = raw.key
             raise
-        return _Slot(raw.key, caption, raw.caption_id, text, payload, pixels, window, None)
+        return _Slot(raw.key, caption, identity, text, payload, pixels, window, None)
 
     def _decode_with_dali(
         self, dali: "DaliDecoder", plan: _Plan, slots: list[_Slot], images: torch.Tensor, rows: list[int]
@@ -562,6 +585,7 @@ def open_loader(
     if device.type == "cuda" and device.index is None:  # the current device differs between threads
         device = torch.device("cuda", torch.cuda.current_device())
     index = open_index(config.shards, cache_dir=config.cache_dir, cache_gb=config.cache_gb, fetchers=config.fetchers)
+    require_fields(index, config.image_fields, config.caption_fields)
     _check_cache(config, index)
     order = SampleOrder(
         index.samples_per_shard, batch_size=config.batch_size, open_shards=config.open_shards, seed=config.seed

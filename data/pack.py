@@ -7,7 +7,7 @@ import tarfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from .atomic import atomic_folder
+from .captions import Fields, without_blanks
 from .captions_file import CaptionsFile
 from .images import (
     MAX_IMAGE_BYTES,
@@ -27,9 +28,9 @@ from .images import (
     crop_and_resize,
     decode_image,
 )
-from .index import index_of_one_shard, index_shards, list_shards
+from .index import index_of_one_shard, index_shards, list_shards, recorded_fields
 from .processes import map_in_processes
-from .reader import ShardReader, require_caption
+from .reader import ShardReader, require_captions
 from .tar import Problem, read_samples
 
 
@@ -40,10 +41,14 @@ class PackReport:
     shards: int
     samples: int
     skipped: list[Problem]
-    images: int | None = None
-    """Distinct image files that the captions file names; None where there is none."""
+    rows: int | None = None
+    """Rows of the captions file; None where there is none."""
     in_marks: int = 0
-    """Captions that stand in quotation marks and were packed with them."""
+    """Rows whose captions stand in quotation marks and were packed with them."""
+    captions: int = 0
+    """Captions in the shards."""
+    cut: int = 0
+    """Captions that are packed whole and of which only the first bytes will be read."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +99,11 @@ def pack_shards(
 ) -> PackReport:
     """Write the images that ``captions`` names, with their captions, as tar shards with an index in ``output``.
 
-    Image bytes are copied as they are unless there is a ``reencoding``; ``workers`` threads read, check and re-encode.
-    Each sample is ``key.jpg`` (or png, webp), ``key.txt`` and ``key.json`` with key, caption, width, height, file and
-    sha256. The shards of the same input are the same bytes.
+    An image is packed once, where its first row is, with the captions of all rows that name it: one in each line of
+    ``key.txt``, so that a row whose caption has several lines gives several. Image bytes are copied as they are unless
+    there is a ``reencoding``; ``workers`` threads read, check and re-encode. Each sample is ``key.jpg`` (or png, webp),
+    ``key.txt`` and ``key.json`` with key, caption (a list where there are several), width, height, file and sha256. The
+    shards of the same input are the same bytes. The rows are held in memory meanwhile.
 
     Raises:
         FileNotFoundError: the captions file, the folder or a named image does not exist.
@@ -108,10 +115,10 @@ def pack_shards(
     if not images.is_dir():
         raise FileNotFoundError(f"no folder {images}: name the folder of the images")
     with atomic_folder(output) as draft:
-        samples = _load_samples(images, captions, reencoding, workers)
+        samples = _load_images(_read_rows(images, captions), reencoding, workers)
         report = _write_shards(samples, captions.path, draft, samples_per_shard, skip_bad)
-        index_shards(draft)
-    return report
+        indexed = index_shards(draft)
+    return replace(report, captions=indexed.captions, cut=indexed.cut)
 
 
 def repack_shards(source: Path, output: Path, reencoding: Reencoding, *, workers: int = 1) -> PackReport:
@@ -119,8 +126,9 @@ def repack_shards(source: Path, output: Path, reencoding: Reencoding, *, workers
 
     ``workers`` processes take a shard each.
 
-    Shards, keys and captions keep their names, order and bytes. Bad samples are left out: the result names them. A
-    shard without a good sample is not written.
+    Shards, keys and captions keep their names and order, texts their bytes. The image and the captions of a sample are
+    those that the index of ``source`` says, and become fields jpg (or png, webp) and txt. Bad samples are left out: the
+    result names them. A shard without a good sample is not written.
 
     Raises:
         FileNotFoundError: there are no shards.
@@ -129,71 +137,94 @@ def repack_shards(source: Path, output: Path, reencoding: Reencoding, *, workers
     shards = list_shards(source)
     skipped: list[Problem] = []
     with atomic_folder(output) as draft:
-        repack = _ShardRepacking(draft, reencoding)
+        fields = recorded_fields(source)
+        repack = _ShardRepacking(draft, fields, reencoding)
         for problems in map_in_processes(repack, shards, min(workers, len(shards))):
             skipped += problems
         if not any(draft.iterdir()):
             raise ValueError(f"{source} holds no good sample: there is nothing to pack")
-        report = index_shards(draft, workers=workers)
-    return PackReport(report.shards, report.samples, skipped)
+        report = index_shards(draft, fields=Fields(whole_text=fields.whole_text), workers=workers)
+    return PackReport(report.shards, report.samples, skipped, captions=report.captions, cut=report.cut)
 
 
 @dataclass(frozen=True)
 class _ShardRepacking:
     output: Path
+    fields: Fields
     reencoding: Reencoding
 
     def __call__(self, path: Path) -> list[Problem]:
-        samples, problems, _ = read_samples(path)
-        reader = ShardReader(index_of_one_shard(path, samples))
+        try:
+            samples, problems, _ = read_samples(path, self.fields)
+        except OSError as error:
+            return [Problem(path.name, "", "unreadable", str(error))]
+        index = index_of_one_shard(path, samples, self.fields)
+        reader = ShardReader(index)
         draft = self.output / path.name
         written = 0
         with tarfile.open(draft, "w", format=tarfile.PAX_FORMAT) as tar:
             for place, sample in enumerate(samples):
                 try:
                     raw = reader.read(place)
-                    raw.text()
+                    require_captions(raw.captions)
                     payload, header = self.reencoding(raw.image)
                 except BadSample as fault:
                     problems.append(Problem(path.name, sample.key, fault.kind, str(fault), place))
                     continue
                 _add_member(tar, f"{sample.key}.{_extension(header)}", payload)
-                _add_member(tar, f"{sample.key}.txt", raw.caption)
+                of_json = ":" in self.fields.caption[index.samples[place]["caption_field"]]
+                _add_member(tar, f"{sample.key}.txt", "\n".join(raw.captions).encode() if of_json else raw.member)
                 written += 1
         if not written:
             draft.unlink()
         return problems
 
 
+@dataclass
+class _Named:
+    """An image that a captions file names, and the captions of its rows."""
+
+    line: int  # of its first row
+    path: Path
+    captions: list[tuple[int, str]] = field(default_factory=list)  # (line, text)
+
+
 @dataclass(frozen=True)
 class _Loaded:
-    """An image that ``captions`` names, or why it cannot be packed."""
+    """An image that a captions file names, or why it cannot be packed."""
 
-    line: int
     name: str
-    caption: str
+    named: _Named
     image: tuple[bytes, ImageHeader] | BadSample
 
 
-def _load_samples(
-    images: Path, captions: CaptionsFile, reencoding: Reencoding | None, workers: int
-) -> Iterator[_Loaded]:
-    """Yield what ``captions`` names in its order; ``workers`` threads are a few images ahead."""
+def _read_rows(images: Path, captions: CaptionsFile) -> dict[str, _Named]:
+    """Return the images that a captions file names, by their names there, in the order of their first rows."""
+    named: dict[str, _Named] = {}
+    by_path: dict[Path, _Named] = {}  # a.jpg and ./a.jpg are one image
+    for line, name, caption in captions.rows():
+        path = _image_path(images, name, f"{captions.path} line {line}")
+        image = by_path.get(path)
+        if image is None:
+            image = by_path[path] = named[name] = _Named(line, path)
+        image.captions.append((line, caption))
+    return named
 
-    def load(line: int, name: str, caption: str, path: Path) -> _Loaded:
+
+def _load_images(named: dict[str, _Named], reencoding: Reencoding | None, workers: int) -> Iterator[_Loaded]:
+    """Yield the images in order; ``workers`` threads are a few of them ahead."""
+
+    def load(name: str, image: _Named) -> _Loaded:
         try:
-            payload, header = _load_image(path)
-            image = reencoding(payload) if reencoding else (payload, header)
-            require_caption(caption)
-            return _Loaded(line, name, caption, image)
+            payload, header = _load_image(image.path)
+            return _Loaded(name, image, reencoding(payload) if reencoding else (payload, header))
         except BadSample as fault:
-            return _Loaded(line, name, caption, fault)
+            return _Loaded(name, image, fault)
 
     pending: deque[Future[_Loaded]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for line, name, caption in captions.rows():
-            path = _image_path(images, name, f"{captions.path} line {line}")
-            pending.append(pool.submit(load, line, name, caption, path))
+        for name, image in named.items():
+            pending.append(pool.submit(load, name, image))
             if len(pending) > 4 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -201,26 +232,34 @@ def _load_samples(
 
 
 def _write_shards(
-    samples: Iterator[_Loaded], captions: Path, folder: Path, samples_per_shard: int, skip_bad: bool
+    samples: Iterator[_Loaded], source: Path, folder: Path, samples_per_shard: int, skip_bad: bool
 ) -> PackReport:
     digits = max(4, len(str(samples_per_shard - 1)))
     skipped: list[Problem] = []
-    written = 0
-    in_marks = 0
-    names: set[str] = set()
+    written = rows = in_marks = 0
+
+    def leave_out(name: str, line: int, fault: BadSample) -> None:
+        if not skip_bad:
+            raise ValueError(
+                f"{source} line {line}: {name}: {fault}; mend it, or leave such samples out with --skip-bad"
+            ) from fault
+        skipped.append(Problem(source.name, name, fault.kind, str(fault)))
+
     tar: tarfile.TarFile | None = None
     try:
         for sample in samples:
-            names.add(sample.name)
-            in_marks += len(sample.caption) > 1 and sample.caption[0] == sample.caption[-1] == '"'
+            texts = []
+            for line, text in sample.named.captions:
+                rows += 1
+                in_marks += len(text) > 1 and text[0] == text[-1] == '"'
+                found = without_blanks(text.encode("utf-8", "replace").decode().splitlines())
+                if not found:
+                    leave_out(sample.name, line, BadSample("no-caption", "the caption is missing or empty"))
+                texts += found
             if isinstance(sample.image, BadSample):
-                fault = sample.image
-                if not skip_bad:
-                    raise ValueError(
-                        f"{captions} line {sample.line}: {sample.name}: {fault}; mend it, or leave such samples out "
-                        "with --skip-bad"
-                    ) from fault
-                skipped.append(Problem(captions.name, sample.name, fault.kind, str(fault)))
+                leave_out(sample.name, sample.named.line, sample.image)
+                continue
+            if not texts:
                 continue
             shard, place = divmod(written, samples_per_shard)
             if place == 0:
@@ -228,7 +267,7 @@ def _write_shards(
                 # USTAR and fixed times and owners: equal input gives equal bytes.
                 tar = tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
             assert tar is not None
-            _add_sample(tar, f"{shard:05d}{place:0{digits}d}", sample.name, *sample.image, sample.caption)
+            _add_sample(tar, f"{shard:05d}{place:0{digits}d}", sample.name, *sample.image, texts)
             written += 1
         _close_shard(tar)
         tar = None
@@ -236,8 +275,8 @@ def _write_shards(
         if tar is not None:
             tar.close()
     if not written:
-        raise ValueError(f"{captions} names no usable image: there is nothing to pack")
-    return PackReport(-(-written // samples_per_shard), written, skipped, len(names), in_marks)
+        raise ValueError(f"{source} names no usable image: there is nothing to pack")
+    return PackReport(-(-written // samples_per_shard), written, skipped, rows, in_marks)
 
 
 def _image_path(images: Path, name: str, where: str) -> Path:
@@ -256,17 +295,19 @@ def _load_image(path: Path) -> tuple[bytes, ImageHeader]:
     return payload, check_image(payload)
 
 
-def _add_sample(tar: tarfile.TarFile, key: str, name: str, payload: bytes, header: ImageHeader, caption: str) -> None:
+def _add_sample(
+    tar: tarfile.TarFile, key: str, name: str, payload: bytes, header: ImageHeader, captions: list[str]
+) -> None:
     facts = {
         "key": key,
-        "caption": caption,
+        "caption": captions[0] if len(captions) == 1 else captions,
         "width": header.width,
         "height": header.height,
         "file": name,
         "sha256": hashlib.sha256(payload).hexdigest(),
     }
     _add_member(tar, f"{key}.{_extension(header)}", payload)
-    _add_member(tar, f"{key}.txt", caption.encode("utf-8", "replace"))
+    _add_member(tar, f"{key}.txt", "\n".join(captions).encode())
     _add_member(tar, f"{key}.json", json.dumps(facts).encode())
 
 

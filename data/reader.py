@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .cache import Lease
-from .captions import MAX_CAPTION_BYTES, caption_id, decode_caption, is_blank
+from .captions import MAX_MEMBER_BYTES, captions_hash, is_blank, read_captions
 from .images import MAX_IMAGE_BYTES, BadSample
 from .index import ShardIndex, hash_key
 from .tar import BLOCK, DamagedTar, header_name, read_members, split_key
@@ -35,16 +35,23 @@ class _OpenFile:
 
 @dataclass(frozen=True)
 class RawSample:
-    """The bytes of one sample. The caption has at most one byte more than ``decode_caption`` reads."""
+    """The bytes of one sample, and its captions."""
 
     key: str
     image: bytes
-    caption: bytes
-    caption_id: int
+    member: bytes
+    """Of the captions, at most one byte more than ``read_captions`` reads."""
+    captions: list[str]
 
-    def text(self) -> str:
-        """Return the text of the caption; raises BadSample of kind no-caption where it is missing or empty."""
-        return require_caption(decode_caption(self.caption))
+    def caption(self, draw: float) -> tuple[int, str]:
+        """Return the caption that a uniform number in [0, 1) chooses, and its place among those of the sample.
+
+        Raises:
+            BadSample: of kind no-caption where there is none.
+        """
+        require_captions(self.captions)
+        place = int(draw * len(self.captions))
+        return place, self.captions[place]
 
 
 class ShardReader:
@@ -77,12 +84,12 @@ class ShardReader:
                 (another image or caption is where the index says the sample's is).
         """
         shard = self._index.shard_of(sample)
-        image_offset, caption_offset, image_size, caption_size, key_hash, caption_hash = self._index.samples[
+        image_offset, caption_offset, image_size, caption_size, key_hash, caption_hash, _, place = self._index.samples[
             sample
         ].item()
         if image_size > MAX_IMAGE_BYTES:
             raise BadSample("too-large", f"the image has {image_size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
-        caption_size = min(caption_size, MAX_CAPTION_BYTES + 1)
+        caption_size = min(caption_size, MAX_MEMBER_BYTES + 1)
         image_end, caption_end = image_offset + image_size, caption_offset + caption_size
         # One read brings the header, which has the key, the image, and the caption where it follows closely.
         start = image_offset - BLOCK
@@ -91,36 +98,43 @@ class ShardReader:
             file = self._open(shard)
             block = _read_exactly(file.descriptor, start, (caption_end if together else image_end) - start)
             if together:
-                caption = block[caption_offset - start :]
+                member = block[caption_offset - start :]
             else:
-                caption = _read_exactly(file.descriptor, caption_offset, caption_size)
+                member = _read_exactly(file.descriptor, caption_offset, caption_size)
             key = self._key(file.descriptor, block[:BLOCK], image_offset, key_hash)
         except (OSError, OverflowError) as error:  # the latter for an offset beyond 2^63, which an index may hold
             name = self._index.shard_names[shard]
             raise BadSample("unreadable", f"{name} cannot be read at byte {image_offset}: {error}") from error
-        signed_id = caption_hash - (caption_hash >> 63 << 64)
-        if caption_id(decode_caption(caption)) != signed_id:
-            raise BadSample("moved", f"byte {caption_offset} does not begin the caption that was indexed there")
-        return RawSample(key, block[BLOCK : image_end - start], caption, signed_id)
+        captions = self._captions(member, caption_offset, caption_hash, place)
+        return RawSample(key, block[BLOCK : image_end - start], member, captions)
 
-    def read_caption(self, sample: int) -> str:
-        """Return the text of a sample's caption without reading its image; empty when there is none.
+    def read_captions(self, sample: int) -> list[str]:
+        """Return the captions of a sample without reading its image; none where it has none.
 
         Raises:
             BadSample: of kind unreadable or moved, as in ``read``.
         """
         shard = self._index.shard_of(sample)
-        _, offset, _, size, _, caption_hash = self._index.samples[sample].item()
+        _, offset, _, size, _, caption_hash, _, place = self._index.samples[sample].item()
         try:
-            caption = decode_caption(
-                _read_exactly(self._open(shard).descriptor, offset, min(size, MAX_CAPTION_BYTES + 1))
-            )
+            member = _read_exactly(self._open(shard).descriptor, offset, min(size, MAX_MEMBER_BYTES + 1))
         except (OSError, OverflowError) as error:
             name = self._index.shard_names[shard]
             raise BadSample("unreadable", f"{name} cannot be read at byte {offset}: {error}") from error
-        if caption_id(caption) % 2**64 != caption_hash:
-            raise BadSample("moved", f"byte {offset} does not begin the caption that was indexed there")
-        return caption
+        return self._captions(member, offset, caption_hash, place)
+
+    def _captions(self, member: bytes, offset: int, caption_hash: int, place: int) -> list[str]:
+        fields = self._index.fields
+        captions: list[str] = []
+        try:
+            if member:
+                captions = read_captions(member, fields.caption[place], whole_text=fields.whole_text).texts
+            moved = captions_hash(captions) != caption_hash
+        except (ValueError, IndexError):  # what is there is no JSON, or the index names a field that does not exist
+            moved = True
+        if moved:
+            raise BadSample("moved", f"byte {offset} does not begin the captions that were indexed there")
+        return captions
 
     def _key(self, descriptor: int, header: bytes, image_offset: int, key_hash: int) -> str:
         key = split_key(header_name(header))[0]
@@ -145,8 +159,7 @@ def _read_exactly(descriptor: int, offset: int, size: int) -> bytes:
     return payload
 
 
-def require_caption(caption: str) -> str:
-    """Return a caption; raises BadSample of kind no-caption when it is blank, as a missing one is read."""
-    if is_blank(caption):
+def require_captions(captions: Sequence[str]) -> None:
+    """Raise BadSample of kind no-caption unless one of the captions says something."""
+    if all(map(is_blank, captions)):
         raise BadSample("no-caption", "the caption is missing or empty")
-    return caption

@@ -17,6 +17,7 @@ import tyro
 
 from ..settings import exit_with
 from .atomic import atomic_file
+from .captions import MAX_CAPTION_BYTES, Fields
 from .captions_file import CaptionsFile
 from .index import index_shards
 from .pack import Reencoding, pack_shards, repack_shards
@@ -77,31 +78,69 @@ def _pack(
         raise ValueError("name --images and --captions, or --shards with --resize")
     for problem in report.skipped:
         _show(problem)
-    if report.images is not None:
-        rows = report.samples + len(report.skipped)
-        print(f"{rows} rows of {captions} name {report.images} images")
+    if report.rows is not None:
+        print(f"{report.rows} rows of {captions}")
     if report.in_marks and not quoting:
         print(f"{report.in_marks} captions stand in quotation marks, which were kept; --quoting takes them off a .tsv")
-    print(f"{report.samples} samples in {report.shards} shards in {output}; {len(report.skipped)} left out")
+    _show_cut(report.cut)
+    print(
+        f"{report.samples} images with {report.captions} captions in {report.shards} shards in {output}; "
+        f"{len(report.skipped)} left out"
+    )
 
 
-def _index(folder: tyro.conf.Positional[Path], workers: int | None = None) -> None:
+def _show_cut(cut: int) -> None:
+    if cut:
+        print(f"{cut} captions are longer than the {MAX_CAPTION_BYTES:,} bytes that are read of each")
+
+
+def _index(
+    folder: tyro.conf.Positional[Path],
+    image_fields: tuple[str, ...] | None = None,
+    caption_fields: tuple[str, ...] | None = None,
+    whole_text: bool = False,
+    index: Path | None = None,
+    workers: int | None = None,
+) -> None:
     """Write the index of a folder of tar shards.
 
     Args:
         folder: Folder of .tar shards.
+        image_fields: Fields of the image, the first that a sample has counts; by default jpg,jpeg,png,webp. A field is
+            what follows the first dot of a member's name.
+        caption_fields: Fields of the captions, the first in which a sample has one counts; by default txt. A key of a
+            JSON object is written json:KEY; it holds a text, or a list of texts.
+        whole_text: Take a text of several lines as one caption, instead of each line.
+        index: Folder for the index, where that of the shards cannot be written; name it in place of the shards then.
         workers: Processes, which read a shard each; by default one for each CPU.
     """
-    report = index_shards(folder, workers=workers or os.cpu_count() or 1)
+    fields = Fields.parse(image_fields, caption_fields, whole_text=whole_text)
+    report = index_shards(folder, fields=fields, output=index, workers=workers or os.cpu_count() or 1)
     for problem in report.problems:
         _show(problem)
+    if report.left_out:
+        shards = report.shards + len(report.left_out)
+        print(f"{len(report.left_out)} of {shards} shards are left out: {'; '.join(report.left_out[:5])}")
     if report.left:
-        fields = ", ".join(f"{count:,} {printable(field)}" for field, count in report.left.most_common(8))
+        others = ", ".join(f"{count:,} {printable(name)}" for name, count in report.left.most_common(8))
         more = len(report.left) - 8
         print(
-            f"members of other fields, which are not read: {fields}" + (f" and {more} more fields" if more > 0 else "")
+            f"members of other fields, which are not read: {others}" + (f" and {more} more fields" if more > 0 else "")
         )
-    print(f"{report.samples} samples in {report.shards} shards; {len(report.problems)} problems")
+    if report.with_several:
+        of_lines = not whole_text and any(":" not in name for name in fields.caption)
+        how = " (a line of a text is one, unless --whole-text is given)" if of_lines else ""
+        print(f"{report.with_several} samples have several captions{how}")
+    if report.without_caption:
+        print(f"{report.without_caption} samples have no caption")
+    _show_cut(report.cut)
+    print(f"read: {report.fields}")
+    if index is not None:
+        print(f"the index is in {index}: name that folder in place of {folder}")
+    print(
+        f"{report.samples} samples with {report.captions} captions in {report.shards} shards; "
+        f"{len(report.problems)} problems"
+    )
 
 
 def _verify(

@@ -1,13 +1,14 @@
 """Stored text embeddings: one file for each shard, written by data/embeddings.py and read by the loader.
 
-A file is little-endian, with one record for each sample of the shard in the order of the index:
+A file is little-endian, with one record for each caption of the shard, the captions of a sample one after the other, in
+the order of the index:
 
     start    16 bytes: magic, version u32, bytes of the header u32
-    header   JSON: shard, samples, embed_dim and tower (name, revision, recipe, fingerprint)
+    header   JSON: shard, captions (their number), embed_dim and tower (name, revision, recipe, fingerprint)
     checksum 32 bytes: sha256 of start and header
     records  from the next multiple of 64 bytes: key_hash u64, caption_hash u64, crc32 of the row u32, row f16 [d]
 
-A record names the sample it belongs to by the hashes that the index holds, so an embedding is never joined to another
+A record names the sample and the caption it belongs to by their hashes, so an embedding is never joined to another
 caption. ``numpy.memmap(path, record_dtype(d), "r", offset)["row"]`` is the matrix [N, d].
 """
 
@@ -37,7 +38,7 @@ COMMAND = "python -m textlock.data.embeddings"
 SUFFIX = ".embeddings"
 
 _MAGIC = b"TEXTROWS"
-_VERSION = 2
+_VERSION = 3
 _START = struct.Struct("<8sII")
 _CHECKSUM_BYTES = 32
 _ALIGNMENT = 64
@@ -61,7 +62,7 @@ class StoredHeader:
     """What a file of stored embeddings says of itself."""
 
     shard: str
-    samples: int
+    captions: int
     embed_dim: int
     tower: dict[str, Any]
     records_offset: int
@@ -97,26 +98,26 @@ def read_header(path: Path) -> StoredHeader:
         size = os.fstat(file.fileno()).st_size
     try:
         content = json.loads(header)
-        shard, samples, embed_dim, tower = (content[name] for name in ("shard", "samples", "embed_dim", "tower"))
+        shard, captions, embed_dim, tower = (content[name] for name in ("shard", "captions", "embed_dim", "tower"))
     except (ValueError, TypeError, KeyError) as error:
         raise damaged from error
     whole = (
         isinstance(shard, str)
-        and isinstance(samples, int)
+        and isinstance(captions, int)
         and isinstance(embed_dim, int)
         and isinstance(tower, dict)
         and isinstance(tower.get("fingerprint"), str)
         and 0 < embed_dim <= _MAX_EMBED_DIM
-        and size == _records_offset(length) + samples * record_dtype(embed_dim).itemsize
+        and size == _records_offset(length) + captions * record_dtype(embed_dim).itemsize
     )
     if not whole:
         raise damaged
-    return StoredHeader(shard, samples, embed_dim, tower, _records_offset(length))
+    return StoredHeader(shard, captions, embed_dim, tower, _records_offset(length))
 
 
-def pack_header(shard: str, samples: int, tower: "TextTowerDescription") -> bytes:
+def pack_header(shard: str, captions: int, tower: "TextTowerDescription") -> bytes:
     """Return all that comes before the records of a file."""
-    content = {"shard": shard, "samples": samples, "embed_dim": tower.embed_dim, "tower": asdict(tower)}
+    content = {"shard": shard, "captions": captions, "embed_dim": tower.embed_dim, "tower": asdict(tower)}
     header = json.dumps(content).encode()
     start = _START.pack(_MAGIC, _VERSION, len(header))
     packed = start + header + hashlib.sha256(start + header).digest()
@@ -127,6 +128,11 @@ def samples_of(index: ShardIndex, shard: int) -> npt.NDArray[np.void]:
     """Return the records that the index has of the samples of a shard."""
     first, last = index.first_sample[shard : shard + 2]
     return index.samples[first:last]
+
+
+def first_captions(index: ShardIndex, shard: int) -> npt.NDArray[np.int64]:
+    """Return the record with which the captions of each sample of a shard begin, [n + 1] with their number at last."""
+    return np.concatenate([[0], np.cumsum(samples_of(index, shard)["captions"], dtype=np.int64)])
 
 
 def _records_offset(header_bytes: int) -> int:
@@ -167,24 +173,29 @@ class StoredText:
         self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_shard)
         self._open(0)
 
-    def row(self, sample: int) -> Float16Array:
-        """Return the embedding of a sample of the index, float16 [d], a unit vector but for rounding.
+    def row(self, sample: int, which: int, caption: int) -> Float16Array:
+        """Return the embedding of a caption of a sample of the index, float16 [d], a unit vector but for rounding.
+
+        Args:
+            sample: its number.
+            which: place of the caption among those of the sample.
+            caption: ``captions.caption_id`` of it.
 
         Raises:
-            BadSample: of kind no-embedding (its caption could not be read when the captions were encoded, or has
+            BadSample: of kind no-embedding (its captions could not be read when the captions were encoded, or have
                 changed since) or damaged-embedding (it is not what was written, or the storage fails).
             ValueError: the file is damaged or of another text tower.
         """
         shard = self._index.shard_of(sample)
         file = self._open(shard)
-        number = sample - int(self._index.first_sample[shard])
-        _, _, _, _, key_hash, caption_hash = self._index.samples[sample].item()
+        number = int(file.first_caption[sample - int(self._index.first_sample[shard])]) + which
+        key_hash = int(self._index.samples[sample]["key_hash"])
         try:
             record = file.record(number)
         except OSError as error:
             raise BadSample("damaged-embedding", f"the stored text embedding cannot be read: {error}") from error
-        if (record["key_hash"], record["caption_hash"]) != (key_hash, caption_hash):
-            raise BadSample("no-embedding", f"{file.path.name} has no embedding of this sample: run {COMMAND} again")
+        if (record["key_hash"], record["caption_hash"]) != (key_hash, caption % 2**64):
+            raise BadSample("no-embedding", f"{file.path.name} has no embedding of this caption: run {COMMAND} again")
         row: Float16Array = record["row"]
         if zlib.crc32(row.tobytes()) != record["crc32"]:
             raise BadSample("damaged-embedding", f"embedding {number} of {file.path.name} does not have its checksum")
@@ -195,12 +206,12 @@ class StoredText:
         path = self._folder / file_name(name)
         header = read_header(path)
         require_tower(header, path, self._tower)
-        samples = len(samples_of(self._index, shard))
-        if header.samples != samples:
+        first = first_captions(self._index, shard)
+        if header.captions != first[-1]:
             raise ValueError(
-                f"{path} has embeddings of {header.samples} samples and {name} has {samples}: run {COMMAND} again"
+                f"{path} has embeddings of {header.captions} captions and {name} has {first[-1]}: run {COMMAND} again"
             )
-        return _StoredShard(path, header)
+        return _StoredShard(path, header, first)
 
 
 class _StoredShard:
@@ -209,8 +220,9 @@ class _StoredShard:
     Read, not mapped: a mapped file that is cut short on a shared disk kills the process.
     """
 
-    def __init__(self, path: Path, header: StoredHeader) -> None:
+    def __init__(self, path: Path, header: StoredHeader, first_caption: npt.NDArray[np.int64]) -> None:
         self.path = path
+        self.first_caption = first_caption
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
         self._dtype = header.dtype

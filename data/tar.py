@@ -16,10 +16,12 @@ What may be wrong with a shard is counted by these kinds:
     tar-garbage       bytes after the end marker that are no archive
     link              an image or caption that is a link, a device or a folder
     name              an image or caption whose name is absolute or climbs with ``..``
-    duplicate         a second image (or caption) with one key: the first counts
-    no-image          a caption without an image
+    duplicate         a second image with one key, or a second member of one name: the first counts
+    no-image          captions without an image
     dots              an image whose name has dots besides that of its extension, and no other image with its key
-    gzip              the shard is compressed, and a compressed one is not read at random
+    captions          the member of the captions cannot be read: it is no JSON, or has no such key
+    compressed        the shard is compressed or another kind of archive, which is not read at random
+    unreadable        the shard cannot be read at all
     tar-empty         no sample with an image at all
 """
 
@@ -28,14 +30,21 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .images import IMAGE_EXTENSIONS
+from .captions import Fields
 
 BLOCK = 512
-_GZIP = b"\x1f\x8b"
+# How files begin that are mistaken for tars, and what undoes it.
+_OTHER_ARCHIVES = {
+    b"\x1f\x8b": "it is compressed with gzip: decompress it (gzip -d)",
+    b"BZh": "it is compressed with bzip2: decompress it (bzip2 -d)",
+    b"\xfd7zXZ\0": "it is compressed with xz: decompress it (xz -d)",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: decompress it (zstd -d)",
+    b"PK\x03\x04": "it is a zip archive: write its files as a tar",
+}
 _MAX_EXTENDED_HEADER = 2**20
 _MAX_DAMAGES = 100
 _SCAN_BYTES = 2**20
@@ -239,11 +248,16 @@ def _check_end(descriptor: int, at: int) -> None:
 
 @dataclass
 class TarSample:
-    """The members of one key."""
+    """The members of one key that are read, by the place of their field in `Fields`."""
 
     key: str
-    image: TarMember | None = None
-    caption: TarMember | None = None
+    images: dict[int, TarMember] = field(default_factory=dict)
+    captions: dict[int, TarMember] = field(default_factory=dict)
+
+    @property
+    def image(self) -> TarMember:
+        """The image of a sample that has one: the first of the fields counts."""
+        return self.images[min(self.images)]
 
 
 class ShardContent(NamedTuple):
@@ -274,29 +288,35 @@ def split_key(name: str) -> tuple[str, str]:
     return folder + slash + stem, field.lower()
 
 
-def read_samples(path: Path) -> ShardContent:
-    """Read the samples of a shard: the fields jpg, jpeg, png or webp are the image, the field txt is the caption.
+def read_samples(path: Path, fields: Fields) -> ShardContent:
+    """Read the samples of a shard: which members its ``fields`` name, not what is in them.
 
-    Members of a key may be adjacent or not. Of two images (or captions) with one key the first counts.
+    Members of a key may be adjacent or not, and in any order.
     """
     samples: dict[str, TarSample] = {}
     problems: list[Problem] = []
     left: Counter[str] = Counter()
     dotted: dict[str, str] = {}  # key -> name of an image that has further dots
+    image_places = {name: place for place, name in enumerate(fields.image)}
+    caption_places: dict[str, list[int]] = {}  # several keys of one JSON object may be named
+    for place, name in enumerate(fields.caption):
+        caption_places.setdefault(name.partition(":")[0], []).append(place)
 
     def add(key: str, kind: str, message: str) -> None:
         problems.append(Problem(path.name, key, kind, message))
 
     with open(path, "rb", buffering=0) as file:
-        if file.read(2) == _GZIP:
-            add("", "gzip", "it is compressed with gzip: decompress it (gzip -d) and index again")
-            return ShardContent([], problems, left)
+        start = file.read(BLOCK)
+        for magic, advice in _OTHER_ARCHIVES.items():
+            if start.startswith(magic) and start[257:262] != b"ustar":
+                add("", "compressed", f"{advice} and index again")
+                return ShardContent([], problems, left)
         for member in read_members(file, on_damage=lambda damage: add("", damage.kind, str(damage))):
-            key, field = split_key(member.name)
-            if field not in IMAGE_EXTENSIONS | {"txt"}:
+            key, name = split_key(member.name)
+            if name not in image_places and name not in caption_places:
                 if key and member.is_file:
-                    left[field] += 1
-                    if field.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                    left[name] += 1
+                    if name.rpartition(".")[2] in image_places:
                         dotted.setdefault(key, member.name)
                 continue
             if not member.is_file:
@@ -307,17 +327,23 @@ def read_samples(path: Path) -> ShardContent:
                 add(key, "name", f"the name {member.name} leads out of its folder")
                 continue
             sample = samples.setdefault(key, TarSample(key))
-            slot = "caption" if field == "txt" else "image"
-            if getattr(sample, slot) is None:
-                setattr(sample, slot, member)
+            known, places = sample.captions, caption_places.get(name, [])
+            if name in image_places:
+                known, places = sample.images, [image_places[name]]
+            if places[0] in known:
+                add(key, "duplicate", f"a second member {member.name} is not used")
             else:
-                add(key, "duplicate", f"a second {slot} with this key, {member.name}, is not used")
+                known |= dict.fromkeys(places, member)
     for key, name in dotted.items():
-        if key not in samples or samples[key].image is None:
-            field = split_key(name)[1]
-            message = f"{name} is the field {field} of {key}, which is no image: write other dots in names as - or _"
-            add(key, "dots", message)
+        if key not in samples or not samples[key].images:
+            name_of_field = split_key(name)[1]
+            message = f"{name} is the field {name_of_field} of {key}, which is no image: write other dots in names as"
+            add(key, "dots", f"{message} - or _")
     for sample in samples.values():
-        if sample.image is None and sample.key not in dotted:
-            add(sample.key, "no-image", "the sample has a caption but no image")
-    return ShardContent([sample for sample in samples.values() if sample.image is not None], problems, left)
+        if not sample.images:
+            if sample.key not in dotted:
+                add(sample.key, "no-image", "the sample has a caption but no image")
+        elif len(sample.images) > 1:
+            others = " and ".join(other.name for other in sample.images.values() if other is not sample.image)
+            add(sample.key, "duplicate", f"its image is {sample.image.name}; {others} is not used")
+    return ShardContent([sample for sample in samples.values() if sample.images], problems, left)

@@ -1,6 +1,5 @@
 """Checks shards before a run does: reads and decodes every sample as the loader would, and compares the index."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,10 +10,20 @@ from secrets import token_hex
 import numpy as np
 
 from .cache import FetchError, is_remote
+from .captions import Fields
 from .images import BadSample, decode_image
-from .index import INDEX_NAME, ShardIndex, index_of_one_shard, open_index, scan_shard, shard_names
+from .index import (
+    INDEX_NAME,
+    ShardIndex,
+    index_of_one_shard,
+    open_index,
+    recorded_fields,
+    scan_shard,
+    shard_names,
+    start_of_fingerprint,
+)
 from .processes import map_in_processes
-from .reader import ShardReader
+from .reader import ShardReader, require_captions
 from .tar import Problem
 
 
@@ -51,16 +60,19 @@ def verify_shards(
             on_problem(problem)
 
     index: ShardIndex | None = None
+    address, fields = str(shards), Fields()
     try:
         index = open_index(shards, cache_dir=cache_dir, cache_gb=cache_gb)
-        names = index.shard_names
+        names, address, fields = index.shard_names, index.address, index.fields
+        for name in index.left_out:
+            add(Problem(name, "", "tar-empty", "the index leaves this shard out: it holds no sample with an image"))
     except (ValueError, FileNotFoundError) as error:
         if is_remote(shards):
             raise
-        names = shard_names(Path(shards))
+        names, fields = shard_names(Path(shards)), recorded_fields(Path(shards))
         add(Problem(INDEX_NAME, "", "index", str(error)))
-    check = _ShardCheck(str(shards), cache_dir, cache_gb, token_hex() if index is not None else None)
-    fingerprint = hashlib.sha256()
+    check = _ShardCheck(str(shards), address, fields, cache_dir, cache_gb, token_hex() if index is not None else None)
+    fingerprint = start_of_fingerprint(fields)
     for found in map_in_processes(check, enumerate(names), min(workers or os.cpu_count() or 1, len(names))):
         report.good += found.good
         fingerprint.update(found.hashed)
@@ -86,7 +98,9 @@ class _CheckedShard:
 class _ShardCheck:
     """Checks shards one after the other, in a worker process."""
 
+    shards: str
     address: str
+    fields: Fields
     cache_dir: Path | str | None
     cache_gb: float
     verification: str | None  # a process opens the index once for each value; None without an index
@@ -103,10 +117,13 @@ class _ShardCheck:
             path = Path(f"/proc/self/fd/{lease.descriptor}")
         else:
             path = Path(self.address) / name
-        entry, (samples, problems, _) = scan_shard(path)
+        try:
+            entry, (samples, problems, _) = scan_shard(path, self.fields)
+        except OSError as error:
+            return _CheckedShard(0, b"", [Problem(name, "", "unreadable", str(error))])
         entry = replace(entry, name=name)
         problems = [replace(problem, shard=name) for problem in problems]
-        alone = index_of_one_shard(path, samples)
+        alone = index_of_one_shard(path, samples, self.fields)
         if index is not None and index.remote is None:
             first, last = index.first_sample[number : number + 2]
             if not np.array_equal(index.samples[first:last], alone.samples):
@@ -119,7 +136,7 @@ class _ShardCheck:
         for place, sample in enumerate(samples):
             try:
                 raw = reader.read(place)
-                raw.text()
+                require_captions(raw.captions)
                 decode_image(raw.image)
                 good += 1
             except BadSample as fault:
@@ -129,4 +146,4 @@ class _ShardCheck:
 
 @lru_cache(maxsize=1)
 def _opened_index(check: _ShardCheck) -> ShardIndex:
-    return open_index(check.address, cache_dir=check.cache_dir, cache_gb=check.cache_gb)
+    return open_index(check.shards, cache_dir=check.cache_dir, cache_gb=check.cache_gb)

@@ -23,8 +23,9 @@ import torch
 import tyro
 
 from textlock.data import stored_text
-from textlock.data.captions import MAX_CAPTION_BYTES, caption_id, decode_caption
+from textlock.data.captions import MAX_CAPTION_BYTES, caption_id, captions_hash, read_captions
 from textlock.data.images import BadSample, CropWindow, check_image, crop_and_resize, decode_image
+from textlock.data.index import SAMPLE_DTYPE
 
 from .. import text_tower
 from . import zoo
@@ -81,11 +82,15 @@ def damaged_caption(rng: np.random.Generator) -> bytes:
 
 
 def use_caption(payload: bytes) -> None:
-    caption = decode_caption(payload)
-    assert len(caption.encode()) <= 3 * MAX_CAPTION_BYTES  # a byte that is no UTF-8 becomes three
-    assert caption == caption.strip() and "\0" not in caption
-    assert -(2**63) <= caption_id(caption) < 2**63
-    assert json.loads(json.dumps(caption)) == caption
+    captions, _ = read_captions(payload, "txt")
+    with contextlib.suppress(ValueError):
+        captions += read_captions(b'{"x": "' + payload + b'"}', "json:x").texts
+    for caption in captions:
+        assert 0 < len(caption.encode()) <= MAX_CAPTION_BYTES
+        assert caption == caption.strip() and "\0" not in caption
+        assert -(2**63) <= caption_id(caption) < 2**63
+        assert json.loads(json.dumps(caption)) == caption
+    assert 0 <= captions_hash(captions) < 2**64
 
 
 def damaged_embeddings(rng: np.random.Generator, samples: int = 5) -> bytes:
@@ -113,12 +118,12 @@ def use_embeddings(payload: bytes) -> None:
             shard_names=["0.tar"],
             shard_of=lambda sample: 0,
             first_sample=np.array([0, 5]),
-            samples=np.array([(0, 0, 0, 0, 1, 1)] * 5, dtype="u8,u8,u4,u4,u8,u8"),
+            samples=np.array([(0, 0, 0, 0, 1, 1, 1, 0)] * 5, dtype=SAMPLE_DTYPE),
         )
         stored = stored_text.StoredText(folder, index, TOWER)
         for number in range(5):
             with contextlib.suppress(BadSample):
-                assert (stored.row(number) == 0.5).all(), "a damaged embedding was believed"
+                assert (stored.row(number, 0, 1) == 0.5).all(), "a damaged embedding was believed"
 
 
 TARGETS = {

@@ -20,7 +20,7 @@ import tenacity
 from textlock.data import cache as module
 from textlock.data.cache import FetchError, RemoteFile, RemoteFolder, ShardCache
 from textlock.data.evaluation import iterate_shards
-from textlock.data.index import INDEX_NAME, open_index
+from textlock.data.index import INDEX_NAME, index_shards, open_index
 from textlock.data.reader import ShardReader
 from textlock.data.verify import verify_shards
 
@@ -266,8 +266,15 @@ def test_an_index_that_is_missing_damaged_or_none(shards, memory, tmp_path):
         open_index(f"{memory}/nowhere", cache_dir=tmp_path)
     filesystem = fsspec.filesystem("memory")
     whole = (shards / INDEX_NAME).read_bytes()
-    filesystem.pipe_file(f"/shards/{INDEX_NAME}", whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(FileNotFoundError, match=r"records in memory://shards/index\.textlock are damaged"):
+    for at, message in ((200, r"records in memory://shards/index\.textlock are damaged"), (-1, "textlock is damaged")):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        filesystem.pipe_file(f"/shards/{INDEX_NAME}", bytes(damaged))
+        with pytest.raises(FileNotFoundError, match=message):
+            open_index(memory, cache_dir=tmp_path)
+    index_shards(shards, output=tmp_path / "elsewhere")
+    filesystem.pipe_file(f"/shards/{INDEX_NAME}", (tmp_path / "elsewhere" / INDEX_NAME).read_bytes())
+    with pytest.raises(ValueError, match="is of shards in the folder .*: index the shards where they are files"):
         open_index(memory, cache_dir=tmp_path)
     filesystem.pipe_file(f"/shards/{INDEX_NAME}", b"<html>")
     with pytest.raises(ValueError, match="is not an index of textlock"):

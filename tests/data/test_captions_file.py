@@ -2,10 +2,10 @@
 
 import pytest
 
-from textlock.data.captions import decode_caption
+from textlock.data.captions import read_captions
 from textlock.data.captions_file import CaptionsFile
 from textlock.data.images import BadSample
-from textlock.data.reader import require_caption
+from textlock.data.reader import require_captions
 
 
 def rows(folder, name, text, **settings):
@@ -78,12 +78,12 @@ def test_what_is_wrong_is_said_with_its_line(tmp_path, name, text, settings, mes
 
 @pytest.mark.parametrize("caption", ["", " \t\n", "​​", "﻿", "⁠ ­", "\0", "　"])
 def test_a_caption_without_width_is_none(caption):
-    assert decode_caption(caption.encode()) == ""
+    assert read_captions(caption.encode(), "txt", whole_text=True).texts == []
     with pytest.raises(BadSample, match="the caption is missing or empty"):
-        require_caption(caption)
+        require_captions([caption])
 
 
 @pytest.mark.parametrize("caption", ["👩‍👩‍👧", "می‌خواهم", "​a​", "7", "!", "\U0001fae8", "\U000e1234", "\ue000"])
 def test_characters_without_width_inside_a_caption_stay(caption):
-    assert decode_caption(caption.encode()) == caption
-    assert require_caption(caption) == caption
+    assert read_captions(caption.encode(), "txt").texts == [caption]
+    require_captions([caption, ""])

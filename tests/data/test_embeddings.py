@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from textlock.data.captions import caption_id
 from textlock.data.embeddings import FOLDER_NAME, encode_shards
 from textlock.data.index import INDEX_NAME, open_index
+from textlock.data.reader import ShardReader
 from textlock.data.stored_text import StoredText, file_name, read_header, record_dtype
 from textlock.demo.text_tower import write_random_text_tower
 from textlock.models.text import build_text_tower
@@ -66,6 +68,17 @@ def stored(shards, tower):
     return StoredText(shards / FOLDER_NAME, open_index(shards), tower.describe())
 
 
+def rows_of(shards, tower):
+    """Return what gives the stored embedding of a sample's caption."""
+    rows, reader = stored(shards, tower), ShardReader(open_index(shards))
+
+    def row_of(number, which=0):
+        captions = [*reader.read_captions(number), ""]
+        return rows.row(number, which, caption_id(captions[which]))
+
+    return row_of
+
+
 def settings(shards, **changes):
     return loading.settings(shards, text_embeddings=str(shards / FOLDER_NAME), **changes)
 
@@ -82,21 +95,21 @@ def test_every_embedding_is_the_tower_s_and_the_empty_caption_has_none(encoded_o
     shards, report = encoded_once
     assert (report.encoded, report.kept, report.rows) == (3, 0, 24)
     assert [(problem.shard, problem.kind) for problem in report.without_row] == [("00000.tar", "no-caption")]
-    rows = stored(shards, tower)
+    row_of = rows_of(shards, tower)
     for number in set(range(25)) - {3}:
-        row = rows.row(number)
+        row = row_of(number)
         assert row.dtype == np.float16
         (expected,) = tower.encode(["r\xe9d" if number == 7 else caption_of(number)]).numpy()
         assert np.abs(row - expected).max() <= 2**-11 * np.abs(expected).max()
     with bad_sample("no-embedding"):
-        rows.row(3)
+        row_of(3)
 
     header = read_header(path_of(shards, 1))
-    assert (header.shard, header.samples, header.embed_dim) == ("00001.tar", 5, 16)
+    assert (header.shard, header.captions, header.embed_dim) == ("00001.tar", 5, 16)
     assert header.tower == json.loads(json.dumps(asdict(tower.describe())))
     assert header.tower["recipe"]["pooling"] == ["mean"] and header.tower["recipe"]["max_length"] == 16
     matrix = np.memmap(path_of(shards, 1), record_dtype(16), "r", header.records_offset)["row"]
-    assert np.array_equal(matrix, [rows.row(number) for number in range(11, 16)])
+    assert np.array_equal(matrix, [row_of(number) for number in range(11, 16)])
 
 
 def test_processes_share_the_shards_and_none_is_done_twice(shards, encoded_once, tower, tmp_path):
@@ -119,12 +132,28 @@ def test_a_second_run_does_what_is_missing_damaged_or_out_of_date(encoded, tower
     assert [path_of(encoded, number).read_bytes() for number in range(3)] == written
 
     write_shards(encoded, SIZES, CHANGES | OTHER_CAPTION)
-    rows = stored(encoded, tower)
-    rows.row(11)
+    row_of = rows_of(encoded, tower)
+    row_of(11)
     with bad_sample("no-embedding"):  # until the captions are encoded again
-        rows.row(12)
+        row_of(12)
     report = encode_shards(encoded, tower)
     assert (report.encoded, report.kept) == (1, 2)
+
+
+def test_every_caption_of_an_image_is_stored_and_the_one_of_the_step_is_joined(tower, tmp_path):
+    several = {0: {"txt": b"red circle\nblue square\n\n7 8 9"}, 4: {"txt": b"one\ntwo"}}
+    shards = write_shards(tmp_path / "shards", SIZES, CHANGES | several)
+    assert (report := encode_shards(shards, tower)).rows == 24 + 2 + 1
+    assert [(read_header(path_of(shards, shard)).captions) for shard in range(3)] == [13, 5, 9] and report.encoded == 3
+    row_of = rows_of(shards, tower)
+    expected = tower.encode(["red circle", "blue square", "7 8 9"]).numpy()
+    for which in range(3):
+        assert np.abs(row_of(0, which) - expected[which]).max() <= 2**-11 * np.abs(expected[which]).max()
+    for batch in take(settings(shards), 6, tower):
+        assert (batch.text_embeddings.float() - tower.encode(batch.captions)).abs().max() < 1e-3
+    assert encode_shards(shards, tower).kept == 3
+    write_shards(shards, SIZES, CHANGES | several | {0: {"txt": b"red circle\nblue square\n\n7 8 8"}})
+    assert encode_shards(shards, tower).encoded == 1
 
 
 def test_a_killed_run_leaves_only_whole_files(shards, tower, monkeypatch):
@@ -165,7 +194,7 @@ def test_a_damaged_embedding_costs_its_sample_and_no_other(encoded, tower, tmp_p
     assert found <= {(15, "damaged-embedding", key_of(15)), (3, "no-caption", key_of(3))}
     assert key_of(15) not in keys(batches)
     with bad_sample("damaged-embedding", r"embedding 4 of 00001\.embeddings does not have its checksum"):
-        stored(encoded, tower).row(15)
+        rows_of(encoded, tower)(15)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +245,7 @@ def test_missing_embeddings_are_named(shards, encoded, tower):
     [
         (lambda path: path.write_bytes(b""), "holds no stored text embeddings"),
         (lambda path: path.write_bytes(b"TEXTROWS" + b"\xff" * 8), "has version"),
-        (lambda path: path.write_bytes(b"TEXTROWS\x02\0\0\0" + b"\xff" * 4), "is damaged"),
+        (lambda path: path.write_bytes(b"TEXTROWS\x03\0\0\0" + b"\xff" * 4), "is damaged"),
         (lambda path: flip(path, 30), "is damaged"),
         (lambda path: cut(path, 1), "is damaged"),
         (lambda path: path.write_bytes(path.read_bytes() + b"x"), "is damaged"),

@@ -2,7 +2,6 @@ import os
 
 import pytest
 
-from textlock.data.captions import caption_id
 from textlock.data.index import open_index
 from textlock.data.reader import ShardReader
 
@@ -15,8 +14,8 @@ def test_samples_are_read_as_they_were_written_and_files_closed(tmp_path):
     reader = ShardReader(index)
     for number in (6, *range(7)):
         raw, caption = reader.read(number), caption_of(number)
-        assert (raw.key, raw.image, raw.caption) == (key_of(number), image_of(number), caption.encode())
-        assert (raw.caption_id, reader.read_caption(number)) == (caption_id(caption), caption)
+        assert (raw.key, raw.image, raw.member) == (key_of(number), image_of(number), caption.encode())
+        assert raw.captions == reader.read_captions(number) == [caption]
     assert len(os.listdir("/proc/self/fd")) == before + 3
     del reader
     assert len(os.listdir("/proc/self/fd")) == before
@@ -32,7 +31,15 @@ def test_long_keys_are_found(format, stem, tmp_path):
 def test_captions_are_read_before_and_far_from_their_image(tmp_path):
     image, caption = sample("b")
     shard = write_shard(tmp_path, [*reversed(sample("a")), image, ("x.bin", bytes(20_000)), caption])
-    assert [raw.caption for raw in read_all(shard)] == [b"caption of a", b"caption of b"]
+    assert [raw.captions for raw in read_all(shard)] == [["caption of a"], ["caption of b"]]
+
+
+def test_the_caption_is_the_one_that_the_draw_chooses(tmp_path):
+    (raw,) = read_all(write_shard(tmp_path, sample("a", txt=b"one\ntwo\n\nthree")))
+    assert [raw.caption(draw) for draw in (0.0, 0.33, 0.34, 1 - 2**-53)] == [
+        *((0, "one"), (0, "one")),
+        *((1, "two"), (2, "three")),
+    ]
 
 
 def test_what_is_not_where_the_index_says_is_a_bad_sample(tmp_path):
@@ -46,4 +53,4 @@ def test_what_is_not_where_the_index_says_is_a_bad_sample(tmp_path):
         with bad_sample(kind):
             reader.read(number)
     with bad_sample("moved"):
-        reader.read_caption(1)
+        reader.read_captions(1)

@@ -6,6 +6,7 @@ import webdataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from textlock.data.captions import Fields
 from textlock.data.tar import DamagedTar, _read_pax, read_members, read_samples, split_key
 
 from .tars import FORMATS, contents, extended_header, set_field, set_size, tar_bytes, tarfile_contents, write_tar
@@ -33,7 +34,7 @@ def test_links_and_devices_are_not_followed(tmp_path):
     links = [(f"{number}.jpg", b"", kind) for number, kind in enumerate(kinds)]
     path = write_tar(tmp_path / "0.tar", [*links, ("real.jpg", b"abc")])
     assert contents(path) == [("real.jpg", b"abc")]
-    samples, problems, _ = read_samples(path)
+    samples, problems, _ = read_samples(path, Fields())
     assert [sample.key for sample in samples] == ["real"]
     # tarfile writes a folder's name with a slash at its end: it has no extension.
     assert [(problem.key, problem.kind) for problem in problems] == [("0", "link"), ("1", "link"), ("2", "link")]
@@ -42,7 +43,7 @@ def test_links_and_devices_are_not_followed(tmp_path):
 @pytest.mark.parametrize("name", ["/etc/a.jpg", "../a.jpg", "b/../../a.jpg", "b/..", "b\\..\\a.jpg", "C:\\..\\a.jpg"])
 def test_names_that_lead_out_of_their_folder(name, tmp_path):
     path = write_tar(tmp_path / "0.tar", [("./b.jpg", b"b"), (name, b"a"), ("..c/d.jpg", b"c")])
-    samples, problems, _ = read_samples(path)
+    samples, problems, _ = read_samples(path, Fields())
     assert [sample.key for sample in samples] == ["./b", "..c/d"]
     # A backslash is a character of a name here, and the dots behind it begin the field.
     assert [problem.kind for problem in problems] == ["dots" if "\\" in name else "name"] * name.endswith(".jpg")
@@ -119,7 +120,7 @@ def test_a_tar_of_nothing_but_damage_is_given_up(tmp_path):
         set_size(raw, at, b"77777777777\0")
     path = tmp_path / "0.tar"
     path.write_bytes(raw)
-    assert len(read_samples(path)[1]) == 101
+    assert len(read_samples(path, Fields())[1]) == 101
 
 
 def test_an_extended_header_of_many_records_is_read_in_one_pass():
@@ -158,10 +159,14 @@ def test_split_key(name, key, field):
 def test_samples_are_grouped_by_key(tmp_path):
     names = ["b.txt", "a.JPG", "b.webp", "a.json", "a.txt", "a.png", "b.txt", "alone.txt", "silent.jpeg"]
     path = write_tar(tmp_path / "0.tar", [(name, b"x") for name in names])
-    samples, problems, _ = read_samples(path)
-    found = [(s.key, s.image.name, s.caption.name if s.caption else None) for s in samples]
-    assert found == [("b", "b.webp", "b.txt"), ("a", "a.JPG", "a.txt"), ("silent", "silent.jpeg", None)]
-    assert sorted((p.key, p.kind) for p in problems) == [("a", "duplicate"), ("alone", "no-image"), ("b", "duplicate")]
+    samples, problems, _ = read_samples(path, Fields())
+    found = [(s.key, s.image.name, *(member.name for member in s.captions.values())) for s in samples]
+    assert found == [("b", "b.webp", "b.txt"), ("a", "a.JPG", "a.txt"), ("silent", "silent.jpeg")]
+    assert sorted((p.key, p.kind, p.message) for p in problems) == [
+        ("a", "duplicate", "its image is a.JPG; a.png is not used"),
+        ("alone", "no-image", "the sample has a caption but no image"),
+        ("b", "duplicate", "a second member b.txt is not used"),
+    ]
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["as listed", "the other way round"])
@@ -169,15 +174,42 @@ def test_other_fields_beside_image_and_caption_are_left_and_counted(reverse, tmp
     """As webdataset and open_clip read them, whichever comes first."""
     names = ["0.depth.png", "0.jpg", "0.de.txt", "0.txt", "0.json", "0.npz", "1.seg.v2.png", "1.webp"]
     path = write_tar(tmp_path / "0.tar", [(name, name.encode()) for name in (names[::-1] if reverse else names)])
-    samples, problems, left = read_samples(path)
-    found = {s.key: (s.image.name, s.caption and s.caption.name) for s in samples}
-    assert found == {"0": ("0.jpg", "0.txt"), "1": ("1.webp", None)} and not problems
+    samples, problems, left = read_samples(path, Fields())
+    found = {s.key: (s.image.name, *(member.name for member in s.captions.values())) for s in samples}
+    assert found == {"0": ("0.jpg", "0.txt"), "1": ("1.webp",)} and not problems
     assert left == {"depth.png": 1, "de.txt": 1, "json": 1, "npz": 1, "seg.v2.png": 1}
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["as listed", "the other way round"])
+def test_the_first_of_the_named_fields_that_a_sample_has_is_its_image(reverse, tmp_path):
+    names = ["0.jpg", "0.depth.png", "0.png", "0.txt", "0.json", "0.meta.json", "1.jpg", "1.meta.json", "2.txt"]
+    path = write_tar(tmp_path / "0.tar", [(name, b"x") for name in (names[::-1] if reverse else names)])
+    fields = Fields(("depth.png", "jpg"), ("json:title", "txt", "json:alt", "meta.json:x"))
+    samples, problems, left = read_samples(path, fields)
+    found = {s.key: (s.image.name, {place: member.name for place, member in s.captions.items()}) for s in samples}
+    assert found == {
+        "0": ("0.depth.png", {0: "0.json", 1: "0.txt", 2: "0.json", 3: "0.meta.json"}),
+        "1": ("1.jpg", {3: "1.meta.json"}),
+    }
+    assert left == {"png": 1}
+    assert sorted((p.key, p.kind) for p in problems) == [("0", "duplicate"), ("2", "no-image")]
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [(b"\x1f\x8b\x08", "gzip"), (b"BZh91AY", "bzip2"), (b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zstd")],
+)
+def test_a_compressed_shard_is_named_for_what_it_is(start, what, tmp_path):
+    path = tmp_path / "0.tar"
+    path.write_bytes(start + bytes(2000))
+    assert read_samples(path, Fields()).problems[0].message.startswith(f"it is compressed with {what}: decompress it (")
+    write_tar(path, [(start.decode("latin-1").replace("\0", "") + ".jpg", b"x")])
+    assert not [problem for problem in read_samples(path, Fields()).problems if problem.kind == "compressed"]
 
 
 def test_dotted_names_are_never_joined_crosswise(tmp_path):
     names = ["cat.1.jpg", "cat.1.txt", "cat.2.jpg", "cat.2.txt", "dog.jpg", "dog.txt", "cow.1.png", "cow.txt"]
-    samples, problems, _ = read_samples(write_tar(tmp_path / "0.tar", [(name, b"x") for name in names]))
-    assert [(s.key, s.image.name, s.caption.name) for s in samples] == [("dog", "dog.jpg", "dog.txt")]
+    samples, problems, _ = read_samples(write_tar(tmp_path / "0.tar", [(name, b"x") for name in names]), Fields())
+    assert [(s.key, s.image.name, s.captions[0].name) for s in samples] == [("dog", "dog.jpg", "dog.txt")]
     assert [(p.key, p.kind) for p in problems] == [("cat", "dots"), ("cow", "dots")]
     assert problems[0].message.startswith("cat.1.jpg is the field 1.jpg of cat, which is no image: write other dots")

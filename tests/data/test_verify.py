@@ -1,6 +1,8 @@
 import os
 
-from textlock.data.index import INDEX_NAME, index_shards
+from textlock.data import index as module
+from textlock.data.captions import Fields
+from textlock.data.index import INDEX_NAME, index_shards, open_index
 from textlock.data.verify import verify_shards
 
 from ..conftest import records
@@ -52,10 +54,29 @@ def test_every_bad_sample_is_named_and_skipped_by_the_loader(tmp_path):
     assert verify_shards(damaged, workers=1) == report
 
 
+def test_a_shard_that_the_index_leaves_out_or_that_cannot_be_read_is_a_problem(tmp_path):
+    shards = write_shards(tmp_path / "shards", [3, 1])
+    (shards / "00002.tar").write_bytes(b"")
+    index_shards(shards)
+    assert kinds_of(shards) == [("00002.tar", "tar-empty")]
+    (shards / "00003.tar").symlink_to("nowhere")
+    kinds = [(INDEX_NAME, "index"), ("00002.tar", "tar-truncated"), ("00003.tar", "unreadable")]
+    report = verify_shards(shards, workers=2)
+    assert (report.good, [(problem.shard, problem.kind) for problem in report.problems]) == (4, kinds)
+
+
+def test_a_stale_index_still_says_which_fields_are_the_captions(tmp_path):
+    members = [*sample("a", txt=None, caption=b"x"), *sample("b", txt=None, caption=b"y")]
+    write_tar(tmp_path / "0.tar", members)
+    index_shards(tmp_path, fields=Fields(caption=("caption",)))
+    write_tar(tmp_path / "1.tar", members)
+    assert verify_shards(tmp_path, workers=1).good == 4
+
+
 def test_the_index_is_compared_with_the_shards(tmp_path):
     shards = write_shards(tmp_path / "shards", [3, 3, 1])
     assert kinds_of(shards) == []
-    flip(shards / INDEX_NAME, -3)
+    flip(shards / INDEX_NAME, module._HEADER.size + open_index(shards).samples.nbytes - 8)
     assert kinds_of(shards) == [("00002.tar", "index")]
     (shards / INDEX_NAME).unlink()
     report = verify_shards(shards, workers=1)

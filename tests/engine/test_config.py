@@ -84,6 +84,7 @@ def test_bad_files_are_one_sentence(text, message, tmp_path):
 FREE_ON_RESUME = {
     *("run_dir", "device", "loss.mode", "model.block", "model.attention", "optim.optimizer", "text.name"),
     *("data.shards", "data.text_embeddings", "data.workers", "data.prefetch_batches", "data.max_skipped_fraction"),
+    *("data.image_fields", "data.caption_fields"),
     *("data.cache_dir", "data.cache_gb", "data.fetchers"),
 }
 
