@@ -13,7 +13,7 @@ from .cache import Lease
 from .captions import MAX_MEMBER_BYTES, captions_hash, is_blank, read_captions
 from .images import MAX_IMAGE_BYTES, BadSample
 from .index import ShardIndex, hash_key
-from .tar import BLOCK, DamagedTar, header_name, read_members, split_key
+from .tar import BLOCK, DamagedTar, header_name, keys_of, read_members
 
 # A long name sits in extended headers before the member's own: the header blocks and a path of at most 4 KiB.
 _MAX_HEADER_BLOCKS = 16
@@ -137,9 +137,9 @@ class ShardReader:
         return captions
 
     def _key(self, descriptor: int, header: bytes, image_offset: int, key_hash: int) -> str:
-        key = split_key(header_name(header))[0]
-        if hash_key(key) == key_hash:
-            return key
+        for key in keys_of(header_name(header)):
+            if hash_key(key) == key_hash:
+                return key
         # The header may hold a cut name, with the whole one in extended headers some blocks before.
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
             for blocks in range(3, min(_MAX_HEADER_BLOCKS, image_offset // BLOCK) + 1):
@@ -147,8 +147,10 @@ class ShardReader:
                     member = next(read_members(file, image_offset - blocks * BLOCK), None)
                 except DamagedTar:  # no header begins here
                     continue
-                if member and member.offset == image_offset and hash_key(split_key(member.name)[0]) == key_hash:
-                    return split_key(member.name)[0]
+                if member and member.offset == image_offset:
+                    for key in keys_of(member.name):
+                        if hash_key(key) == key_hash:
+                            return key
         raise BadSample("moved", f"byte {image_offset} does not begin the sample that was indexed there")
 
 

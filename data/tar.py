@@ -18,7 +18,7 @@ What may be wrong with a shard is counted by these kinds:
     name              an image or caption whose name is absolute or climbs with ``..``
     duplicate         a second image with one key, or a second member of one name: the first counts
     no-image          captions without an image
-    dots              an image whose name has dots besides that of its extension, and no other image with its key
+    dots              an image whose name has dots besides that of its extension, without a caption of such a name
     captions          the member of the captions cannot be read: it is no JSON, or has no such key
     compressed        the shard is compressed or another kind of archive, which is not read at random
     unreadable        the shard cannot be read at all
@@ -259,6 +259,11 @@ class TarSample:
         """The image of a sample that has one: the first of the fields counts."""
         return self.images[min(self.images)]
 
+    @property
+    def start(self) -> int:
+        """Where the first of its members begins."""
+        return min(member.offset for members in (self.images, self.captions) for member in members.values())
+
 
 class ShardContent(NamedTuple):
     """What a shard holds."""
@@ -288,62 +293,115 @@ def split_key(name: str) -> tuple[str, str]:
     return folder + slash + stem, field.lower()
 
 
+def keys_of(name: str) -> list[str]:
+    """Return the keys that a member may have, the one of ``split_key`` first: its path up to each of the dots."""
+    folder, slash, base = name.rpartition("/")
+    parts = base.split(".")
+    return [folder + slash + ".".join(parts[:count]) for count in range(1, len(parts)) if parts[0]]
+
+
 def read_samples(path: Path, fields: Fields) -> ShardContent:
     """Read the samples of a shard: which members its ``fields`` name, not what is in them.
 
-    Members of a key may be adjacent or not, and in any order.
+    Members of a key may be adjacent or not, and in any order. Where no member of a key is an image, but names with more
+    dots (``cat.1.jpg``, ``cat.1.txt``) are pairs of image and caption, each of these pairs is a sample.
     """
-    samples: dict[str, TarSample] = {}
-    problems: list[Problem] = []
-    left: Counter[str] = Counter()
-    dotted: dict[str, str] = {}  # key -> name of an image that has further dots
-    image_places = {name: place for place, name in enumerate(fields.image)}
-    caption_places: dict[str, list[int]] = {}  # several keys of one JSON object may be named
-    for place, name in enumerate(fields.caption):
-        caption_places.setdefault(name.partition(":")[0], []).append(place)
-
-    def add(key: str, kind: str, message: str) -> None:
-        problems.append(Problem(path.name, key, kind, message))
-
     with open(path, "rb", buffering=0) as file:
+        grouping = _Grouping(path.name, fields)
         start = file.read(BLOCK)
         for magic, advice in _OTHER_ARCHIVES.items():
             if start.startswith(magic) and start[257:262] != b"ustar":
-                add("", "compressed", f"{advice} and index again")
-                return ShardContent([], problems, left)
-        for member in read_members(file, on_damage=lambda damage: add("", damage.kind, str(damage))):
-            key, name = split_key(member.name)
-            if name not in image_places and name not in caption_places:
-                if key and member.is_file:
-                    left[name] += 1
-                    if name.rpartition(".")[2] in image_places:
-                        dotted.setdefault(key, member.name)
-                continue
-            if not member.is_file:
-                add(key, "link", f"{member.name} is a link, a device or a folder, which is not followed")
-                continue
-            # The reader opens no path from a name, but a user may unpack the shard or name files by keys.
-            if member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name):
-                add(key, "name", f"the name {member.name} leads out of its folder")
-                continue
-            sample = samples.setdefault(key, TarSample(key))
-            known, places = sample.captions, caption_places.get(name, [])
-            if name in image_places:
-                known, places = sample.images, [image_places[name]]
-            if places[0] in known:
-                add(key, "duplicate", f"a second member {member.name} is not used")
-            else:
-                known |= dict.fromkeys(places, member)
-    for key, name in dotted.items():
-        if key not in samples or not samples[key].images:
-            name_of_field = split_key(name)[1]
-            message = f"{name} is the field {name_of_field} of {key}, which is no image: write other dots in names as"
-            add(key, "dots", f"{message} - or _")
-    for sample in samples.values():
-        if not sample.images:
-            if sample.key not in dotted:
-                add(sample.key, "no-image", "the sample has a caption but no image")
-        elif len(sample.images) > 1:
-            others = " and ".join(other.name for other in sample.images.values() if other is not sample.image)
-            add(sample.key, "duplicate", f"its image is {sample.image.name}; {others} is not used")
-    return ShardContent([sample for sample in samples.values() if sample.images], problems, left)
+                grouping.add("", "compressed", f"{advice} and index again")
+                return grouping.content()
+        for member in read_members(file, on_damage=lambda damage: grouping.add("", damage.kind, str(damage))):
+            grouping.take(member)
+    return grouping.content()
+
+
+class _Grouping:
+    """Joins the members of a shard to samples."""
+
+    def __init__(self, shard: str, fields: Fields) -> None:
+        self._shard = shard
+        self._samples: dict[str, TarSample] = {}
+        self._problems: list[Problem] = []
+        self._left: Counter[str] = Counter()
+        self._dotted: dict[str, list[TarMember]] = {}  # by key, of those left: what ends like an image or a caption
+        self._image_places = {name: place for place, name in enumerate(fields.image)}
+        self._caption_places: dict[str, list[int]] = {}  # several keys of one JSON object may be named
+        for place, name in enumerate(fields.caption):
+            self._caption_places.setdefault(name.partition(":")[0], []).append(place)
+
+    def add(self, key: str, kind: str, message: str) -> None:
+        """Note a problem."""
+        self._problems.append(Problem(self._shard, key, kind, message))
+
+    def _is_read(self, field: str) -> bool:
+        return field in self._image_places or field in self._caption_places
+
+    def take(self, member: TarMember) -> None:
+        """Join a member to the sample of its key, or leave it."""
+        key, field = split_key(member.name)
+        if not self._is_read(field):
+            if key and member.is_file:
+                self._left[field] += 1
+                if self._is_read(field.rpartition(".")[2]):
+                    self._dotted.setdefault(key, []).append(member)
+        elif self._may_be_read(key, member):
+            self._join(self._samples, key, field, member)
+
+    def _may_be_read(self, key: str, member: TarMember) -> bool:
+        # The reader opens no path from a name, but a user may unpack the shard or name files by keys.
+        if member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name):
+            self.add(key, "name", f"the name {member.name} leads out of its folder")
+        elif not member.is_file:
+            self.add(key, "link", f"{member.name} is a link, a device or a folder, which is not followed")
+        else:
+            return True
+        return False
+
+    def _join(self, samples: dict[str, TarSample], key: str, field: str, member: TarMember) -> None:
+        sample = samples.setdefault(key, TarSample(key))
+        known, places = sample.captions, self._caption_places.get(field, [])
+        if field in self._image_places:
+            known, places = sample.images, [self._image_places[field]]
+        if places[0] in known:
+            self.add(key, "duplicate", f"a second member {member.name} is not used")
+        else:
+            known |= dict.fromkeys(places, member)
+
+    def content(self) -> ShardContent:
+        """Return the samples of all members taken, and what is wrong with them."""
+        for key, members in self._dotted.items():
+            if key not in self._samples or not self._samples[key].images:
+                self._pair(key, members)
+        for sample in self._samples.values():
+            if not sample.images:
+                if sample.key not in self._dotted:
+                    self.add(sample.key, "no-image", "the sample has a caption but no image")
+            elif len(sample.images) > 1:
+                others = " and ".join(other.name for other in sample.images.values() if other is not sample.image)
+                self.add(sample.key, "duplicate", f"its image is {sample.image.name}; {others} is not used")
+        found = [sample for sample in self._samples.values() if sample.images]
+        return ShardContent(sorted(found, key=lambda sample: sample.start), self._problems, self._left)
+
+    def _pair(self, key: str, members: list[TarMember]) -> None:
+        """Make samples of the members of a key that has no image, by names up to a later dot."""
+        pairs: dict[str, TarSample] = {}
+        for member in members:
+            for stem in keys_of(member.name)[1:]:  # the longest field first
+                field = member.name[len(stem) + 1 :].lower()
+                if self._is_read(field):
+                    if self._may_be_read(stem, member):
+                        self._join(pairs, stem, field, member)
+                    break
+        for stem, pair in pairs.items():
+            if pair.images and pair.captions:
+                self._samples[stem] = pair
+                for member in {*pair.images.values(), *pair.captions.values()}:
+                    self._left[split_key(member.name)[1]] -= 1
+            elif pair.images:
+                name = pair.image.name
+                said = f"{name} is the field {split_key(name)[1]} of {key}, which is no image"
+                self.add(key, "dots", f"{said}, and {stem} has no caption: write other dots in names as - or _")
+        self._left += Counter()  # drops what is all used

@@ -274,7 +274,7 @@ def test_an_index_that_is_missing_damaged_or_none(shards, memory, tmp_path):
             open_index(memory, cache_dir=tmp_path)
     index_shards(shards, output=tmp_path / "elsewhere")
     filesystem.pipe_file(f"/shards/{INDEX_NAME}", (tmp_path / "elsewhere" / INDEX_NAME).read_bytes())
-    with pytest.raises(ValueError, match="is of shards in the folder .*: index the shards where they are files"):
+    with pytest.raises(ValueError, match=r"is of shards in the folder .*: index the shards where they are files"):
         open_index(memory, cache_dir=tmp_path)
     filesystem.pipe_file(f"/shards/{INDEX_NAME}", b"<html>")
     with pytest.raises(ValueError, match="is not an index of textlock"):

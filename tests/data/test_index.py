@@ -73,7 +73,7 @@ def test_missing_shards_and_shards_without_an_image_are_named(shards, tmp_path):
     (shards / "90001.tar").write_bytes(gzip.compress(b"tar"))
     write_tar(shards / "90002.tar", [("a.txt", b"text alone")])
     write_tar(shards / "90003.tar", [("a.cls", b"1"), ("a.x\x1b.pyd", b"1")])
-    write_tar(shards / "90004.tar", [("a.1.jpg", b"1"), ("a.1.txt", b"1")])
+    write_tar(shards / "90004.tar", [("a.1.jpg", b"1"), ("a.2.txt", b"1")])
     (shards / "90005.tar").symlink_to("nowhere")
     (shards / "90006.tar.gz").write_bytes(b"")
     reasons = (
@@ -81,7 +81,8 @@ def test_missing_shards_and_shards_without_an_image_are_named(shards, tmp_path):
         "90001.tar (it is compressed with gzip: decompress it (gzip -d) and index again)",
         "90002.tar (a: the sample has a caption but no image)",
         r"90003.tar (its fields are cls, x\x1b.pyd, none of them an image)",
-        "90004.tar (a: a.1.jpg is the field 1.jpg of a, which is no image: write other dots in names as - or _)",
+        "90004.tar (a: a.1.jpg is the field 1.jpg of a, which is no image, and a.1 has no caption: write other dots in "
+        "names as - or _)",
     )
     report = index_shards(shards, workers=2)
     assert tuple(report.left_out[:-1]) == reasons and "No such file" in report.left_out[-1]

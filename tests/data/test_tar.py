@@ -45,8 +45,7 @@ def test_names_that_lead_out_of_their_folder(name, tmp_path):
     path = write_tar(tmp_path / "0.tar", [("./b.jpg", b"b"), (name, b"a"), ("..c/d.jpg", b"c")])
     samples, problems, _ = read_samples(path, Fields())
     assert [sample.key for sample in samples] == ["./b", "..c/d"]
-    # A backslash is a character of a name here, and the dots behind it begin the field.
-    assert [problem.kind for problem in problems] == ["dots" if "\\" in name else "name"] * name.endswith(".jpg")
+    assert [problem.kind for problem in problems] == ["name"] * name.endswith(".jpg")
 
 
 def test_base_256_and_pax_sizes(tmp_path):
@@ -207,9 +206,24 @@ def test_a_compressed_shard_is_named_for_what_it_is(start, what, tmp_path):
     assert not [problem for problem in read_samples(path, Fields()).problems if problem.kind == "compressed"]
 
 
-def test_dotted_names_are_never_joined_crosswise(tmp_path):
-    names = ["cat.1.jpg", "cat.1.txt", "cat.2.jpg", "cat.2.txt", "dog.jpg", "dog.txt", "cow.1.png", "cow.txt"]
-    samples, problems, _ = read_samples(write_tar(tmp_path / "0.tar", [(name, b"x") for name in names]), Fields())
-    assert [(s.key, s.image.name, s.captions[0].name) for s in samples] == [("dog", "dog.jpg", "dog.txt")]
-    assert [(p.key, p.kind) for p in problems] == [("cat", "dots"), ("cow", "dots")]
-    assert problems[0].message.startswith("cat.1.jpg is the field 1.jpg of cat, which is no image: write other dots")
+@pytest.mark.parametrize("reverse", [False, True], ids=["as listed", "the other way round"])
+def test_names_with_more_dots_are_pairs_of_their_own_and_never_joined_crosswise(reverse, tmp_path):
+    names = ["cat.1.jpg", "cat.1.txt", "cat.2.JPG", "cat.2.txt", "dog.jpg", "dog.txt", "dog.1.jpg", "dog.1.txt"]
+    names += ["cow.1.png", "cow.txt", "cow.seg.v2.png", "b/a.de.txt", "b/a.0.1.webp", "b/a.0.1.txt", "b/a.de.jpg"]
+    path = write_tar(tmp_path / "0.tar", [(name, name.encode()) for name in (names[::-1] if reverse else names)])
+    samples, problems, left = read_samples(path, Fields())
+    found = [(s.key, s.image.name, s.captions[0].name) for s in samples]
+    assert sorted(found) == [
+        ("b/a.0.1", "b/a.0.1.webp", "b/a.0.1.txt"),
+        ("b/a.de", "b/a.de.jpg", "b/a.de.txt"),
+        ("cat.1", "cat.1.jpg", "cat.1.txt"),
+        ("cat.2", "cat.2.JPG", "cat.2.txt"),
+        ("dog", "dog.jpg", "dog.txt"),
+    ]
+    assert [s.start for s in samples] == sorted(s.start for s in samples)
+    assert sorted((p.key, p.kind) for p in problems) == [("cow", "dots"), ("cow", "dots")]
+    assert (
+        "cow.1.png is the field 1.png of cow, which is no image, and cow.1 has no caption: write other dots in"
+        in "".join(p.message for p in problems)
+    )
+    assert left == {"1.jpg": 1, "1.txt": 1, "1.png": 1, "seg.v2.png": 1}
