@@ -39,7 +39,7 @@ class Fields:
     """A text of several lines is one caption; otherwise each line is one."""
 
     def __post_init__(self) -> None:
-        for flag, fields in (("--image-fields", self.image), ("--caption-fields", self.caption)):
+        for flag, fields in (("image-fields", self.image), ("caption-fields", self.caption)):
             if not fields or len(set(fields)) < len(fields):
                 raise ValueError(f"{flag} is {','.join(fields)!r}: name at least one field, and none twice")
             for field in fields:
@@ -48,12 +48,12 @@ class Fields:
                     raise ValueError(f"{flag} is {','.join(fields)!r}: a field is what follows the first dot of a name")
         for field in self.image:
             if ":" in field:
-                raise ValueError(f"--image-fields is {','.join(self.image)!r}: only captions are read from JSON")
+                raise ValueError(f"image-fields is {','.join(self.image)!r}: only captions are read from JSON")
         for field in self.caption:
             member, colon, key = field.partition(":")
             if (member.rpartition(".")[2] == "json") != bool(key) or (colon and not key):
                 raise ValueError(
-                    f"--caption-fields is {','.join(self.caption)!r}: name the key of a JSON object, and of it alone, "
+                    f"caption-fields is {','.join(self.caption)!r}: name the key of a JSON object, and of it alone, "
                     "such as json:caption"
                 )
 

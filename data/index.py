@@ -19,6 +19,7 @@ two thousand. Its layout, little-endian:
 Shards at a URL have their index there too: it is written while they are in a folder, and ``cache.py`` fetches it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -341,8 +343,7 @@ def index_shards(
     report = IndexReport(fields)
     fingerprint = start_of_fingerprint(fields)
     entries: list[ShardEntry] = []
-    home.mkdir(parents=True, exist_ok=True)
-    with atomic_file(home / INDEX_NAME) as file:
+    with _writing_into(home), atomic_file(home / INDEX_NAME) as file:
         file.seek(_HEADER.size)
         for entry, records, found in map_in_processes(_ShardIndexing(fields), shards, min(workers, len(shards))):
             entries.append(entry)
@@ -371,6 +372,20 @@ def index_shards(
     for name in _compressed_tars(folder):
         report.problems.append(Problem(name, "", "compressed", "it is compressed and not read: decompress it"))
     return report
+
+
+@contextmanager
+def _writing_into(folder: Path) -> Iterator[None]:
+    """Say where an index may be written instead, where it cannot be in this folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise PermissionError(
+            f"{folder} cannot be written ({error.strerror}): name another folder for the index by --index"
+        ) from error
 
 
 def _add(report: IndexReport, of_shard: IndexReport) -> None:

@@ -93,14 +93,14 @@ def test_fields_are_words_between_commas():
 @pytest.mark.parametrize(
     ("image", "caption", "message"),
     [
-        ("jpg,", "txt", "--image-fields is 'jpg,': a field is what follows the first dot of a name"),
-        ("jpg,jpg", "txt", "--image-fields is 'jpg,jpg': name at least one field, and none twice"),
+        ("jpg,", "txt", "image-fields is 'jpg,': a field is what follows the first dot of a name"),
+        ("jpg,jpg", "txt", "image-fields is 'jpg,jpg': name at least one field, and none twice"),
         (".jpg", "txt", "a field is what follows the first dot of a name"),
-        ("json:image", "txt", "--image-fields is 'json:image': only captions are read from JSON"),
-        ("jpg", "json", "--caption-fields is 'json': name the key of a JSON object, and of it alone"),
+        ("json:image", "txt", "image-fields is 'json:image': only captions are read from JSON"),
+        ("jpg", "json", "caption-fields is 'json': name the key of a JSON object, and of it alone"),
         ("jpg", "json:", "name the key of a JSON object"),
         ("jpg", "txt:caption", "name the key of a JSON object, and of it alone, such as json:caption"),
-        ("jpg", "", "--caption-fields is ''"),
+        ("jpg", "", "caption-fields is ''"),
     ],
 )
 def test_fields_that_no_member_has_are_refused(image, caption, message):

@@ -1,7 +1,9 @@
+import errno
 import gzip
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -246,6 +248,22 @@ def test_a_set_without_captions_is_refused_with_the_fields_it_has(members, said,
             ValueError, match=r"\(a: a\.json: its JSON has no key caption\); .* under title, key\. Name"
         ):
             index_shards(tmp_path, fields=fields)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_is_named_with_the_way_round(number, shards, monkeypatch):
+    before = (shards / INDEX_NAME).read_bytes()
+
+    @contextmanager
+    def refuse(path):
+        raise OSError(number, os.strerror(number), str(path))
+        yield
+
+    monkeypatch.setattr(module, "atomic_file", refuse)
+    way_round = rf"^{shards} cannot be written \({os.strerror(number)}\): name another folder for the index by --index$"
+    with pytest.raises(OSError, match="No space left" if number == errno.ENOSPC else way_round):
+        index_shards(shards)
+    assert (shards / INDEX_NAME).read_bytes() == before
 
 
 def test_an_index_in_another_folder_stands_for_the_shards(shards, tmp_path):

@@ -91,7 +91,7 @@ def test_index_says_what_it_read_left_and_cut(tmp_path):
     assert run("index", tmp_path, "--caption-fields", "json") == (
         2,
         "",
-        "error: --caption-fields is 'json': name the key of a JSON object, and of it alone, such as json:caption\n",
+        "error: caption-fields is 'json': name the key of a JSON object, and of it alone, such as json:caption\n",
     )
 
 
