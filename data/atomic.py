@@ -3,27 +3,48 @@
 They are written under a hidden name in the same folder, synced to disk, and renamed.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a draft of ``path`` for writing; it replaces ``path`` when the block ends, or is deleted if that raises."""
+    """Open a draft of ``path`` for writing; it replaces ``path`` when the block ends, or is deleted if that raises.
+
+    Of two processes that write the same file one waits for the other.
+    """
     draft = _draft_of(path)
-    try:
-        with draft.open("wb") as file:
+    with _open_alone(draft) as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _open_alone(draft: Path) -> Iterator[BinaryIO]:
+    """Open a draft, empty, that no other process of this machine writes to until it is closed."""
+    while True:
+        is_ours = False
+        with open(os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b") as file:
+            with suppress(OSError):  # a file system without locks: writers are not kept apart there
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # What another process wrote meanwhile has its final name now, or is gone: it is not ours to empty.
+            with suppress(FileNotFoundError):
+                is_ours = os.path.samestat(draft.stat(), os.fstat(file.fileno()))
+            if is_ours:
+                file.truncate()
+                yield file
+                return
 
 
 def write_text_atomically(path: Path, text: str) -> None:

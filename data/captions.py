@@ -6,10 +6,12 @@ JSON. What is read is bounded: tokenising a 10 MB caption takes seconds even whe
 
 import hashlib
 import json
+import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +46,11 @@ class Fields:
                 raise ValueError(f"{flag} is {','.join(fields)!r}: name at least one field, and none twice")
             for field in fields:
                 member = field.partition(":")[0]
-                if not member or member != member.strip() or "/" in member or member.startswith("."):
+                if not member or re.search(r"[\s/;]", member) or member.startswith("."):
                     raise ValueError(f"{flag} is {','.join(fields)!r}: a field is what follows the first dot of a name")
+        both = {field for field in self.image if field in self.caption}
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))} is named both as image-fields and as caption-fields")
         for field in self.image:
             if ":" in field:
                 raise ValueError(f"image-fields is {','.join(self.image)!r}: only captions are read from JSON")
@@ -74,7 +79,8 @@ class Fields:
 def split_fields(words: Sequence[str]) -> tuple[str, ...]:
     """Return the fields in words that may hold several between commas. Members are in lower case, keys of JSON not."""
     fields = (field.strip() for word in words for field in word.split(","))
-    return tuple(member.lower() + colon + key for member, colon, key in (field.partition(":") for field in fields))
+    parts = (field.partition(":") for field in fields)
+    return tuple(member.lower() + colon + key.strip() for member, colon, key in parts)
 
 
 class Captions(NamedTuple):
@@ -106,7 +112,7 @@ def read_captions(payload: bytes, field: str, *, whole_text: bool = False) -> Ca
             raise ValueError(f"the JSON has more than {MAX_MEMBER_BYTES:,} bytes")
         texts = _texts_of_json(payload, key)
     else:
-        text = payload[:MAX_MEMBER_BYTES].decode("utf-8", "replace")
+        text = payload[:MAX_MEMBER_BYTES].decode("utf-8-sig", "replace")
         texts = [text] if whole_text else text.splitlines()
     found = without_blanks(texts)
     cut = int(too_long)
@@ -127,7 +133,9 @@ def without_blanks(texts: Sequence[str]) -> list[str]:
 
 def _texts_of_json(payload: bytes, key: str) -> list[str]:
     try:
-        content = json.loads(payload)
+        content = json.loads(payload, object_pairs_hook=unique_keys)
+    except KeyError as error:
+        raise ValueError(f"its JSON names {error.args[0]} more than once") from error
     except (ValueError, RecursionError) as error:
         raise ValueError("it is not JSON") from error
     if not isinstance(content, dict) or key not in content:
@@ -137,7 +145,20 @@ def _texts_of_json(payload: bytes, key: str) -> list[str]:
     if not all(text is None or isinstance(text, str) for text in texts):
         raise ValueError(f"the key {key} of its JSON holds no text and no list of texts")
     # A text of JSON is one caption whatever breaks its lines; half a surrogate pair is no character.
-    return [" ".join(text.splitlines()).encode("utf-8", "replace").decode() for text in texts if text is not None]
+    return [one_line(text).encode("utf-8", "replace").decode() for text in texts if text is not None]
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of JSON pairs; raises KeyError for a name that comes twice, of which Python takes the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise KeyError(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+    return content
+
+
+def one_line(text: str) -> str:
+    """Return a caption with spaces in place of the breaks of its lines."""
+    return " ".join(text.splitlines())
 
 
 def is_blank(caption: str) -> bool:

@@ -8,10 +8,12 @@ hold commas and line breaks; what looks like a row inside a cell is refused.
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .captions import unique_keys
 
 FILE_COLUMNS = ("file", "filepath", "filename")
 CAPTION_COLUMNS = ("caption", "title", "text")
@@ -29,8 +31,11 @@ class CaptionsFile:
     caption_column: str | None = None
     """Column of the captions; None for the one of CAPTION_COLUMNS that is there."""
 
-    def rows(self) -> Iterator[tuple[int, str, str]]:
+    def rows(self, is_image: Callable[[str], bool]) -> Iterator[tuple[int, str, str]]:
         """Yield (line number, file, caption) of every row.
+
+        ``is_image`` says of a name whether it is that of an image. Where a cell with line breaks names one, it is
+        no caption but rows that a quotation mark has joined.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -42,7 +47,7 @@ class CaptionsFile:
         if suffix not in (".tsv", ".csv", ".jsonl"):
             raise ValueError(f"{self.path}: the captions file must be .tsv, .csv or .jsonl")
         try:
-            for line, row in _json_lines(self.path) if suffix == ".jsonl" else self._table(suffix):
+            for line, row in _json_lines(self.path) if suffix == ".jsonl" else self._table(suffix, is_image):
                 where = f"{self.path} line {line}"
                 file = _column(row, self.file_column, FILE_COLUMNS, "--file-column", where)
                 column = _column(row, self.caption_column, CAPTION_COLUMNS, "--caption-column", where)
@@ -53,7 +58,7 @@ class CaptionsFile:
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-8 text: {error}") from error
 
-    def _table(self, suffix: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _table(self, suffix: str, is_image: Callable[[str], bool]) -> Iterator[tuple[int, dict[str, Any]]]:
         quoted = suffix == ".csv" or self.quoting
         delimiter = "\t" if suffix == ".tsv" else ","
         with open(self.path, newline="", encoding="utf-8-sig") as file:
@@ -77,7 +82,7 @@ class CaptionsFile:
                             f"{len(header)} of the header line"
                         )
                     if quoted:
-                        self._require_no_row_inside(cells, header, delimiter, before, reader.line_num)
+                        self._require_no_row_inside(cells, delimiter, before, reader.line_num, is_image)
                     before = reader.line_num
                     yield reader.line_num, dict(zip(header, cells, strict=True))
             except csv.Error as error:
@@ -85,21 +90,16 @@ class CaptionsFile:
                 raise ValueError(f"{self.path} line {before + 1}: {error}; quote the caption, or use .jsonl") from error
 
     def _require_no_row_inside(
-        self, cells: list[str], header: list[str], delimiter: str, before: int, last: int
+        self, cells: list[str], delimiter: str, before: int, last: int, is_image: Callable[[str], bool]
     ) -> None:
-        """Raise ValueError where a cell of several lines holds what reads as a row: it names an image too."""
-        name = self.file_column or next((column for column in FILE_COLUMNS if column in header), None)
-        if last - before < 2 or name is None or name not in header:
-            return
-        place = header.index(name)
-        kind = Path(cells[place]).suffix.lower()
-        for line in "\n".join(cells).splitlines()[1:]:
-            parts = line.split(delimiter)
-            named = parts[place].strip('"') if len(parts) == len(header) else ""
-            if named and Path(named).suffix.lower() == kind != "":
+        """Raise ValueError where a cell of several lines holds what reads as a part of a row: it names an image too."""
+        for cell in cells if last - before > 1 else ():
+            parts = [part.strip().strip('"') for line in cell.splitlines() for part in line.split(delimiter)]
+            named = next((part for part in parts if part and is_image(part)), None)
+            if len(parts) > 1 and named is not None:
                 raise ValueError(
-                    f"{self.path} lines {before + 1} to {last}: a quotation mark makes one row of them, and one names "
-                    f"{named}; double the marks inside a caption, or use .jsonl"
+                    f"{self.path} lines {before + 1} to {last}: a quotation mark makes one row of them, and a cell of "
+                    f"several lines names {named}; double the marks inside a caption, or use .jsonl"
                 )
 
 
@@ -120,19 +120,14 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line, object_pairs_hook=_unique)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+                row = json.loads(line, object_pairs_hook=unique_keys)
             except KeyError as error:
                 raise ValueError(f"{path} line {number} names {error.args[0]} more than once") from error
+            except (ValueError, RecursionError) as error:
+                why = (
+                    error if isinstance(error, json.JSONDecodeError) else "it is nested too deeply or has a huge number"
+                )
+                raise ValueError(f"{path} line {number} is not JSON: {why}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number} is not a JSON object")
             yield number, row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of JSON pairs; raises KeyError for a name that comes twice."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise KeyError(next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
-    return row

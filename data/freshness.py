@@ -120,7 +120,7 @@ def _remembered(memories: Sequence[Path], fingerprint: str) -> dict[str, int]:
             content = json.loads(path.read_text())
             if content["fingerprint"] == fingerprint:
                 times |= content["modified_ns"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # there is none, or it says nothing: the bytes are compared
     return times
 

@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import shlex
-import stat
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -230,12 +229,10 @@ def _compressed_tars(folder: Path) -> list[str]:
 
 def scan_shard(path: Path, fields: Fields) -> tuple[ShardEntry, ShardContent]:
     """Return the table entry of one shard and what it holds, from all of its bytes. Raises OSError."""
+    content = read_samples(path, fields)
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is no file")
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
-    content = read_samples(path, fields)
     return ShardEntry(path.name, status.st_size, status.st_mtime_ns, len(content.samples), digest), content
 
 
@@ -340,6 +337,11 @@ def index_shards(
     fields = fields or Fields()
     shards = list_shards(folder)
     home = folder if output is None else output
+    elsewhere = None if home.resolve() == folder.resolve() else str(folder.resolve())
+    if unprintable := [path.name for path in shards if not path.name.isprintable()]:
+        raise ValueError(f"the name of shard {printable(ascii(unprintable[0]))} cannot be printed: rename it")
+    if elsewhere is not None:
+        _require_place_for_index(home, elsewhere)
     report = IndexReport(fields)
     fingerprint = start_of_fingerprint(fields)
     entries: list[ShardEntry] = []
@@ -362,8 +364,8 @@ def index_shards(
                 f"{'; ...' if len(report.left_out) > 5 else ''}. Mend them, or move them elsewhere, and index again"
             )
         if not report.captions:
-            raise ValueError(_no_captions(folder, shards[0], report))
-        elsewhere = None if home.resolve() == folder.resolve() else str(folder.resolve())
+            first = next(entry.name for entry in entries if entry.samples)
+            raise ValueError(_no_captions(folder, folder / first, report))
         table, facts = b"".join(entry.pack() for entry in entries), _Facts(fields, report.captions, elsewhere).pack()
         file.write(table + facts)
         header = _Header(len(entries), report.samples, len(table), len(facts), fingerprint.digest())
@@ -372,6 +374,14 @@ def index_shards(
     for name in _compressed_tars(folder):
         report.problems.append(Problem(name, "", "compressed", "it is compressed and not read: decompress it"))
     return report
+
+
+def _require_place_for_index(home: Path, shards: str) -> None:
+    """Raise ValueError where a folder is not free for the index of the shards in another one."""
+    if home.is_dir() and any(name.endswith(".tar") for name in os.listdir(home)):
+        raise ValueError(f"{home} holds shards of its own: name another folder by --index")
+    if (home / INDEX_NAME).is_file() and str(recorded_source(home)[0]) not in (shards, str(home)):
+        raise ValueError(f"{home} holds the index of {recorded_source(home)[0]}: name another folder by --index")
 
 
 @contextmanager
@@ -490,13 +500,17 @@ def open_index(
     return _map_index(str(folder), path, header, entries, facts, folder=home)
 
 
-def recorded_fields(shards: Path) -> Fields:
-    """Return the fields that the index in a folder is made with, whether it is stale or not; else the usual ones."""
-    path = shards / INDEX_NAME
+def recorded_source(folder: Path) -> tuple[Path, Fields]:
+    """Return the folder of the shards and the fields that the index in ``folder`` is made with, be it stale or not.
+
+    Without an index that can be read: that folder and the usual fields.
+    """
+    path = folder / INDEX_NAME
     try:
-        return _read_index(path, path, "")[2].fields
+        facts = _read_index(path, path, "")[2]
     except (OSError, ValueError):
-        return Fields()
+        return folder, Fields()
+    return folder if facts.shards is None else Path(facts.shards), facts.fields
 
 
 def require_fields(index: ShardIndex, image: Sequence[str] | None, caption: Sequence[str] | None) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from .atomic import atomic_folder
-from .captions import Fields, without_blanks
+from .captions import Fields, one_line, without_blanks
 from .captions_file import CaptionsFile
 from .images import (
     MAX_IMAGE_BYTES,
@@ -28,7 +28,7 @@ from .images import (
     crop_and_resize,
     decode_image,
 )
-from .index import index_of_one_shard, index_shards, list_shards, recorded_fields
+from .index import index_of_one_shard, index_shards, list_shards, recorded_source
 from .processes import map_in_processes
 from .reader import ShardReader, require_captions
 from .tar import Problem, read_samples
@@ -99,8 +99,8 @@ def pack_shards(
 ) -> PackReport:
     """Write the images that ``captions`` names, with their captions, as tar shards with an index in ``output``.
 
-    An image is packed once, where its first row is, with the captions of all rows that name it: one in each line of
-    ``key.txt``, so that a row whose caption has several lines gives several. Image bytes are copied as they are unless
+    An image is packed once, where its first row is, with the captions of all rows that name it, one in each line of
+    ``key.txt``; line breaks inside a caption become spaces. Image bytes are copied as they are unless
     there is a ``reencoding``; ``workers`` threads read, check and re-encode. Each sample is ``key.jpg`` (or png, webp),
     ``key.txt`` and ``key.json`` with key, caption (a list where there are several), width, height, file and sha256. The
     shards of the same input are the same bytes. The rows are held in memory meanwhile.
@@ -126,24 +126,25 @@ def repack_shards(source: Path, output: Path, reencoding: Reencoding, *, workers
 
     ``workers`` processes take a shard each.
 
-    Shards, keys and captions keep their names and order, texts their bytes. The image and the captions of a sample are
-    those that the index of ``source`` says, and become fields jpg (or png, webp) and txt. Bad samples are left out: the
-    result names them. A shard without a good sample is not written.
+    Shards, keys and captions keep their names and order. The image and the captions of a sample are those that the
+    index of ``source`` says, and become fields jpg (or png, webp) and txt, a caption in each line, without what is
+    never read of a long one. Bad samples are left out: the result names them. A shard without a good sample is not
+    written.
 
     Raises:
         FileNotFoundError: there are no shards.
         ValueError: no sample is good, or ``output`` is not empty.
     """
-    shards = list_shards(source)
+    folder, fields = recorded_source(source)
+    shards = list_shards(folder)
     skipped: list[Problem] = []
     with atomic_folder(output) as draft:
-        fields = recorded_fields(source)
         repack = _ShardRepacking(draft, fields, reencoding)
         for problems in map_in_processes(repack, shards, min(workers, len(shards))):
             skipped += problems
         if not any(draft.iterdir()):
             raise ValueError(f"{source} holds no good sample: there is nothing to pack")
-        report = index_shards(draft, fields=Fields(whole_text=fields.whole_text), workers=workers)
+        report = index_shards(draft, workers=workers)
     return PackReport(report.shards, report.samples, skipped, captions=report.captions, cut=report.cut)
 
 
@@ -172,8 +173,7 @@ class _ShardRepacking:
                     problems.append(Problem(path.name, sample.key, fault.kind, str(fault), place))
                     continue
                 _add_member(tar, f"{sample.key}.{_extension(header)}", payload)
-                of_json = ":" in self.fields.caption[index.samples[place]["caption_field"]]
-                _add_member(tar, f"{sample.key}.txt", "\n".join(raw.captions).encode() if of_json else raw.member)
+                _add_member(tar, f"{sample.key}.txt", "\n".join(map(one_line, raw.captions)).encode())
                 written += 1
         if not written:
             draft.unlink()
@@ -202,7 +202,14 @@ def _read_rows(images: Path, captions: CaptionsFile) -> dict[str, _Named]:
     """Return the images that a captions file names, by their names there, in the order of their first rows."""
     named: dict[str, _Named] = {}
     by_path: dict[Path, _Named] = {}  # a.jpg and ./a.jpg are one image
-    for line, name, caption in captions.rows():
+
+    root = os.path.normpath(images)
+
+    def is_image(name: str) -> bool:
+        path = os.path.normpath(images / name)
+        return Path(path).is_relative_to(root) and os.path.isfile(path)
+
+    for line, name, caption in captions.rows(is_image):
         path = _image_path(images, name, f"{captions.path} line {line}")
         image = by_path.get(path)
         if image is None:
@@ -252,7 +259,7 @@ def _write_shards(
             for line, text in sample.named.captions:
                 rows += 1
                 in_marks += len(text) > 1 and text[0] == text[-1] == '"'
-                found = without_blanks(text.encode("utf-8", "replace").decode().splitlines())
+                found = without_blanks([one_line(text.encode("utf-8", "replace").decode())])
                 if not found:
                     leave_out(sample.name, line, BadSample("no-caption", "the caption is missing or empty"))
                 texts += found

@@ -17,7 +17,7 @@ import tyro
 
 from ..settings import exit_with
 from .atomic import atomic_file
-from .captions import MAX_CAPTION_BYTES, Fields
+from .captions import MAX_CAPTION_BYTES, MAX_CAPTIONS, MAX_MEMBER_BYTES, Fields
 from .captions_file import CaptionsFile
 from .index import index_shards
 from .pack import Reencoding, pack_shards, repack_shards
@@ -83,15 +83,18 @@ def _pack(
     if report.in_marks and not quoting:
         print(f"{report.in_marks} captions stand in quotation marks, which were kept; --quoting takes them off a .tsv")
     _show_cut(report.cut)
-    print(
-        f"{report.samples} images with {report.captions} captions in {report.shards} shards in {output}; "
-        f"{len(report.skipped)} left out"
+    left = (
+        f"{len(report.skipped)} problems" if report.rows is None else f"{report.rows - report.captions} rows left out"
     )
+    print(f"{report.samples} images with {report.captions} captions in {report.shards} shards in {output}; {left}")
 
 
 def _show_cut(cut: int) -> None:
     if cut:
-        print(f"{cut} captions are longer than the {MAX_CAPTION_BYTES:,} bytes that are read of each")
+        print(
+            f"at least {cut} captions are not read to their end: {MAX_CAPTION_BYTES:,} bytes are read of each, "
+            f"{MAX_MEMBER_BYTES:,} bytes and {MAX_CAPTIONS:,} captions of a member"
+        )
 
 
 def _index(

@@ -147,7 +147,9 @@ def _read_archive(descriptor: int, at: int) -> Iterator[TarMember]:
                 name, long_size, sparse = _read_pax(body, at)
                 long_name = name or long_name
         elif kind == b"S" or (sparse and kind not in b"gK"):
-            raise DamagedTar("tar-sparse", f"the member at byte {at} is sparse, which is not read", offset)
+            # What it holds is passed over: it may be a tar itself.
+            after = _end_of_sparse_headers(descriptor, header, kind, offset) + -(-size // BLOCK) * BLOCK
+            raise DamagedTar("tar-sparse", f"the member at byte {at} is sparse, which is not read", after)
         elif kind not in b"gK":
             name = long_name or header_name(header)
             # Tars from before POSIX mark a folder by its name alone.
@@ -156,6 +158,16 @@ def _read_archive(descriptor: int, at: int) -> Iterator[TarMember]:
             long_name = long_size = None
         at = offset + -(-size // BLOCK) * BLOCK
     _check_end(descriptor, at)
+
+
+def _end_of_sparse_headers(descriptor: int, header: bytes, kind: bytes, at: int) -> int:
+    """Return where the data of a sparse member begins: GNU's old format has further headers, each marked by a byte."""
+    more = kind == b"S" and header[482:483] == b"\1"
+    while more:
+        block = os.pread(descriptor, BLOCK, at)
+        at += BLOCK
+        more = block[504:505] == b"\1"
+    return at
 
 
 def _find_header(descriptor: int, at: int) -> int | None:
@@ -305,7 +317,12 @@ def read_samples(path: Path, fields: Fields) -> ShardContent:
 
     Members of a key may be adjacent or not, and in any order. Where no member of a key is an image, but names with more
     dots (``cat.1.jpg``, ``cat.1.txt``) are pairs of image and caption, each of these pairs is a sample.
+
+    Raises:
+        OSError: the shard cannot be read, or is no file.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise OSError(f"{path} is no file")
     with open(path, "rb", buffering=0) as file:
         grouping = _Grouping(path.name, fields)
         start = file.read(BLOCK)
@@ -352,7 +369,8 @@ class _Grouping:
 
     def _may_be_read(self, key: str, member: TarMember) -> bool:
         # The reader opens no path from a name, but a user may unpack the shard or name files by keys.
-        if member.name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", member.name):
+        # A byte that is no UTF-8 is written \xe9 in a name, which is no separator.
+        if re.match(r"/|\\(?!x[0-9a-f]{2})", member.name) or ".." in re.split(r"[/\\]", member.name):
             self.add(key, "name", f"the name {member.name} leads out of its folder")
         elif not member.is_file:
             self.add(key, "link", f"{member.name} is a link, a device or a folder, which is not followed")

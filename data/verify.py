@@ -17,14 +17,14 @@ from .index import (
     ShardIndex,
     index_of_one_shard,
     open_index,
-    recorded_fields,
+    recorded_source,
     scan_shard,
     shard_names,
     start_of_fingerprint,
 )
 from .processes import map_in_processes
 from .reader import ShardReader, require_captions
-from .tar import Problem
+from .tar import Problem, read_samples
 
 
 @dataclass
@@ -64,12 +64,16 @@ def verify_shards(
     try:
         index = open_index(shards, cache_dir=cache_dir, cache_gb=cache_gb)
         names, address, fields = index.shard_names, index.address, index.fields
-        for name in index.left_out:
-            add(Problem(name, "", "tar-empty", "the index leaves this shard out: it holds no sample with an image"))
+        for name in index.left_out if index.remote is None else ():
+            for problem in _why_left_out(Path(address) / name, fields):
+                add(problem)
     except (ValueError, FileNotFoundError) as error:
         if is_remote(shards):
             raise
-        names, fields = shard_names(Path(shards)), recorded_fields(Path(shards))
+        folder, fields = recorded_source(Path(shards))
+        if not folder.is_dir():
+            raise
+        names, address = shard_names(folder), str(folder)
         add(Problem(INDEX_NAME, "", "index", str(error)))
     check = _ShardCheck(str(shards), address, fields, cache_dir, cache_gb, token_hex() if index is not None else None)
     fingerprint = start_of_fingerprint(fields)
@@ -83,6 +87,15 @@ def verify_shards(
             Problem(INDEX_NAME, "", "index", "the fingerprint in the index is not that of the shards: index them again")
         )
     return report
+
+
+def _why_left_out(path: Path, fields: Fields) -> list[Problem]:
+    """Return what is wrong with a shard that the index leaves out."""
+    try:
+        problems = read_samples(path, fields).problems
+    except OSError as error:
+        return [Problem(path.name, "", "unreadable", str(error))]
+    return problems or [Problem(path.name, "", "tar-empty", "the shard holds no sample with an image")]
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
             case _:
                 pytest.fail(f"README has a command this test does not know: {command}")
         ran.append(command[1])
-    assert ran == ["-m", "-m", "-m", "-m", "-m", "train.py", "--nnodes", "evaluate.py", "export.py"]
+    assert ran == [*["-m"] * 6, "train.py", "--nnodes", "evaluate.py", "export.py"]
 
     from textlock.export import load_exported_tower
 

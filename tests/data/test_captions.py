@@ -30,6 +30,7 @@ from textlock.data.captions import (
         pytest.param(b"\xc3", ["\ufffd"], id="an incomplete character at the end"),
         pytest.param(b"one\n\n two \r\nthree\rfour", ["one", "two", "three", "four"], id="lines"),
         pytest.param("a\u2028b\x85c".encode(), ["a", "b", "c"], id="other line breaks"),
+        pytest.param("\ufeffa dog".encode(), ["a dog"], id="byte-order mark"),
         pytest.param("\u200b\na dog".encode(), ["a dog"], id="a line without width"),
     ],
 )
@@ -37,7 +38,7 @@ def test_each_line_of_a_text_is_a_caption(payload, texts):
     assert read_captions(payload, "txt") == (texts, 0)
     json.dumps(read_captions(payload, "txt").texts).encode("utf-8")
     assert read_captions(payload, "txt", whole_text=True).texts == (
-        [payload.decode("utf-8", "replace").replace("\0", " ").strip()] if texts else []
+        [payload.decode("utf-8-sig", "replace").replace("\0", " ").strip()] if texts else []
     )
 
 
@@ -73,6 +74,7 @@ def test_a_key_of_json_holds_a_caption_or_a_list(content, texts):
         (b"\xff\xfe\xff", "it is not JSON"),
         (b'["a dog"]', "its JSON has no key caption"),
         (b'{"Caption": "a"}', "its JSON has no key caption"),
+        (b'{"caption": "a", "caption": "b"}', "its JSON names caption more than once"),
         (b'{"caption": 3}', "the key caption of its JSON holds no text and no list of texts"),
         (b'{"caption": ["a", ["b"]]}', "the key caption of its JSON holds no text and no list of texts"),
         (b'{"caption": "a", "x": "' + b"x" * MAX_MEMBER_BYTES + b'"}', "the JSON has more than 1,048,576 bytes"),
@@ -84,7 +86,7 @@ def test_json_without_a_caption_is_no_caption(payload, message):
 
 
 def test_fields_are_words_between_commas():
-    fields = Fields.parse(["JPG, depth.png", "webp"], ["txt,json:Caption"])
+    fields = Fields.parse(["JPG, depth.png", "webp"], ["txt,json: Caption "])
     assert fields == Fields(("jpg", "depth.png", "webp"), ("txt", "json:Caption"))
     assert Fields.parse(None, None) == Fields()
     assert str(fields) == "image in jpg or depth.png or webp, captions in txt or json:Caption"
@@ -101,6 +103,8 @@ def test_fields_are_words_between_commas():
         ("jpg", "json:", "name the key of a JSON object"),
         ("jpg", "txt:caption", "name the key of a JSON object, and of it alone, such as json:caption"),
         ("jpg", "", "caption-fields is ''"),
+        ("jpg;png", "txt", "image-fields is 'jpg;png': a field is what follows the first dot of a name"),
+        ("jpg,txt", "txt", "txt is named both as image-fields and as caption-fields"),
     ],
 )
 def test_fields_that_no_member_has_are_refused(image, caption, message):

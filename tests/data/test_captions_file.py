@@ -7,10 +7,12 @@ from textlock.data.captions_file import CaptionsFile
 from textlock.data.images import BadSample
 from textlock.data.reader import require_captions
 
+IMAGES = {"a.jpg", "b.jpg", "c.jpg", "d.png"}
+
 
 def rows(folder, name, text, **settings):
     (folder / name).write_text(text, encoding="utf-8")
-    return [row[1:] for row in CaptionsFile(path=folder / name, **settings).rows()]
+    return [row[1:] for row in CaptionsFile(path=folder / name, **settings).rows(IMAGES.__contains__)]
 
 
 def test_a_quotation_mark_in_a_tsv_is_a_character(tmp_path):
@@ -56,12 +58,21 @@ REFUSED = {
     ),
     "rows joined by marks": (
         "c.csv", 'file,caption\na.jpg,"Welcome\nb.jpg,a dog\nc.jpg,closed"\n', {},
-        "lines 2 to 4: a quotation mark makes one row of them, and one names b.jpg",
+        "lines 2 to 4: a quotation mark makes one row of them, and a cell of several lines names b.jpg",
     ),
+    **{
+        f"rows joined by marks, {number}": ("c.csv", text, {}, f"and a cell of several lines names {named}")
+        for number, (text, named) in enumerate([
+            ('caption,file\n"open quote,a.jpg\nother",b.jpg\n', "a.jpg"),
+            ('file,caption\na.jpg,"6 inch\nd.png,a dog\nb.jpg,12"\n', "d.png"),
+            ('file,caption\na.jpg,"Welcome\nb.jpg,one, two\nc.jpg,closed"\n', "b.jpg"),
+        ])
+    },
     "rows joined by marks in a .tsv": (
         "c.tsv", 'caption\tfile\n"Welcome\ta.JPG\na dog\tb.jpg\nx"\tc.jpg\n', {"quoting": True}, "names b.jpg",
     ),
     "a carriage return inside a line": ("c.tsv", "file\tcaption\na.jpg\tone\rtwo\n", {}, "line 3: it has 1 columns"),
+    "too deep": ("c.jsonl", "[" * 100_000, {}, "line 1 is not JSON: it is nested too deeply"),
     "no JSON": ("c.jsonl", '{"file": "a", "caption": "b"}\n{oops\n', {}, "line 2 is not JSON"),
     "no object": ("c.jsonl", "[1]\n", {}, "line 1 is not a JSON object"),
     "null": ("c.jsonl", '{"file": "a", "caption": null}\n', {}, "line 1: file and caption must both hold text"),

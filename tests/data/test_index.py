@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import shutil
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 
 from textlock.data import freshness
 from textlock.data import index as module
+from textlock.data.atomic import atomic_file
 from textlock.data.captions import Fields, caption_id
 from textlock.data.index import INDEX_NAME, index_shards, open_index, require_fields
 from textlock.data.reader import ShardReader
@@ -87,7 +89,7 @@ def test_missing_shards_and_shards_without_an_image_are_named(shards, tmp_path):
         "names as - or _)",
     )
     report = index_shards(shards, workers=2)
-    assert tuple(report.left_out[:-1]) == reasons and "No such file" in report.left_out[-1]
+    assert tuple(report.left_out[:-1]) == reasons and "is no file" in report.left_out[-1]
     kinds = ["tar-truncated", "compressed", "no-image", "dots", "unreadable", "compressed"]
     assert [problem.kind for problem in report.problems] == kinds
     assert (report.shards, report.samples) == (3, 7)
@@ -264,6 +266,43 @@ def test_a_folder_that_cannot_be_written_is_named_with_the_way_round(number, sha
     with pytest.raises(OSError, match="No space left" if number == errno.ENOSPC else way_round):
         index_shards(shards)
     assert (shards / INDEX_NAME).read_bytes() == before
+
+
+def test_two_processes_write_one_index_after_the_other(shards, tmp_path):
+    """Their drafts have one name: the first must not rename what the second is writing."""
+    order = []
+
+    def write(letter):
+        with atomic_file(tmp_path / "file") as file:
+            order.append(letter)
+            file.write(letter.encode() * 3)
+            if letter == "a":
+                other.start()
+                other.join(0.2)
+                assert order == ["a"]
+
+    other = threading.Thread(target=write, args="b")
+    write("a")
+    other.join()
+    assert (order, (tmp_path / "file").read_bytes()) == (["a", "b"], b"bbb")
+
+
+def test_the_index_of_shards_does_not_replace_that_of_others(shards, tmp_path):
+    others = write_shards(tmp_path / "others", [2])
+    with pytest.raises(ValueError, match=f"{others} holds shards of its own: name another folder by --index"):
+        index_shards(shards, output=others)
+    index_shards(shards, output=tmp_path / "home")
+    index_shards(shards, output=tmp_path / "home")
+    with pytest.raises(ValueError, match=f"home holds the index of {shards}: name another folder by --index"):
+        index_shards(others, output=tmp_path / "home")
+    (others / "b\x1b.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"the name of shard 'b\\x1b\.tar' cannot be printed: rename it"):
+        index_shards(others)
+
+
+def test_a_pipe_among_the_shards_is_not_waited_for(shards):
+    os.mkfifo(shards / "00000a.tar")
+    assert index_shards(shards).left_out == [f"00000a.tar ({shards / '00000a.tar'} is no file)"]
 
 
 def test_an_index_in_another_folder_stands_for_the_shards(shards, tmp_path):

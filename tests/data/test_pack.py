@@ -28,7 +28,7 @@ def test_what_is_packed_is_read_back(suffix, tmp_path):
     assert sorted(path.name for path in shards.iterdir()) == ["00000.tar", "00001.tar", "00002.tar", INDEX_NAME]
     assert open_index(shards).samples_per_shard == [3, 3, 1]
     for number, (raw, (_, name, caption)) in enumerate(
-        zip(read_all(shards), CaptionsFile(path=captions).rows(), strict=True)
+        zip(read_all(shards), CaptionsFile(path=captions).rows(bool), strict=True)
     ):
         assert raw.key == f"{number // 3:05d}{number % 3:04d}"
         assert raw.image == (images / name).read_bytes()
@@ -140,7 +140,7 @@ def test_resized_images_keep_their_captions_and_bad_ones_are_left_out(workers, t
     )
     found = [(problem.key, problem.kind) for problem in report.skipped]
     assert (report.samples, found) == (19, [("0.jpg", "no-caption"), ("4.jpg", "truncated")])
-    good = [row for row in CaptionsFile(path=captions).rows() if row[1] != "4.jpg"][:-1]
+    good = [row for row in CaptionsFile(path=captions).rows(bool) if row[1] != "4.jpg"][:-1]
     for raw, (_, name, caption) in zip(read_all(tmp_path / "out"), good, strict=True):
         assert raw.captions == [caption]
         assert raw.image == resize((images / name).read_bytes())[0]

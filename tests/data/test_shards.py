@@ -9,6 +9,11 @@ from ..commands import run_here
 from ..conftest import records
 from .tars import read_all, sample, tarfile_contents, write_dataset, write_shards, write_tar
 
+CUT = (
+    "at least 1 captions are not read to their end: 2,048 bytes are read of each, 1,048,576 bytes and 65,535 captions "
+    "of a member"
+)
+
 
 def run(*arguments):
     return run_here("textlock.data.shards", *arguments)
@@ -18,7 +23,7 @@ def test_pack_index_verify_and_repack(tmp_path):
     images, captions = write_dataset(tmp_path)
     shards, smaller = tmp_path / "shards", tmp_path / "smaller"
     source = ("--images", images, "--captions", captions)
-    said = f"7 rows of {captions}\n7 images with 7 captions in 3 shards in {shards}; 0 left out\n"
+    said = f"7 rows of {captions}\n7 images with 7 captions in 3 shards in {shards}; 0 rows left out\n"
     assert run("pack", *source, "--output", shards, "--samples-per-shard", 3, "--resize", 16) == (0, said, "")
     (shards / INDEX_NAME).unlink()
     read = "read: image in jpg or jpeg or png or webp, captions in txt\n"
@@ -43,8 +48,8 @@ def test_rows_of_one_image_are_its_captions(tmp_path):
         0,
         f"4 rows of {captions}\n"
         "2 captions stand in quotation marks, which were kept; --quoting takes them off a .tsv\n"
-        "1 captions are longer than the 2,048 bytes that are read of each\n"
-        f"2 images with 4 captions in 1 shards in {tmp_path / 'alt'}; 0 left out\n",
+        f"{CUT}\n"
+        f"2 images with 4 captions in 1 shards in {tmp_path / 'alt'}; 0 rows left out\n",
         "",
     )
     assert [raw.member.decode() for raw in read_all(tmp_path / "alt")] == ['a "b"\n"c"', f'"{long}"\nd']
@@ -62,8 +67,30 @@ def test_rows_of_one_image_are_its_captions(tmp_path):
     why = "2.jpg: the caption is missing or empty; mend it, or leave such samples out with --skip-bad"
     assert refused == (2, "", f"error: {captions} line 5: {why}\n")
     said = f"{captions.name}\t2.jpg\tno-caption\tthe caption is missing or empty\n4 rows of {captions}\n"
-    said += f"2 images with 3 captions in 1 shards in {tmp_path / 'out'}; 1 left out\n"
+    said += f"2 images with 3 captions in 1 shards in {tmp_path / 'out'}; 1 rows left out\n"
     assert run(*command[:-3], "--output", tmp_path / "out", "--skip-bad") == (0, said, "")
+
+
+def test_a_caption_of_several_lines_is_one_and_stays_one_in_other_shards(tmp_path):
+    images, _ = write_dataset(tmp_path)
+    rows = ({"file": "0.jpg", "caption": "a dog\non grass"}, {"file": "2.jpg", "caption": "a\u2028b"})
+    table = tmp_path / "captions.jsonl"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("pack", "--images", images, "--captions", table, "--output", tmp_path / "a")[0] == 0
+    assert [raw.captions for raw in read_all(tmp_path / "a")] == [["a dog on grass"], ["a b"]]
+    both = [
+        *sample("a", txt=None, json=json.dumps({"caption": ["a dog", "a cat"]}).encode()),
+        *sample("b", txt=b"c\nd"),
+    ]
+    (tmp_path / "b").mkdir()
+    write_tar(tmp_path / "b" / "0.tar", both)
+    fields = ("--caption-fields", "json:caption,txt", "--whole-text")
+    assert run("index", tmp_path / "b", *fields, "--index", tmp_path / "home")[0] == 0
+    assert run("pack", "--shards", tmp_path / "home", "--resize", 8, "--output", tmp_path / "c")[0] == 0
+    assert [raw.captions for raw in read_all(tmp_path / "c")] == [["a dog", "a cat"], ["c d"]]
+    write_tar(tmp_path / "b" / "1.tar", both)
+    said = run("verify", tmp_path / "home")[1]
+    assert "1.tar is not in the index" in said and said.endswith("4 good samples; 1 problems: 1 index\n")
 
 
 def test_index_says_what_it_read_left_and_cut(tmp_path):
@@ -81,13 +108,13 @@ def test_index_says_what_it_read_left_and_cut(tmp_path):
             "members of other fields, which are not read: 1 npz",
             "1 samples have several captions (a line of a text is one, unless --whole-text is given)",
             "1 samples have no caption",
-            "1 captions are longer than the 2,048 bytes that are read of each",
+            CUT,
             "read: image in jpg or jpeg or png or webp, captions in caption or txt",
             f"the index is in {home}: name that folder in place of {tmp_path}",
             "3 samples with 3 captions in 1 shards; 1 problems",
         ],
     )
-    assert run("verify", home)[1].splitlines()[-1] == "2 good samples; 2 problems: 1 tar-empty, 1 no-caption"
+    assert run("verify", home)[1].splitlines()[-1] == "2 good samples; 2 problems: 1 tar-truncated, 1 no-caption"
     assert run("index", tmp_path, "--caption-fields", "json") == (
         2,
         "",

@@ -48,6 +48,21 @@ def test_names_that_lead_out_of_their_folder(name, tmp_path):
     assert [problem.kind for problem in problems] == ["name"] * name.endswith(".jpg")
 
 
+def test_what_a_sparse_member_holds_is_not_read_and_a_byte_that_is_no_utf_8_is_no_separator(tmp_path):
+    path = tmp_path / "0.tar"
+    inner = tar_bytes([("inner.jpg", b"x")])
+    raw = bytearray(tar_bytes([("a.tar", inner), ("\udce9t\udce9.jpg", b"y")], tarfile.GNU_FORMAT))
+    set_field(raw, 0, 156, b"S")
+    path.write_bytes(raw)
+    samples, problems, _ = read_samples(path, Fields())
+    assert ([s.key for s in samples], [p.kind for p in problems]) == ([r"\xe9t\xe9"], ["tar-sparse"])
+    # Two more headers of the old GNU format before the data.
+    set_field(raw, 0, 482, b"\1")
+    raw[512:512] = (bytes(504) + b"\1" + bytes(7)) + bytes(512)
+    path.write_bytes(raw)
+    assert [s.key for s in read_samples(path, Fields()).samples] == [r"\xe9t\xe9"]
+
+
 def test_base_256_and_pax_sizes(tmp_path):
     path = tmp_path / "0.tar"
     members = [("a.jpg", b"abc"), ("b.jpg", b"de")]

@@ -58,7 +58,7 @@ def test_a_shard_that_the_index_leaves_out_or_that_cannot_be_read_is_a_problem(t
     shards = write_shards(tmp_path / "shards", [3, 1])
     (shards / "00002.tar").write_bytes(b"")
     index_shards(shards)
-    assert kinds_of(shards) == [("00002.tar", "tar-empty")]
+    assert kinds_of(shards) == [("00002.tar", "tar-truncated")]
     (shards / "00003.tar").symlink_to("nowhere")
     kinds = [(INDEX_NAME, "index"), ("00002.tar", "tar-truncated"), ("00003.tar", "unreadable")]
     report = verify_shards(shards, workers=2)
