@@ -186,7 +186,7 @@ def train(config: Config, world: World) -> None:
         if not stopping and (last or is_due(progress.step, config.evals.every)):
             with metrics.paused():
                 figures = evaluate()
-                metrics.log_evaluation(figures)
+                metrics.log_evaluation(figures, evaluations)
 
     loader.close()
     if progress.step == total_steps:
@@ -217,6 +217,7 @@ def write_results(
     run_dir = Path(config.run_dir)
     results = {
         **figures,
+        "counts": evaluations.counts(),
         "chance": evaluations.chance(),
         "images_per_second": progress.samples_seen / progress.train_seconds,
         "wall_seconds": progress.wall_seconds,

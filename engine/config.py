@@ -15,7 +15,7 @@ import tyro
 import yaml
 
 from ..data.loader import DataConfig, require_decoder
-from ..evals.suite import EvalConfig
+from ..evals.suite import EvalConfig, read_choices
 from ..models.block import tiers_of
 from ..models.text import TextConfig
 from ..models.vision import ModelConfig
@@ -59,7 +59,7 @@ class Config(Settings):
             self.step.refuse("keep", f"be one of auto, {', '.join(tiers)}, none with --model.block {self.model.block}")
 
     def require_world(self, world: World) -> None:
-        """Raise ValueError, naming the flag, for what these processes, their devices or packages cannot run.
+        """Raise ValueError, naming the flag, for what these processes, their devices, packages or data cannot run.
 
         Nothing is loaded or written for it.
         """
@@ -69,6 +69,7 @@ class Config(Settings):
         require_optimizer(self.optim, world.device, sharded=self.step.sharding == "fsdp")
         require_decoder(self.data)
         require_trackers(self.log.trackers)
+        read_choices(self.evals)
 
 
 def parse_config(arguments: Sequence[str]) -> Config:

@@ -9,10 +9,18 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from textlock.data.captions import caption_id
-from textlock.data.evaluation import iterate_class_folder, iterate_shards, list_classes
-from textlock.data.images import crop_and_resize, crop_draws, crop_window, decode_image, eval_image
+from textlock.data.evaluation import iterate_class_folder, iterate_shards, read_class_folders
+from textlock.data.images import (
+    EVALUATION_EXTENSIONS,
+    crop_and_resize,
+    crop_draws,
+    crop_window,
+    decode_image,
+    eval_image,
+)
 from textlock.data.loader import SKIP_KINDS, _slots_of_a_pinned_piece, require_few_skipped
 
 from ..conftest import records
@@ -342,15 +350,39 @@ def classes(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_class_folder_is_read_once_and_bad_images_are_left_out(classes, world_size, caplog):
     (classes / "dog" / "1.JPEG").write_bytes(b"<html>")
-    assert list_classes(classes) == ["dog", "tabby cat", "zebra"]
+    folders = read_class_folders(classes)
+    assert (folders.classes, folders.left) == (["dog", "tabby_cat", "zebra"], {".txt": 3})
     batches = []
     for rank in range(world_size):
-        batches += iterate_class_folder(classes, 16, batch_size=2, rank=rank, world_size=world_size)
+        batches += iterate_class_folder(folders, 16, batch_size=2, rank=rank, world_size=world_size)
     assert [label for batch in batches for label in batch.labels.tolist()] == [0, 0, 0, 1, 1, 1, 2, 2]
     assert all(len(batch.images) <= 2 for batch in batches)
     images = torch.stack([eval_image(jpeg(number), 16) for number in (0, 2, 3, 0, 1, 2, 0, 1)])
     assert torch.equal(torch.cat([batch.images for batch in batches]), images)
-    assert sum(batch.skipped for batch in batches) == 1 and "dog/1.JPEG" in caplog.text
+    assert sum((Counter(batch.skipped_by_kind) for batch in batches), Counter()) == {"format": 1}
+    assert "dog/1.JPEG" in caplog.text
+
+
+def test_images_of_every_format_and_in_folders_below_are_of_their_class(tmp_path):
+    image = Image.new("RGB", (40, 32), (250, 0, 0))
+    names = ["a.GIF", "b.bmp", "c.TIF", "d.tiff", "e.ppm", "sub/deep/f.pgm", "sub/g.webp", "h.png"]
+    for name in (*names, "x.mat", "sub/y.xml", "sub/README", ".hidden.png", ".cache/z.png"):
+        path = tmp_path / "red" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix[1:].lower() in EVALUATION_EXTENSIONS:
+            kind = {"pgm": "PPM", "tif": "TIFF"}.get(path.suffix[1:].lower())
+            image.convert("L" if path.suffix == ".pgm" else "RGB").save(path, kind)
+        else:
+            path.write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("")
+    (tmp_path / "red" / "loop").symlink_to(tmp_path)
+    folders = read_class_folders(tmp_path)
+    assert [path.relative_to(tmp_path / "red").as_posix() for path, _ in folders.files] == sorted(names)
+    assert folders.left == {".mat": 1, ".xml": 1, "README": 1, ".csv": 1}
+    (batch,) = iterate_class_folder(folders, 16, batch_size=99)
+    assert len(batch.images) == 8 and not batch.skipped_by_kind
+    reds = [path for path, _ in folders.files if path.suffix != ".pgm"]
+    assert (batch.images[:, 8, 8, 0] > 240).sum() == len(reds)
 
 
 @pytest.mark.parametrize("size", [32, 64, 224, 256, 336])
