@@ -14,10 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from .captions import caption_id
 from .images import EVALUATION_EXTENSIONS, MAX_IMAGE_BYTES, BadSample, eval_image
 from .index import open_index
-from .loader import Batch
 from .reader import ShardReader, require_captions
 
 S = TypeVar("S")
@@ -38,13 +36,27 @@ class ClassBatch:
     """Bad images left out."""
 
 
+@dataclass(frozen=True)
+class CaptionedBatch:
+    """A batch of images with all of their captions."""
+
+    images: torch.Tensor
+    """uint8 [b, S, S, 3]."""
+    captions: list[list[str]]
+    keys: list[str]
+    position: int
+    """Samples of the shards up to the end of this batch."""
+    skipped_by_kind: dict[str, int]
+    """Bad samples left out."""
+
+
 def iterate_shards(
     shards: Path | str, image_size: int, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2
-) -> Iterator[Batch]:
+) -> Iterator[CaptionedBatch]:
     """Yield this rank's contiguous part of the samples, each once, in index order, as evaluated (``eval_image``).
 
-    Bad samples are left out, named in the log and counted in ``Batch.skipped_by_kind``; batches may be smaller, or
-    empty, for it.
+    Bad samples are left out, named in the log and counted in ``CaptionedBatch.skipped_by_kind``; batches may be
+    smaller, or empty, for it.
 
     Raises:
         FileNotFoundError: there are no shards, or no index.
@@ -53,30 +65,30 @@ def iterate_shards(
     index = open_index(shards)
     reader = ShardReader(index)
 
-    def load(sample: int) -> tuple[torch.Tensor, str, int, str]:
+    def load(sample: int) -> tuple[torch.Tensor, list[str], str]:
         raw = reader.read(sample)
         try:
             require_captions(raw.captions)
-            caption = "\n".join(raw.captions)
-            return eval_image(raw.image, image_size), caption, caption_id(caption), raw.key
+            return eval_image(raw.image, image_size), raw.captions, raw.key
         except BadSample as fault:
             raise BadSample(fault.kind, f"{raw.key}: {fault}") from fault
 
     samples = range(rank * len(index) // world_size, (rank + 1) * len(index) // world_size)
     position = samples.start
     for good, skipped in _load_batches(load, samples, batch_size, workers):
-        images, captions, ids, keys = zip(*good, strict=True) if good else ((), (), (), ())
+        images = [image for image, _, _ in good]
         position += len(good) + skipped.total()
-        yield Batch(
-            images=torch.stack(images) if good else torch.empty(0, image_size, image_size, 3, dtype=torch.uint8),
-            captions=list(captions),
-            text_embeddings=None,
-            ids=torch.tensor(ids, dtype=torch.int64),
-            keys=list(keys),
-            epoch=0,
+        yield CaptionedBatch(
+            images=_stacked(images, image_size),
+            captions=[captions for _, captions, _ in good],
+            keys=[key for _, _, key in good],
             position=position,
             skipped_by_kind=dict(skipped),
         )
+
+
+def _stacked(images: list[torch.Tensor], size: int) -> torch.Tensor:
+    return torch.stack(images) if images else torch.empty(0, size, size, 3, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -150,8 +162,7 @@ def iterate_class_folder(
     for good, skipped in _load_batches(load, part, batch_size, workers):
         images = [image for image, _ in good]
         labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-        stacked = torch.stack(images) if images else torch.empty(0, image_size, image_size, 3, dtype=torch.uint8)
-        yield ClassBatch(stacked, labels, dict(skipped))
+        yield ClassBatch(_stacked(images, image_size), labels, dict(skipped))
 
 
 def _load_batches(

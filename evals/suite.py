@@ -155,7 +155,7 @@ class _Count:
                 for label in batch.labels.tolist():
                     self.by_class[label] += 1
             else:
-                self.captions += sum(len(caption.splitlines()) for caption in batch.captions)
+                self.captions += sum(map(len, batch.captions))
             if len(batch.images):
                 yield batch
 
@@ -254,7 +254,7 @@ class EvaluationSuite:
             [(rows.captions[place], score) for place, score in zip(some_places, some_scores, strict=True)]
             for some_places, some_scores in zip(places.tolist(), scores.tolist(), strict=True)
         ]
-        return Gallery(batch.images, batch.captions, nearest)
+        return Gallery(batch.images, ["\n".join(captions) for captions in batch.captions], nearest)
 
     def counts(self) -> dict[str, dict[str, Any]]:
         """Return what the figures of the last run are of: images, classes or captions, and what was left out."""
@@ -297,7 +297,7 @@ class EvaluationSuite:
         similarity = self._text_tower.encode(queries) @ rows.image_rows.T  # [q, n]
         scores, places = similarity.topk(min(_ANSWERS, len(rows.image_rows)))
         wanted = {place for some_places in places.tolist() for place in some_places}
-        shown: dict[int, tuple[Tensor, str]] = {}
+        shown: dict[int, tuple[Tensor, list[str]]] = {}
         batches = iterate_shards(shards, self._image_size, **self._share(self._config.batch_size))
         pairs = (pair for batch in batches for pair in zip(batch.images, batch.captions, strict=True))
         for place, pair in enumerate(pairs):
@@ -309,7 +309,7 @@ class EvaluationSuite:
             Answer(
                 query,
                 torch.stack([shown[place][0] for place in some_places]),
-                [shown[place][1] for place in some_places],
+                ["\n".join(shown[place][1]) for place in some_places],
                 some_scores,
             )
             for query, some_places, some_scores in zip(queries, places.tolist(), scores.tolist(), strict=True)

@@ -326,11 +326,11 @@ def test_iterate_shards_gives_every_good_sample_once_and_names_the_bad_ones(bad_
     batches = [batch for share in shares for batch in share]
     good = [number for number in range(40) if number not in BAD]
     assert keys(batches) == [key_of(number) for number in good]
-    assert [caption for batch in batches for caption in batch.captions] == [caption_of(number) for number in good]
-    assert all(len(batch.keys) == len(batch.ids) <= 4 for batch in batches)
+    assert [caption for batch in batches for caption in batch.captions] == [[caption_of(number)] for number in good]
+    assert all(len(batch.keys) == len(batch.images) <= 4 for batch in batches)
     images = torch.stack([eval_image(image_of(number), 16) for number in good])
     assert torch.equal(torch.cat([batch.images for batch in batches]), images)
-    assert sum(batch.skipped for batch in batches) == len(caplog.records) == 5
+    assert sum(sum(batch.skipped_by_kind.values()) for batch in batches) == len(caplog.records) == 5
     for number, record in zip(BAD, caplog.records, strict=True):
         assert f"{key_of(number)}: " in record.getMessage()
     assert batches[-1].position == 40

@@ -55,7 +55,8 @@ def digests(folder):
 
 
 def captions_of(shards):
-    return [caption for batch in iterate_shards(str(shards), 32, batch_size=7) for caption in batch.captions]
+    batches = iterate_shards(str(shards), 32, batch_size=7)
+    return [caption for batch in batches for (caption,) in batch.captions]
 
 
 def some_scenes(count, split="train"):
