@@ -7,9 +7,9 @@ between sections, and on the processes that run them, are checked here.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 import yaml
@@ -142,9 +142,27 @@ def _flags(tree: dict[str, Any], prefix: str) -> Iterator[str]:
         if isinstance(value, dict):
             yield from _flags(value, f"{flag}.")
         elif isinstance(value, list):
+            for item in value:
+                if isinstance(item, dict):
+                    raise ValueError(
+                        f"{flag} has {item} in the config file: write it without a space after the colon, or in quotes"
+                    )
             yield from (flag, *map(str, value))
-        elif value is not None:  # null leaves the default, which is None wherever None is allowed
+        elif value is not None:
             yield f"{flag}={value}"
+        # null leaves the default, which is None wherever None is allowed; of no field it is refused as an unknown flag.
+        elif flag not in _known_flags(Config):
+            yield flag
+
+
+def _known_flags(kind: type[Settings], prefix: str = "--") -> set[str]:
+    flags = set()
+    hints = get_type_hints(kind)
+    for entry in fields(kind):  # type: ignore[arg-type]  # every subclass is a dataclass
+        hint, flag = hints[entry.name], f"{prefix}{entry.name}".replace("_", "-")
+        is_section = isinstance(hint, type) and issubclass(hint, Settings)
+        flags |= {flag} | (_known_flags(hint, f"{flag}.") if is_section else set())
+    return flags
 
 
 def _plain(value: Any) -> Any:

@@ -49,11 +49,15 @@ def bad_shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("bad") / "shards", [20, 20], changes)
 
 
-def test_a_batch_is_what_the_order_and_the_draws_of_its_places_say(shards):
-    config = settings(shards, seed=7)
+@pytest.mark.parametrize(("more", "epoch_size"), [((), 32), (([6, 2], "2"), 48), (([6, 3], "0.5"), 40)])
+def test_a_batch_is_what_the_order_and_the_draws_of_its_places_say(shards, tmp_path, more, epoch_size):
+    words = [shards]
+    if more:
+        words.append(f"{write_shards(tmp_path / 'more', more[0], first=500)}:{more[1]}")
+    config = settings(*words, seed=7)
     batches = take(config, 8)
     for step, batch in enumerate(batches):
-        epoch, place = divmod(8 * step, 32)
+        epoch, place = divmod(8 * step, epoch_size)
         assert (batch.text_embeddings, batch.epoch, batch.position, batch.skipped) == (None, epoch, 8 * step + 8, 0)
         assert batch.images.shape == (8, 16, 16, 3) and batch.images.dtype == torch.uint8
         assert batch.ids.dtype == torch.int64
@@ -67,7 +71,7 @@ def test_a_batch_is_what_the_order_and_the_draws_of_its_places_say(shards):
             crop_and_resize(whole, window, expected)
             assert torch.equal(image, expected)
     with open_one(config) as loader:
-        assert (loader.num_samples, loader.samples_per_epoch) == (37, 32)
+        assert loader.samples_per_epoch == epoch_size
 
 
 @pytest.mark.gpu
@@ -99,7 +103,7 @@ def test_resume_refuses_other_settings_other_shards_and_broken_states(shards, tm
         ({"crop_scale": (0.5, 1.0)}, {}, "crop_scale was"),
         ({"crop_ratio": (1.0, 1.0)}, {}, "crop_ratio was"),
         ({"open_shards": 1}, {}, "open_shards was 2 and is 1"),
-        ({"shards": str(other)}, {}, r"shards was .* and is"),
+        ({"shards": (str(other),)}, {}, r"shards was .* and is"),
         ({}, {"fingerprint": None}, "no position and fingerprint"),
         ({}, {"position": "8"}, "no position and fingerprint"),
         ({}, {"position": -8}, "no position and fingerprint"),
@@ -193,7 +197,7 @@ def test_the_zoo(zoo, decoder, tmp_path):
         kinds = {at: kind for at, kind in kinds.items() if at not in believed}
     config = settings(folder, batch_size=count, decoder=decoder, prefetch_batches=0)
     (batch,) = take(config, 1, skipped_log=tmp_path / "skipped.jsonl")
-    (clean,) = take(replace(config, shards=str(clean_folder)), 1)
+    (clean,) = take(replace(config, shards=(str(clean_folder),)), 1)
 
     lines = records(tmp_path / "skipped.jsonl")
     assert {line["sample"]: (kinds[line["sample"]][0], line["kind"]) for line in lines} == kinds
@@ -284,7 +288,8 @@ def test_a_run_that_dies_does_not_hang(shards):
 from textlock.data.loader import DataConfig, open_loader
 import textlock.data.loader as module, time
 module.crop_and_resize = lambda image, window, out: time.sleep(0.5)
-config = DataConfig(shards={str(shards)!r}, batch_size=4, image_size=16, decoder="cpu", workers=1, prefetch_batches=50)
+size = dict(batch_size=4, image_size=16, workers=1, prefetch_batches=50)
+config = DataConfig(shards=({str(shards)!r},), decoder="cpu", **size)
 loader = open_loader(config, rank=0, world_size=1)
 next(loader)
 raise SystemExit("the training loop failed")
@@ -298,7 +303,7 @@ raise SystemExit("the training loop failed")
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"batch_size": 38}, {}, "the shards hold 37 samples, fewer than one global batch of 38"),
+        ({"batch_size": 38}, {}, "the shards give 37 samples an epoch, fewer than one global batch of 38"),
         ({}, {"world_size": 3}, "--data.batch-size is 8, must be divisible by the number of processes, 3"),
         ({}, {"rank": 2, "world_size": 2}, "rank 2 is not one of 2 ranks"),
         ({"workers": 0}, {}, "--data.workers is 0, must be at least 1"),
