@@ -10,13 +10,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .order import mix64, stream_key
+from .order import mix64, stream_key, uniform
 
 MAX_CAPTION_BYTES = 2048
 MAX_MEMBER_BYTES = 2**20
@@ -62,13 +62,12 @@ class Fields:
                     "such as json:caption"
                 )
 
-    @classmethod
-    def parse(cls, image: Sequence[str] | None, caption: Sequence[str] | None, *, whole_text: bool = False) -> "Fields":
-        """Return the fields that words of a command line name, each of one or several between commas; None: default."""
-        return cls(
-            cls.image if image is None else split_fields(image),
-            cls.caption if caption is None else split_fields(caption),
-            whole_text,
+    def named(self, image: Sequence[str] | None, caption: Sequence[str] | None) -> "Fields":
+        """Return these fields with those in their place that words name, each of one or several between commas."""
+        return replace(
+            self,
+            image=self.image if image is None else _split_fields(image),
+            caption=self.caption if caption is None else _split_fields(caption),
         )
 
     def __str__(self) -> str:
@@ -76,7 +75,7 @@ class Fields:
         return f"image in {' or '.join(self.image)}, captions in {' or '.join(self.caption)}{lines}"
 
 
-def split_fields(words: Sequence[str]) -> tuple[str, ...]:
+def _split_fields(words: Sequence[str]) -> tuple[str, ...]:
     """Return the fields in words that may hold several between commas. Members are in lower case, keys of JSON not."""
     fields = (field.strip() for word in words for field in word.split(","))
     parts = (field.partition(":") for field in fields)
@@ -180,19 +179,18 @@ def caption_id(caption: str) -> int:
 
 
 def captions_hash(captions: Sequence[str]) -> int:
-    """Return 64 bits for the captions of an image: those of ``caption_id`` where it has one, or none."""
-    return hash_of_ids([caption_id(caption) for caption in captions or [""]])
+    """Return 64 bits for the captions of an image: those of ``caption_id`` where it has one; none is the empty one."""
+    return hash_of_ids([caption_id(caption) for caption in captions])
 
 
 def hash_of_ids(ids: Sequence[int]) -> int:
     """Return what ``captions_hash`` does for captions of these ``caption_id``."""
-    if len(ids) == 1:
-        return ids[0] % 2**64
+    if len(ids) < 2:
+        return (ids[0] if ids else caption_id("")) % 2**64
     digest = hashlib.blake2b(np.array(ids, dtype="<i8").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def caption_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return the uniform number in [0, 1) that chooses the caption at each position, shape [n] -> [n]."""
-    bits = mix64(positions.astype(np.uint64) ^ stream_key(seed, epoch, "caption"))
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniform(mix64(positions.astype(np.uint64) ^ stream_key(seed, epoch, "caption")))

@@ -41,10 +41,10 @@ def read_class_names(names: Path | str, folders: Sequence[str], where: Path | st
 
     Args:
         names: ``imagenet`` for the names in the open_clip package; else a file. JSON: an object {folder: name}, or a
-            list with a name for each folder in sorted order. CSV or TSV: a column of FOLDER_COLUMNS and one of
-            NAME_COLUMNS. Any other: a name a line in sorted order of the folders; or a folder, a tab or comma and its
-            name; or an id, a space and its name, of which the part before a comma counts, as there are synonyms.
-            Folders that are not there may be named too.
+            list with a name for each folder in sorted order. CSV or TSV: a column folder (or wnid, synset, id, ...) and
+            a column name (or class, label, words, ...). Any other: a name a line in sorted order of the folders; or a
+            folder, a tab or comma and its name; or an id, a space and its name, of which the part before a comma
+            counts, as there are synonyms. Folders that are not there may be named too.
         folders: sorted names of the class folders.
         where: the folder they are in.
 
@@ -56,7 +56,7 @@ def read_class_names(names: Path | str, folders: Sequence[str], where: Path | st
         return _imagenet_names(folders, where)
     path = Path(names)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: give a JSON file that maps the folders in {where} to class names")
+        raise FileNotFoundError(f"no file {path}: give a file with the names of the class folders in {where}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -13,33 +13,21 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from .atomic import write_text_atomically
 from .cache import DEFAULT_CACHE_DIR
 
+if TYPE_CHECKING:
+    from .index import ShardEntry
+
 logger = logging.getLogger(__name__)
 
 
-class IndexedShard(Protocol):
-    """What an index knows of a shard."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def modified_ns(self) -> int: ...
-    @property
-    def samples(self) -> int: ...
-    @property
-    def sha256(self) -> bytes: ...
-
-
 def check_unchanged(
-    folder: Path, names: Sequence[str], entries: Sequence[IndexedShard], index: Path, fingerprint: str, advice: str
+    folder: Path, names: Sequence[str], entries: "Sequence[ShardEntry]", index: Path, fingerprint: str, advice: str
 ) -> None:
     """Raise ValueError unless the shards ``names`` of a folder are those of the index.
 
@@ -52,7 +40,7 @@ def check_unchanged(
         advice: what to do where they are others.
     """
     found = set(names)
-    elsewhen: list[tuple[IndexedShard, int]] = []
+    elsewhen: list[tuple[ShardEntry, int]] = []
     for entry in entries:
         if entry.name in found:
             found.remove(entry.name)
@@ -77,7 +65,7 @@ def check_unchanged(
 
 
 def _compare(
-    folder: Path, shards: Sequence[tuple[IndexedShard, int]], index: Path, fingerprint: str, advice: str
+    folder: Path, shards: "Sequence[tuple[ShardEntry, int]]", index: Path, fingerprint: str, advice: str
 ) -> None:
     """Compare the bytes of shards, given with their times, unless that was done before. Raises ValueError."""
     place = hashlib.sha256(f"{fingerprint} {folder.resolve()}".encode()).hexdigest()[:32]

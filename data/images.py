@@ -48,7 +48,7 @@ import simplejpeg
 import torch
 from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, PpmImagePlugin, TiffImagePlugin
 
-from .order import mix64, stream_key
+from .order import mix64, stream_key, uniform
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -308,7 +308,7 @@ def crop_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.N
     streams = mix64(mix64(positions.astype(np.uint64) ^ stream_key(seed, epoch, "crop")))
     counters = np.arange(_CROP_TRIES * 4, dtype=np.uint64)
     bits = mix64(streams[:, None] + mix64(counters)[None, :])
-    return (bits >> np.uint64(11)).astype(np.float64).reshape(-1, _CROP_TRIES, 4) * 2.0**-53
+    return uniform(bits).reshape(-1, _CROP_TRIES, 4)
 
 
 def crop_window(

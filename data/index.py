@@ -36,7 +36,7 @@ import numpy.typing as npt
 
 from .atomic import atomic_file
 from .cache import DEFAULT_CACHE_DIR, CachedShards, FetchError, RemoteFile, RemoteFolder, ShardCache, is_remote
-from .captions import MAX_MEMBER_BYTES, Captions, Fields, captions_hash, read_captions, split_fields
+from .captions import MAX_MEMBER_BYTES, Captions, Fields, captions_hash, read_captions
 from .freshness import check_unchanged
 from .processes import map_in_processes
 from .tar import Problem, ShardContent, TarMember, TarSample, printable, read_samples
@@ -516,13 +516,9 @@ def recorded_source(folder: Path) -> tuple[Path, Fields]:
 def require_fields(index: ShardIndex, image: Sequence[str] | None, caption: Sequence[str] | None) -> None:
     """Raise ValueError, with the command that mends it, unless an index is of the fields that are asked for.
 
-    ``image`` and ``caption`` are words as in `Fields.parse`; None asks for nothing.
+    ``image`` and ``caption`` are words as in `Fields.named`; None asks for nothing.
     """
-    asked = Fields(
-        index.fields.image if image is None else split_fields(image),
-        index.fields.caption if caption is None else split_fields(caption),
-        index.fields.whole_text,
-    )
+    asked = index.fields.named(image, caption)
     if asked != index.fields:
         raise ValueError(
             f"{index.address} is indexed with {index.fields}, and not with {asked}: run "

@@ -1,8 +1,8 @@
 """The loader: batches of decoded images and captions, in an order that survives restarts and other world sizes.
 
 A global batch is a function of the sources (sets of shards with weights, sources.py), the seed and its position; rank r
-of P makes the r-th contiguous part of it.
-Nothing passes between ranks, and the state of a run is one integer with a fingerprint of what it depends on.
+of P makes the r-th contiguous part of it. Nothing passes between ranks, and the state of a run is one integer with a
+fingerprint of what it depends on.
 
 A sample is bad when it cannot be read, its image fails the check or the decoder, or its caption is missing or empty.
 Its slot in the batch goes to the first good sample of ``SampleOrder.replacements``, with the crop drawn for the slot.
@@ -37,7 +37,7 @@ import torch
 
 from ..settings import FREE_ON_RESUME, RISING, Settings, above, at_least, at_most
 from .cache import DEFAULT_CACHE_DIR
-from .captions import Fields, caption_draws, caption_id
+from .captions import Fields, caption_draws
 from .images import (
     BadSample,
     CropWindow,
@@ -139,7 +139,7 @@ class DataConfig(Settings, section="data"):
                 f"--data.text-embeddings names {folders} folders and --data.shards {sets} sets of shards: name one for "
                 "each, in the same order"
             )
-        Fields.parse(self.image_fields, self.caption_fields)
+        Fields().named(self.image_fields, self.caption_fields)
 
     def local_batch(self, world_size: int) -> int:
         """Return the samples of one rank in a step. Raises ValueError where the ranks do not divide the batch."""
@@ -466,7 +466,7 @@ class Loader:
         config = self._config
         try:
             which, caption = raw.caption(choice)
-            identity = caption_id(caption)
+            identity = raw.ids[which]
             text = self.sources.text_embedding(sample, which, identity)
             header = check_image(raw.image)
             window = crop_window(header.height, header.width, draws, scale=config.crop_scale, ratio=config.crop_ratio)

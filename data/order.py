@@ -57,6 +57,11 @@ def stream_key(seed: int, epoch: int, purpose: str) -> np.uint64:
     return np.uint64(int.from_bytes(digest, "little"))
 
 
+def uniform(bits: UInt64Array) -> npt.NDArray[np.float64]:
+    """Return numbers in [0, 1), of 53 bits each."""
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def permute(index: Int64Array, size: Int64Array, key: UInt64Array) -> Int64Array:
     """Return where the permutation of ``range(size)`` that ``key`` selects puts each ``index``.
 

@@ -266,8 +266,10 @@ def _write_shards(
                 rows += 1
                 in_marks += len(text) > 1 and text[0] == text[-1] == '"'
                 found = without_blanks([one_line(text.encode("utf-8", "replace").decode())])
-                if not found:
-                    leave_out(sample.name, line, BadSample("no-caption", "the caption is missing or empty"))
+                try:
+                    require_captions(found)
+                except BadSample as fault:
+                    leave_out(sample.name, line, fault)
                 texts += found
             if isinstance(sample.image, BadSample):
                 leave_out(sample.name, sample.named.line, sample.image)

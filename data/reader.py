@@ -7,10 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 from .cache import Lease
-from .captions import MAX_MEMBER_BYTES, captions_hash, is_blank, read_captions
+from .captions import MAX_MEMBER_BYTES, caption_id, hash_of_ids, is_blank, read_captions
 from .images import MAX_IMAGE_BYTES, BadSample
 from .index import ShardIndex, hash_key
 from .tar import BLOCK, DamagedTar, header_name, keys_of, read_members
@@ -24,7 +23,7 @@ _OPEN_FILES = 256
 class _OpenFile:
     """An open file, closed when no thread reads from it any more."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -42,6 +41,8 @@ class RawSample:
     member: bytes
     """Of the captions, at most one byte more than ``read_captions`` reads."""
     captions: list[str]
+    ids: list[int]
+    """``captions.caption_id`` of each."""
 
     def caption(self, draw: float) -> tuple[int, str]:
         """Return the caption that a uniform number in [0, 1) chooses, and its place among those of the sample.
@@ -54,7 +55,7 @@ class RawSample:
         return place, self.captions[place]
 
 
-def cached_files() -> Callable[[Path], _OpenFile]:
+def cached_files() -> Callable[[str], _OpenFile]:
     """Return a function that opens files and keeps the last few hundred of them open."""
     return lru_cache(maxsize=_OPEN_FILES)(_OpenFile)
 
@@ -65,7 +66,7 @@ class ShardReader:
     ``open_file`` is what ``cached_files`` returns, where readers share it.
     """
 
-    def __init__(self, index: ShardIndex, open_file: Callable[[Path], _OpenFile] | None = None) -> None:
+    def __init__(self, index: ShardIndex, open_file: Callable[[str], _OpenFile] | None = None) -> None:
         self._index = index
         self._open_file = open_file or cached_files()
 
@@ -87,7 +88,7 @@ class ShardReader:
     def _open(self, shard: int) -> _OpenFile | Lease:
         if self._index.remote is not None:
             return self._index.remote.open(shard)
-        return self._open_file(Path(self._index.address) / self._index.shard_names[shard])
+        return self._open_file(os.path.join(self._index.address, self._index.shard_names[shard]))
 
     def read(self, sample: int) -> RawSample:
         """Return the bytes of a sample, as they are in the shard.
@@ -118,8 +119,8 @@ class ShardReader:
         except (OSError, OverflowError) as error:  # the latter for an offset beyond 2^63, which an index may hold
             name = self._index.shard_names[shard]
             raise BadSample("unreadable", f"{name} cannot be read at byte {image_offset}: {error}") from error
-        captions = self._captions(member, caption_offset, caption_hash, place)
-        return RawSample(key, block[BLOCK : image_end - start], member, captions)
+        captions, ids = self._captions(member, caption_offset, caption_hash, place)
+        return RawSample(key, block[BLOCK : image_end - start], member, captions, ids)
 
     def read_captions(self, sample: int) -> list[str]:
         """Return the captions of a sample without reading its image; none where it has none.
@@ -134,20 +135,23 @@ class ShardReader:
         except (OSError, OverflowError) as error:
             name = self._index.shard_names[shard]
             raise BadSample("unreadable", f"{name} cannot be read at byte {offset}: {error}") from error
-        return self._captions(member, offset, caption_hash, place)
+        return self._captions(member, offset, caption_hash, place)[0]
 
-    def _captions(self, member: bytes, offset: int, caption_hash: int, place: int) -> list[str]:
+    def _captions(self, member: bytes, offset: int, caption_hash: int, place: int) -> tuple[list[str], list[int]]:
+        """Return the captions in a member, and their ids, unless they are others than those that were indexed."""
         fields = self._index.fields
         captions: list[str] = []
+        ids: list[int] = []
         try:
             if member:
                 captions = read_captions(member, fields.caption[place], whole_text=fields.whole_text).texts
-            moved = captions_hash(captions) != caption_hash
+            ids = [caption_id(caption) for caption in captions]
+            moved = hash_of_ids(ids) != caption_hash
         except (ValueError, IndexError):  # what is there is no JSON, or the index names a field that does not exist
             moved = True
         if moved:
             raise BadSample("moved", f"byte {offset} does not begin the captions that were indexed there")
-        return captions
+        return captions, ids
 
     def _key(self, descriptor: int, header: bytes, image_offset: int, key_hash: int) -> str:
         for key in keys_of(header_name(header)):

@@ -117,7 +117,7 @@ def _index(
         index: Folder for the index, where that of the shards cannot be written; name it in place of the shards then.
         workers: Processes, which read a shard each; by default one for each CPU.
     """
-    fields = Fields.parse(image_fields, caption_fields, whole_text=whole_text)
+    fields = Fields(whole_text=whole_text).named(image_fields, caption_fields)
     report = index_shards(folder, fields=fields, output=index, workers=workers or os.cpu_count() or 1)
     for problem in report.problems:
         _show(problem)

@@ -31,6 +31,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -305,11 +306,13 @@ def split_key(name: str) -> tuple[str, str]:
     return folder + slash + stem, field.lower()
 
 
-def keys_of(name: str) -> list[str]:
-    """Return the keys that a member may have, the one of ``split_key`` first: its path up to each of the dots."""
+def keys_of(name: str) -> Iterator[str]:
+    """Yield the keys that a member may have, the one of ``split_key`` first: its path up to each of the dots."""
     folder, slash, base = name.rpartition("/")
-    parts = base.split(".")
-    return [folder + slash + ".".join(parts[:count]) for count in range(1, len(parts)) if parts[0]]
+    dot = base.find(".")
+    while dot > 0:
+        yield folder + slash + base[:dot]
+        dot = base.find(".", dot + 1)
 
 
 def read_samples(path: Path, fields: Fields) -> ShardContent:
@@ -407,7 +410,7 @@ class _Grouping:
         """Make samples of the members of a key that has no image, by names up to a later dot."""
         pairs: dict[str, TarSample] = {}
         for member in members:
-            for stem in keys_of(member.name)[1:]:  # the longest field first
+            for stem in islice(keys_of(member.name), 1, None):  # the longest field first
                 field = member.name[len(stem) + 1 :].lower()
                 if self._is_read(field):
                     if self._may_be_read(stem, member):

@@ -16,6 +16,7 @@ from ..data.evaluation import ClassBatch, ClassFolders, iterate_class_folder, it
 from ..data.index import open_index
 from ..models.text import TextTower
 from ..settings import NOT_EMPTY, Bound, Settings, at_least
+from .counts import list_kinds
 from .retrieval import RetrievalRows, evaluate_retrieval
 from .zero_shot import class_embeddings, evaluate_zero_shot
 
@@ -269,7 +270,7 @@ class EvaluationSuite:
                 said.append(f"{kind}: no image of class {', '.join(unread[:3])}{more} can be read")
             skipped = sum(count["skipped"].values())
             if skipped > _MAX_SKIPPED_FRACTION * (count["images"] + skipped):
-                kinds = ", ".join(f"{number} {name}" for name, number in sorted(count["skipped"].items()))
+                kinds = list_kinds(count["skipped"])
                 said.append(f"{kind}: {skipped} of {count['images'] + skipped} images cannot be read ({kinds})")
         return said
 

@@ -86,9 +86,9 @@ def test_json_without_a_caption_is_no_caption(payload, message):
 
 
 def test_fields_are_words_between_commas():
-    fields = Fields.parse(["JPG, depth.png", "webp"], ["txt,json: Caption "])
+    fields = Fields().named(["JPG, depth.png", "webp"], ["txt,json: Caption "])
     assert fields == Fields(("jpg", "depth.png", "webp"), ("txt", "json:Caption"))
-    assert Fields.parse(None, None) == Fields()
+    assert Fields().named(None, None) == Fields()
     assert str(fields) == "image in jpg or depth.png or webp, captions in txt or json:Caption"
 
 
@@ -109,7 +109,7 @@ def test_fields_are_words_between_commas():
 )
 def test_fields_that_no_member_has_are_refused(image, caption, message):
     with pytest.raises(ValueError) as caught:
-        Fields.parse([image], [caption])
+        Fields().named([image], [caption])
     assert message in str(caught.value)
 
 

@@ -1,6 +1,7 @@
 """Names of classes: of their folders, of files in every form, of ImageNet; and the prompts around them."""
 
 import json
+import sys
 
 import pytest
 
@@ -106,7 +107,7 @@ def test_the_names_and_prompts_of_imagenet_are_those_of_open_clip():
 
 
 def test_without_open_clip_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
     for use in (
         lambda: resolve_templates(["openai-80"]),
         lambda: read_class_names("imagenet", [f"n{n:08d}" for n in range(1000)], "x"),
