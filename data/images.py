@@ -83,7 +83,7 @@ _EVALUATION_READERS: dict[bytes, tuple[str, Callable[[io.BytesIO], ImageFile.Ima
     b"MM\0+": ("tiff", TiffImagePlugin.TiffImageFile),
     **{b"P%d" % number: ("ppm", PpmImagePlugin.PpmImageFile) for number in range(1, 7)},
 }
-_BITS_PER_SAMPLE, _TILE_WIDTH, _TILE_LENGTH = 258, 322, 323  # TIFF tags
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 322, 323  # TIFF tags
 _SUPPORTED_SOF = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended sequential, progressive; Huffman coded
 # Of three components: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1.
 _USUAL_SAMPLINGS = frozenset(bytes([first, 0x11, 0x11]) for first in (0x11, 0x21, 0x22, 0x12, 0x41))
@@ -336,7 +336,7 @@ def _to_rgb(image: Image.Image, bits: int = 16) -> UInt8Array:
         # Pillow's own conversion of 16-bit grey saturates at 255.
         high_byte = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
         return np.repeat(high_byte[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # converted, it would be a copy
 
 
 def _decode_evaluation_image(payload: bytes) -> UInt8Array:
@@ -348,9 +348,11 @@ def _decode_evaluation_image(payload: bytes) -> UInt8Array:
     format, read = reader
     try:
         image = read(io.BytesIO(payload))
-        bits = 16
+        bits, is_negative = 16, False
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+            # Pillow minds "white is 0" up to 8 bits only.
+            is_negative = bits > 8 and image.tag_v2.get(_PHOTOMETRIC) == 0
             # A tile is decoded whole and may promise more than the image does.
             _check_pixels(int(image.tag_v2.get(_TILE_WIDTH, 1)), int(image.tag_v2.get(_TILE_LENGTH, 1)))
     except BadImage:
@@ -365,9 +367,10 @@ def _decode_evaluation_image(payload: bytes) -> UInt8Array:
     if image.mode == "F" or (image.mode == "I" and format == "tiff"):
         raise BadImage("unsupported", "a TIFF image with signed, 32-bit or floating-point pixels is not read")
     try:
-        return _to_rgb(image, bits)
+        rgb = _to_rgb(image, bits)
     except Exception as error:
         raise BadImage("damaged", f"the {format} image does not decode: {error}") from error
+    return 255 - rgb if is_negative else rgb
 
 
 def crop_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:

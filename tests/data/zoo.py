@@ -307,6 +307,10 @@ EVALUATED = {
     "compressed tiff with alpha": (encode(RGBA, "TIFF", compression="tiff_lzw"), photo()),
     "cmyk tiff": (encode(photo(mode="CMYK"), "TIFF"), photo(mode="CMYK").convert("RGB")),
     "16-bit grey tiff": (encode(GREY16, "TIFF"), GREY8),
+    "16-bit grey tiff whose white is 0": (
+        encode(Image.fromarray(65535 - np.asarray(GREY16)), "TIFF", tiffinfo={262: 0}),
+        GREY8,
+    ),
     "tiff of 64-bit offsets": (encode(photo(), "TIFF", big_tiff=True), photo()),
     "ppm": (encode(photo(), "PPM"), photo()),
     "pgm": (encode(photo(mode="L"), "PPM"), photo(mode="L")),
