@@ -430,7 +430,7 @@ def eval_image(payload: bytes, image_size: int) -> torch.Tensor:
 
     Formats that only evaluation sets hold are read as well: GIF, BMP, TIFF, PPM, PGM, PBM (``EVALUATION_EXTENSIONS``).
     Of a banner, whose long side has more than ``_BANNER`` times the pixels of the short one, the middle is cut out
-    before: resized as a whole it would grow with that ratio. Its square may lie half a pixel aside for it.
+    before: resized as a whole it would grow with that ratio. Its square may lie up to a pixel aside for it.
 
     Raises:
         BadImage: the image cannot be decoded.
@@ -439,7 +439,10 @@ def eval_image(payload: bytes, image_size: int) -> torch.Tensor:
     height, width = image.shape[:2]
     short = min(height, width)
     if max(height, width) > _BANNER * short:
-        height, width = min(height, _BANNER // 2 * short), min(width, _BANNER // 2 * short)
+        # The rest is even: the middle stays where it was, to the pixel.
+        height, width = (
+            min(side, _BANNER // 2 * short + (side - _BANNER // 2 * short) % 2) for side in (height, width)
+        )
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
         image = image[top : top + height, left : left + width]
     resized = torch.empty(image_size * height // short, image_size * width // short, 3, dtype=torch.uint8)

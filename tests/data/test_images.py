@@ -192,13 +192,16 @@ def test_a_banner_costs_little_memory(width, height, format, monkeypatch):
     assert max(sizes) <= 3 * 224 * 224 * 64
 
 
-def test_the_middle_of_a_banner_is_what_the_whole_of_it_shows(monkeypatch):
-    payload = encode(photo(1300, 20), "PNG")
+@pytest.mark.parametrize(("long", "short"), [(1300, 20), (131, 2), (195, 3), (67, 1), (66, 1)])
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_middle_of_a_banner_is_what_the_whole_of_it_shows(long, short, upright, monkeypatch):
+    step = 7  # grey levels from one pixel to the next
+    waves = np.broadcast_to(np.abs(np.arange(long) * step % 510 - 255).astype(np.uint8), (short, long))
+    payload = encode(Image.fromarray(waves.T if upright else waves), "PNG")
     cut = eval_image(payload, 16)
     monkeypatch.setattr(images, "_BANNER", 1000)
-    whole = eval_image(payload, 16)
-    # The scale of the whole is rounded to pixels, of the middle it is exact: a shift of at most half a pixel.
-    assert (cut.int() - whole.int()).abs().float().mean() < 3
+    # A shift by up to a pixel of the result, which is short / 16 of the image, and the rounding of both.
+    assert (cut.int() - eval_image(payload, 16).int()).abs().max() <= step * short / 16 + 1
 
 
 WINDOW_RULE = {"scale": (0.9, 1.0), "ratio": (0.75, 4 / 3)}

@@ -296,6 +296,7 @@ PALETTE = photo().quantize(64)
 GIF = encode(PALETTE, "GIF")
 GREY16 = Image.fromarray(DEEP[:, :, 0].astype(np.uint16))
 GREY8 = Image.fromarray((DEEP[:, :, 0] >> 8).astype(np.uint8))
+DEEP_TIFF = encode(Image.fromarray(np.full((48, 64), 0x7777, np.uint16)), "TIFF")
 EVALUATED = {
     "gif": (GIF, PALETTE),
     "animated gif": (encode(PALETTE, "GIF", save_all=True, append_images=[photo(seed=1).quantize(64)]), PALETTE),
@@ -307,6 +308,10 @@ EVALUATED = {
     "compressed tiff with alpha": (encode(RGBA, "TIFF", compression="tiff_lzw"), photo()),
     "cmyk tiff": (encode(photo(mode="CMYK"), "TIFF"), photo(mode="CMYK").convert("RGB")),
     "16-bit grey tiff": (encode(GREY16, "TIFF"), GREY8),
+    "12-bit grey tiff": (  # of one colour, whose bytes are all the same: fewer bits of them are 12-bit numbers, too
+        patched(DEEP_TIFF, DEEP_TIFF.index(struct.pack("<HH", 258, 3)) + 8, b"\x0c"),
+        Image.new("L", (64, 48), 0x77),
+    ),
     "16-bit grey tiff whose white is 0": (
         encode(Image.fromarray(65535 - np.asarray(GREY16)), "TIFF", tiffinfo={262: 0}),
         GREY8,
