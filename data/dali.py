@@ -12,7 +12,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from torch.utils.dlpack import from_dlpack
 
-from .images import CropWindow
+from .images import CropWindow, check_image, crop_and_resize, decode_image
 
 
 class DaliDecoder:
@@ -45,15 +45,36 @@ class DaliDecoder:
         self._pipeline.build()
 
     def decode(
-        self, payloads: Sequence[bytes], windows: Sequence[CropWindow], images: torch.Tensor, rows: Sequence[int]
+        self,
+        payloads: Sequence[bytes],
+        windows: Sequence[CropWindow],
+        images: torch.Tensor,
+        rows: Sequence[int],
+        *,
+        are_plain: bool = False,
     ) -> None:
-        """Write JPEG images into ``rows`` of ``images`` uint8 [N, S, S, 3], on the decoder's device; at most ``batch``.
+        """Write images into ``rows`` of ``images`` uint8 [N, S, S, 3], on the decoder's device; at most ``batch``.
 
-        On a GPU the images are complete when this returns: the host waits for the current stream.
+        ``are_plain`` says that all are known to be JPEGs that DALI reads as it should (``ImageHeader.is_plain_jpeg``).
+        Otherwise they are checked, and the cpu decoder takes the others, one after the other. On a GPU the images are
+        complete when this returns: the host waits for the current stream.
 
         Raises:
             RuntimeError: at least one image does not decode; DALI does not always say which. The decoder stays usable.
+            BadImage: the check refuses an image, or the cpu decoder does.
         """
+        if not are_plain:
+            plain = []
+            for payload, window, row in zip(payloads, windows, rows, strict=True):
+                if check_image(payload).is_plain_jpeg:
+                    plain.append((payload, window, row))
+                else:
+                    image = torch.empty(images.shape[1:], dtype=torch.uint8)
+                    crop_and_resize(decode_image(payload), window, image)
+                    images[row] = image
+            if not plain:
+                return
+            payloads, windows, rows = zip(*plain, strict=True)
         self._pipeline.feed_input("payloads", [np.frombuffer(payload, np.uint8) for payload in payloads])
         self._pipeline.feed_input("starts", [np.array([w.top, w.left], np.int32) for w in windows])
         self._pipeline.feed_input("shapes", [np.array([w.height, w.width], np.int32) for w in windows])

@@ -7,13 +7,18 @@ How the two decoders of the loader treat what libraries disagree on:
 | JPEG: baseline, extended, progressive     | read                          | read; equal to the cpu decoder      |
 |                                           |                               | within one grey level except at     |
 |                                           |                               | hard edges                          |
-| JPEG: grey, RGB; MPO                      | to RGB; the first image       | to RGB; the first image             |
+| JPEG: grey; MPO                           | to RGB; the first image       | to RGB; the first image             |
+| JPEG: RGB by the names of components or   | as libjpeg reads it: JFIF's   | by the cpu decoder                  |
+| by Adobe's marker                         | marker wins over Adobe's      |                                     |
 | JPEG: CMYK, YCCK, with Adobe's marker or  | to RGB by Pillow, which takes | by the cpu decoder: DALI makes      |
 | without                                   | 255 for no ink                | negatives of those without          |
 | JPEG: chroma sampled in another way than  | by Pillow: simplejpeg refuses | by the cpu decoder                  |
 | 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1       | such files                    |                                     |
+| JPEG: chroma sampled in fractions         | refused by the check, as      | refused by the check                |
+|                                           | libjpeg reads none            |                                     |
 | JPEG: arithmetic coded, lossless, 12 bits | refused by the check          | refused by the check                |
-| JPEG: damaged scan                        | refused                       | may decode to garbage               |
+| JPEG: damaged scan                        | refused; garbage where Pillow | may decode to garbage               |
+|                                           | reads it                      |                                     |
 | JPEG: any other damage                    | refused                       | the cpu decoder is asked            |
 | PNG: grey, palette, 1 to 8 bits           | to RGB                        | by the cpu decoder                  |
 | PNG: 16 bits a channel                    | the high 8                    | by the cpu decoder                  |
@@ -22,7 +27,8 @@ How the two decoders of the loader treat what libraries disagree on:
 | several frames (WebP, PNG)                | the first                     | by the cpu decoder                  |
 | EXIF orientation                          | not applied, as in the        | not applied                         |
 |                                           | reference training            |                                     |
-| colour profile                            | ignored                       | ignored                             |
+| colour profile, texts, other metadata,    | ignored                       | ignored                             |
+| broken or not                             |                               |                                     |
 | GIF, BMP, TIFF, PPM, PGM, PBM             | refused by the check; read by | refused by the check                |
 |                                           | evaluation: the first frame,  |                                     |
 |                                           | a TIFF upright by its tag     |                                     |
@@ -39,7 +45,7 @@ from untrusted bytes.
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -54,7 +60,8 @@ UInt8Array = npt.NDArray[np.uint8]
 
 MAX_IMAGE_BYTES = 16 * 2**20
 MAX_IMAGE_PIXELS = 50_000_000
-# Of a progressive JPEG: every scan visits all pixels and may take sixty bytes of the file. Encoders write about ten.
+MAX_JPEG_SIDE = 65_500  # of libjpeg
+# Of a JPEG in several scans: each visits all pixels and may take ten bytes of the file. Encoders write about ten scans.
 MAX_SCANS = 256
 MAX_SCANNED_PIXELS = 20 * MAX_IMAGE_PIXELS
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
@@ -76,10 +83,10 @@ _EVALUATION_READERS: dict[bytes, tuple[str, Callable[[io.BytesIO], ImageFile.Ima
     b"MM\0+": ("tiff", TiffImagePlugin.TiffImageFile),
     **{b"P%d" % number: ("ppm", PpmImagePlugin.PpmImageFile) for number in range(1, 7)},
 }
-_BITS_PER_SAMPLE, _TILE_WIDTH, _TILE_LENGTH = 258, 322, 323  # TIFF tags
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 322, 323  # TIFF tags
 _SUPPORTED_SOF = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended sequential, progressive; Huffman coded
-# Of the first of three components, where the others have (1, 1): 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1.
-_USUAL_SAMPLINGS = frozenset({0x11, 0x21, 0x22, 0x12, 0x41})
+# Of three components: 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1.
+_USUAL_SAMPLINGS = frozenset(bytes([first, 0x11, 0x11]) for first in (0x11, 0x21, 0x22, 0x12, 0x41))
 _NOT_SOF = frozenset({0xC4, 0xC8, 0xCC})  # DHT, JPG, DAC share the range of the SOF markers
 _NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST markers are two bytes
 
@@ -105,7 +112,7 @@ class ImageHeader:
     width: int
     height: int
     is_plain_jpeg: bool = False
-    """A JPEG that simplejpeg and DALI read alike: grey or three components, and a usual sampling of the chroma."""
+    """A JPEG that simplejpeg and DALI read alike: grey, or YCbCr with a usual sampling of the chroma."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,8 @@ def _check_pixels(width: int, height: int) -> None:
 
 def _check_jpeg(payload: bytes) -> ImageHeader:
     header = None
-    progressive = False
+    components = b""
+    progressive = says_rgb = False
     at = 2
     last = len(payload) - 4
     while at <= last:
@@ -173,9 +181,9 @@ def _check_jpeg(payload: bytes) -> ImageHeader:
             # Searched in the whole scan: files with bytes after the end marker are valid and common.
             if payload.rfind(b"\xff\xd9", at) < 0:
                 raise BadImage("truncated", "the JPEG has no end marker")
-            if progressive:
+            if progressive or payload[at + 4 : at + 5] < components:  # more scans follow this one
                 _check_scans(header, payload, at)
-            return header
+            return replace(header, is_plain_jpeg=False) if says_rgb and components == b"\3" else header
         elif marker == 0xD9:
             raise BadImage("truncated", "the JPEG ends before any scan")
         else:
@@ -183,7 +191,10 @@ def _check_jpeg(payload: bytes) -> ImageHeader:
                 if header is not None:
                     raise BadImage("header", "the JPEG has two frame headers")
                 header = _read_frame_header(payload, at, marker)
+                components = payload[at + 9 : at + 10]
                 progressive = marker == 0xC2
+            elif marker == 0xEE:
+                says_rgb |= payload[at + 4 : at + 9] == b"Adobe" and payload[at + 15 : at + 16] == b"\0"
             at += 2 + (payload[at + 2] << 8 | payload[at + 3])
     raise BadImage("truncated", "the JPEG ends inside its headers")
 
@@ -197,9 +208,27 @@ def _read_frame_header(payload: bytes, at: int, marker: int) -> ImageHeader:
         raise BadImage(
             "unsupported", f"JPEG frame type {marker:#x} with {precision} bits and {components} components is not read"
         )
-    first, *others = payload[at + 11 : at + 10 + 3 * components : 3] or b"\0"  # sampling of each, 4 bits a direction
-    is_plain = components == 1 or (components == 3 and first in _USUAL_SAMPLINGS and others == [0x11, 0x11])
-    return ImageHeader("jpeg", fields[3] << 8 | fields[4], fields[1] << 8 | fields[2], is_plain)
+    samplings = payload[at + 11 : at + 10 + 3 * components : 3]
+    if len(samplings) < components:
+        raise BadImage("truncated", "the JPEG ends inside its frame header")
+    is_plain = components == 1 or (samplings in _USUAL_SAMPLINGS and payload[at + 10 : at + 19 : 3] != b"RGB")
+    if not is_plain:
+        _check_samplings(samplings)
+    height, width = fields[1] << 8 | fields[2], fields[3] << 8 | fields[4]
+    if max(width, height) > MAX_JPEG_SIDE:
+        raise BadImage(
+            "unsupported", f"a JPEG of {width} x {height} pixels is not read: the limit is {MAX_JPEG_SIDE:,}"
+        )
+    return ImageHeader("jpeg", width, height, is_plain)
+
+
+def _check_samplings(samplings: bytes) -> None:
+    """Refuse what libjpeg does not read. A byte is of a component: samples across and down, four bits each."""
+    for factors in ([sampling >> 4 for sampling in samplings], [sampling & 15 for sampling in samplings]):
+        if not 1 <= min(factors) <= max(factors) <= 4:
+            raise BadImage("header", f"the JPEG says {min(factors)} to {max(factors)} samples of a component")
+        if any(max(factors) % factor for factor in factors):
+            raise BadImage("unsupported", "a JPEG whose components are sampled in fractions of each other is not read")
 
 
 def _check_scans(header: ImageHeader, payload: bytes, at: int) -> None:
@@ -250,7 +279,14 @@ def decode_image(payload: bytes, header: ImageHeader | None = None) -> UInt8Arra
 def _decode(header: ImageHeader, payload: bytes) -> UInt8Array:
     try:
         if header.is_plain_jpeg:
-            return np.asarray(simplejpeg.decode_jpeg(payload, colorspace="RGB", strict=True))
+            try:
+                return _decode_plain_jpeg(payload)
+            except ValueError:  # of an incomplete colour profile, too
+                return _decode_plain_jpeg(_without_jpeg_metadata(header, payload))
+        if header.format == "jpeg":
+            payload = _without_jpeg_metadata(header, payload)
+        elif header.format == "png":
+            payload = _without_png_metadata(payload)
         with Image.open(io.BytesIO(payload), formats=[header.format]) as image:
             return _to_rgb(image)
     except Exception as error:  # Pillow's readers raise most built-in types on damaged files
@@ -260,13 +296,47 @@ def _decode(header: ImageHeader, payload: bytes) -> UInt8Array:
         ) from error
 
 
+def _decode_plain_jpeg(payload: bytes) -> UInt8Array:
+    return np.asarray(simplejpeg.decode_jpeg(payload, colorspace="RGB", strict=True))
+
+
+def _without_jpeg_metadata(header: ImageHeader, payload: bytes) -> bytes:
+    """Return a JPEG that passed the check without its application segments and comments.
+
+    Those of JFIF and Adobe, which say what the colours are, only go where the header has told that already.
+    """
+    kept, at = [payload[:2]], 2
+    while (marker := payload[at + 1]) != 0xDA:
+        if marker == 0xFF or marker in _NO_LENGTH:
+            at += 1 if marker == 0xFF else 2
+            continue
+        end = at + 2 + (payload[at + 2] << 8 | payload[at + 3])
+        is_metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
+        tells_colours = payload[at + 4 : at + 9] in (b"JFIF\0", b"Adobe") and end - at >= 16  # a short one is none
+        if not is_metadata or (tells_colours and not header.is_plain_jpeg):
+            kept.append(payload[at:end])
+        at = end
+    return b"".join((*kept, payload[at:]))
+
+
+def _without_png_metadata(payload: bytes) -> bytes:
+    """Return a PNG with its critical chunks alone: size, palette and data."""
+    kept, at = [payload[:8]], 8
+    while at + 8 <= len(payload):
+        end = at + 12 + int.from_bytes(payload[at : at + 4], "big")
+        if not payload[at + 4] & 0x20:  # a small letter begins the name of a chunk that may be left out
+            kept.append(payload[at:end])
+        at = end
+    return b"".join(kept)
+
+
 def _to_rgb(image: Image.Image, bits: int = 16) -> UInt8Array:
     """Convert to RGB, uint8 [H, W, 3]; of grey with more than 8 ``bits`` the high 8 are taken."""
     if image.mode.startswith("I"):
         # Pillow's own conversion of 16-bit grey saturates at 255.
         high_byte = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
         return np.repeat(high_byte[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # converted, it would be a copy
 
 
 def _decode_evaluation_image(payload: bytes) -> UInt8Array:
@@ -278,9 +348,11 @@ def _decode_evaluation_image(payload: bytes) -> UInt8Array:
     format, read = reader
     try:
         image = read(io.BytesIO(payload))
-        bits = 16
+        bits, is_negative = 16, False
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+            # Pillow minds "white is 0" up to 8 bits only.
+            is_negative = bits > 8 and image.tag_v2.get(_PHOTOMETRIC) == 0
             # A tile is decoded whole and may promise more than the image does.
             _check_pixels(int(image.tag_v2.get(_TILE_WIDTH, 1)), int(image.tag_v2.get(_TILE_LENGTH, 1)))
     except BadImage:
@@ -295,9 +367,10 @@ def _decode_evaluation_image(payload: bytes) -> UInt8Array:
     if image.mode == "F" or (image.mode == "I" and format == "tiff"):
         raise BadImage("unsupported", "a TIFF image with signed, 32-bit or floating-point pixels is not read")
     try:
-        return _to_rgb(image, bits)
+        rgb = _to_rgb(image, bits)
     except Exception as error:
         raise BadImage("damaged", f"the {format} image does not decode: {error}") from error
+    return 255 - rgb if is_negative else rgb
 
 
 def crop_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -357,7 +430,7 @@ def eval_image(payload: bytes, image_size: int) -> torch.Tensor:
 
     Formats that only evaluation sets hold are read as well: GIF, BMP, TIFF, PPM, PGM, PBM (``EVALUATION_EXTENSIONS``).
     Of a banner, whose long side has more than ``_BANNER`` times the pixels of the short one, the middle is cut out
-    before: resized as a whole it would grow with that ratio. Its square may lie half a pixel aside for it.
+    before: resized as a whole it would grow with that ratio. Its square may lie up to a pixel aside for it.
 
     Raises:
         BadImage: the image cannot be decoded.
@@ -366,7 +439,10 @@ def eval_image(payload: bytes, image_size: int) -> torch.Tensor:
     height, width = image.shape[:2]
     short = min(height, width)
     if max(height, width) > _BANNER * short:
-        height, width = min(height, _BANNER // 2 * short), min(width, _BANNER // 2 * short)
+        # The rest is even: the middle stays where it was, to the pixel.
+        height, width = (
+            min(side, _BANNER // 2 * short + (side - _BANNER // 2 * short) % 2) for side in (height, width)
+        )
         top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
         image = image[top : top + height, left : left + width]
     resized = torch.empty(image_size * height // short, image_size * width // short, 3, dtype=torch.uint8)

@@ -492,7 +492,8 @@ class Loader:
         until the bad ones are alone. All other pixels stay DALI's, so that a sample looks the same next to any other.
         """
         try:
-            dali.decode([slots[row].payload for row in rows], [slots[row].window for row in rows], images, rows)
+            payloads, windows = [slots[row].payload for row in rows], [slots[row].window for row in rows]
+            dali.decode(payloads, windows, images, rows, are_plain=True)
         except RuntimeError:
             if len(rows) == 1:
                 slots[rows[0]] = self._fill(plan, rows[0], partial(_decode_one_with_dali, dali, images, rows[0]))
@@ -547,7 +548,7 @@ def _decode_one_with_dali(
 ) -> None:
     if header.is_plain_jpeg:
         try:
-            dali.decode([payload], [window], images, [row])
+            dali.decode([payload], [window], images, [row], are_plain=True)
             return
         except RuntimeError:  # what DALI cannot read may still be a good image
             pass

@@ -21,6 +21,7 @@ from .captions import Fields, one_line, without_blanks
 from .captions_file import CaptionsFile
 from .images import (
     MAX_IMAGE_BYTES,
+    MAX_JPEG_SIDE,
     BadSample,
     CropWindow,
     ImageHeader,
@@ -32,8 +33,6 @@ from .index import index_of_one_shard, index_shards, list_shards, recorded_sourc
 from .processes import map_in_processes
 from .reader import ShardReader, require_captions
 from .tar import Problem, read_samples
-
-_MAX_JPEG_SIDE = 65_500  # of libjpeg
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,10 @@ class Reencoding:
             resized = torch.empty(round(height * scale), round(width * scale), 3, dtype=torch.uint8)
             crop_and_resize(image, CropWindow(0, 0, height, width), resized)
             image = resized.numpy()
-        if max(image.shape) > _MAX_JPEG_SIDE:
+        if max(image.shape) > MAX_JPEG_SIDE:
             raise BadSample(
-                "unsupported", f"a JPEG of {image.shape[1]} x {image.shape[0]} pixels cannot be: it has at most 65,500"
+                "unsupported",
+                f"a JPEG of {image.shape[1]} x {image.shape[0]} pixels cannot be: it has at most {MAX_JPEG_SIDE:,}",
             )
         payload = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=self.quality, colorsubsampling="420")
         return payload, check_image(payload)

@@ -17,15 +17,17 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
+import socket
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import torch
-from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -233,38 +235,111 @@ class RunLock:
     """Keeps a second process out of a run folder for as long as this one lives.
 
     Where the file system has no locks (Lustre without ``flock``), a file that names the process and its machine stands
-    for the lock. A process killed on this machine is noticed then, one on another is not.
+    for the lock. It goes when this object does; one that a killed process of this machine left behind is replaced.
 
     The folder need not exist yet: :meth:`take` does nothing then and is called again when it has been made.
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / ".lock"
+        self._folder = run_dir
         self._file: TextIO | None = None
-        self._soft = SoftFileLock(run_dir / ".lock.holder", blocking=False)
+        self._holder = run_dir / ".lock.holder"
+        self._release: weakref.finalize[..., RunLock] | None = None
 
     def take(self) -> None:
         """Lock the folder; raises ValueError when another process holds it. Locking twice is locking once."""
-        if self._file is not None or self._soft.is_locked or not self._path.parent.is_dir():
+        if self._file is not None or self._release is not None or not self._folder.is_dir():
             return
-        taken = f"another process is training in {self._path.parent}: wait for it, or choose another --run-dir"
-        file = self._path.open("w")
+        file = (self._folder / ".lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise ValueError(taken) from error
+            raise ValueError(
+                f"another process is training in {self._folder}: wait for it, or choose another --run-dir"
+            ) from error
         except OSError as error:
             file.close()
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            logger.warning("%s is on a file system without locks: a file keeps other processes out", self._path.parent)
-            try:
-                self._soft.acquire()
-            except Timeout:
-                raise ValueError(f"{taken}; after a kill on another machine delete {self._soft.lock_file}") from error
+            logger.warning("%s is on a file system without locks: a file keeps other processes out", self._folder)
+            self._take_file()
             return
         self._file = file
+
+    def _take_file(self) -> None:
+        own = _Holder.of(os.getpid())
+        try:
+            self._write(own)
+        except FileExistsError:
+            found = self._holder.read_text()
+            if not _Holder.parse(found).is_gone():
+                raise ValueError(self._is_held(found)) from None
+            # Renamed before it is deleted: another process may replace it at the same time, and that one's is kept.
+            aside = self._holder.with_name(f"{self._holder.name}.{own.pid}")
+            try:
+                self._holder.rename(aside)
+                if aside.read_text() == found:
+                    aside.unlink()
+                else:
+                    aside.rename(self._holder)
+                self._write(own)
+            except (FileNotFoundError, FileExistsError):
+                raise ValueError(
+                    f"another process has just begun to train in {self._folder}: wait for it, or choose another "
+                    "--run-dir"
+                ) from None
+        self._release = weakref.finalize(self, self._holder.unlink, missing_ok=True)
+
+    def _write(self, own: "_Holder") -> None:
+        with self._holder.open("x") as file:
+            file.write(own.text())
+
+    def _is_held(self, text: str) -> str:
+        holder = _Holder.parse(text)
+        return (
+            f"process {holder.pid} on {holder.host} is training in {self._folder}: wait for it, or choose another "
+            f"--run-dir; if it was killed, delete {self._holder}"
+        )
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """A process, as a file names it: ``machine`` and ``started`` tell it from others of the same number."""
+
+    pid: int | str = "of an unknown number"
+    host: str = "an unknown machine"
+    machine: str = ""
+    started: str = ""
+
+    @classmethod
+    def of(cls, pid: int) -> "_Holder":
+        """Return what is known of a process of this machine; of one that has ended, not when it ``started``."""
+        # The boot and the namespace of process numbers: containers may share a host's name.
+        machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        try:
+            # State and clock ticks since the boot; the name before them, in brackets, may hold spaces.
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            started = "" if fields[0] == "Z" else fields[19]  # a zombie has ended, too
+        except OSError:
+            started = ""
+        return cls(pid, socket.gethostname(), machine, started)
+
+    @classmethod
+    def parse(cls, text: str) -> "_Holder":
+        """Return what a file says; of one that was cut short nothing is known."""
+        lines = text.splitlines()
+        return cls(int(lines[0]), *lines[1:]) if len(lines) == 4 and lines[0].isdecimal() else cls()
+
+    def text(self) -> str:
+        return "".join(f"{part}\n" for part in (self.pid, self.host, self.machine, self.started))
+
+    def is_gone(self) -> bool:
+        """Return whether this is a process of this machine that has ended."""
+        if not isinstance(self.pid, int):
+            return False
+        now = _Holder.of(self.pid)
+        return (self.host, self.machine) == (now.host, now.machine) and self.started != now.started
 
 
 def _trained(tower: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:

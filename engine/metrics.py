@@ -314,18 +314,22 @@ class _Tracker:
 
 
 class _Wandb(_Tracker):
-    """The run has the identity that lies in its folder: two folders of one name are two runs, a moved one stays one."""
+    """The run has the identity that lies in its folder: two folders of one name are two runs, a moved one stays one.
+
+    A resumed run is rewound to its checkpoint, so that steps that run again replace what was logged of them. W&B does
+    so only for some accounts; for others a warning says that the first values stay. Offline, ``wandb sync`` decides.
+    One that begins again from the start is another run.
+    """
 
     def __init__(self, run_dir: Path, run_config: Mapping[str, Any], last_step: int) -> None:
         wandb = _import_tracker("wandb")
-        identity = _identity(run_dir)
+        identity = _identity(run_dir, renew=not last_step)
         settings = {"project": "textlock", "dir": run_dir, "name": run_dir.resolve().name, "config": run_config}
         if last_step:
-            # Rewinds the run there, so that steps that are repeated replace what was logged of them.
             try:
                 self._run = wandb.init(**settings, resume_from=f"{identity}?_step={last_step}")
                 return
-            except wandb.Error as error:
+            except (wandb.Error, ValueError) as error:  # the latter of WANDB_RESUME in the environment
                 logger.warning(
                     "W&B cannot rewind run %s to step %d (%s): it goes on after the last step it knows, and of the "
                     "steps before that the first values stay",
@@ -347,8 +351,8 @@ class _Tensorboard(_Tracker):
         _import_tracker("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        # Readers drop what an earlier process wrote of the steps that are repeated.
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1 if last_step else None)
+        # Readers drop what an earlier process wrote of the steps from here on.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
@@ -359,10 +363,10 @@ class _Tensorboard(_Tracker):
         self._writer.close()
 
 
-def _identity(run_dir: Path) -> str:
-    """Return the random word in a run folder that names the run elsewhere; written when it is first asked for."""
+def _identity(run_dir: Path, *, renew: bool) -> str:
+    """Return the random word in a run folder that names the run elsewhere; written where there is none, or anew."""
     path = run_dir / "run_id"
-    if not path.is_file():
+    if renew or not path.is_file():
         write_text_atomically(path, token_hex(8) + "\n")
     return path.read_text(encoding="utf-8").strip()
 

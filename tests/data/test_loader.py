@@ -152,10 +152,10 @@ def test_dali_gives_the_batches_of_the_cpu_decoder(good_zoo):
 def test_what_dali_cannot_read_is_asked_of_the_other_decoder(good_zoo, monkeypatch):
     from textlock.data.dali import DaliDecoder
 
-    def picky(self, payloads, windows, images, rows):
+    def picky(self, payloads, *rest, **options):
         if image_of(5) in payloads:
             raise RuntimeError("one of them is not to its taste")
-        decode(self, payloads, windows, images, rows)
+        decode(self, payloads, *rest, **options)
 
     decode = DaliDecoder.decode
     monkeypatch.setattr(DaliDecoder, "decode", picky)

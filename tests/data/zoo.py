@@ -46,6 +46,44 @@ def without_segments(payload, marker):
     return kept + payload[at:]
 
 
+def with_segment(payload, marker, body):
+    return payload[:2] + segment(marker, body) + payload[2:]
+
+
+def segment(marker, body):
+    return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
+
+
+def adobe(transform):
+    """Return the body of Adobe's marker (0xEE): 0 is RGB or CMYK, 1 YCbCr, 2 YCCK."""
+    return b"Adobe\0d\0\0\0\0" + bytes([transform])
+
+
+def named(payload, names):
+    """Return a JPEG of three components with other names of these."""
+    scan = payload.index(b"\xff\xda")
+    for at in (frame_header(payload) + 10, scan + 5):
+        for place, name in enumerate(names):
+            payload = patched(payload, at + place * (3 if at < scan else 2), bytes([name]))
+    return payload
+
+
+def jpeg_of(samplings, levels):
+    """Return a JPEG of one colour, in one unit of blocks: (across, down) sampling and level of each component."""
+    bits = ""
+    for (across, down), level in zip(samplings, levels, strict=True):
+        bits += ("10" + format(level, "07b") if level else "0") + "0" + "00" * (across * down - 1)
+    bits += "1" * (-len(bits) % 8)
+    data = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
+    width, height = (8 * max(factors) for factors in zip(*samplings, strict=True))
+    frame = struct.pack(">BHHB", 8, height, width, len(samplings))
+    frame += b"".join(bytes((name, h << 4 | v, 0)) for name, (h, v) in enumerate(samplings, 1))
+    scan = bytes((len(samplings), *(part for name in range(1, len(samplings) + 1) for part in (name, 0)), 0, 63, 0))
+    huffman = segment(0xC4, bytes([0x00, 1, 1, *[0] * 14, 0, 7])) + segment(0xC4, bytes([0x10, 1, *[0] * 15, 0]))
+    quantisation = segment(0xDB, bytes([0] + [8] * 64))
+    return b"\xff\xd8" + quantisation + segment(0xC0, frame) + huffman + segment(0xDA, scan) + data + b"\xff\xd9"
+
+
 def with_scans(payload, count):
     """Repeat the last scan of a progressive JPEG."""
     start = payload.rindex(b"\xff\xda")
@@ -96,6 +134,7 @@ SMALL_FRAME = (
     struct.pack("<I", 5)[:3] * 2 + struct.pack("<I", 31)[:3] * 2 + bytes(4) + encode(photo(32, 32), "WEBP")[12:],
 )
 SOF = frame_header(JPEG)
+SCAN = JPEG.index(b"\xff\xda")
 
 GOOD = {
     "jpeg": JPEG,
@@ -137,6 +176,58 @@ GOOD = {
     "one pixel wide": encode(photo(1, 700)),
 }
 
+# JPEGs whose colours are told by the names of components or by Adobe's marker, and whether DALI may read them.
+BARE = without_segments(JPEG, 0xE0)
+COLOURS = {
+    "without any marker": (BARE, True),
+    "adobe ycc": (with_segment(BARE, 0xEE, adobe(1)), True),
+    "adobe transform that nobody knows": (with_segment(BARE, 0xEE, adobe(9)), True),
+    "jfif of a later version": (JPEG.replace(b"JFIF\0\1", b"JFIF\0\2"), True),
+    "names 0 1 2": (named(BARE, (0, 1, 2)), True),
+    "grey with adobe": (with_segment(encode(photo(mode="L")), 0xEE, adobe(0)), True),
+    "names RGB": (named(BARE, b"RGB"), False),
+    "names RGB with jfif": (named(JPEG, b"RGB"), False),
+    "adobe rgb": (with_segment(BARE, 0xEE, adobe(0)), False),
+    "adobe rgb after the frame": (
+        BARE[:-2].replace(b"\xff\xda", segment(0xEE, adobe(0)) + b"\xff\xda", 1) + BARE[-2:],
+        False,
+    ),
+    "adobe rgb with jfif": (with_segment(JPEG, 0xEE, adobe(0)), False),
+    "cmyk": (GOOD["cmyk jpeg"], False),
+    "cmyk without adobe": (without_segments(GOOD["cmyk jpeg"], 0xEE), False),
+    "ycck": (with_segment(without_segments(GOOD["cmyk jpeg"], 0xEE), 0xEE, adobe(2)), False),
+}
+
+# Metadata that is broken, or too long for a decoder, of images whose pixels are good.
+CMYK = GOOD["cmyk jpeg"]
+METADATA = {
+    **{
+        f"{name} of a {colours} jpeg": (with_segment(payload, marker, body), payload)
+        for colours, payload in (("usual", JPEG), ("cmyk", CMYK))
+        for name, marker, body in (
+            ("no exif", 0xE1, b"Exif\0\0junk"),
+            ("exif cut short", 0xE1, b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(30)),
+            ("half a profile", 0xE2, b"ICC_PROFILE\0\1\2abc"),
+            ("profile numbered 0", 0xE2, b"ICC_PROFILE\0\0\0"),
+            ("directory of no images", 0xE2, b"MPF\0junk"),
+            ("no adobe", 0xEE, b"Adobe"),
+            ("comment of markers", 0xFE, b"\xff\xda\xff\xd9\xff\xc0"),
+        )
+    },
+    **{
+        f"{name} of a png": (PNG[:33] + png_chunk(kind, content) + PNG[33:], PNG)
+        for name, kind, content in (
+            ("long text", b"zTXt", b"k\0\0" + zlib.compress(bytes(2 * 2**20))),
+            ("long profile", b"iCCP", b"k\0\0" + zlib.compress(bytes(2 * 2**20))),
+            ("profile of another method", b"iCCP", b"k\0\1"),
+            ("no gamma", b"gAMA", b""),
+            ("no animation", b"acTL", b"abc"),
+            ("no transparency", b"tRNS", b""),
+        )
+    },
+    "wrong checksum of a text of a png": (PNG[:33] + png_chunk(b"tEXt", b"k\0a")[:-1] + b"\0" + PNG[33:], PNG),
+}
+
 # What the check refuses before any decoder runs, and by which kind.
 REFUSED = {
     "empty": (b"", "empty"),
@@ -166,6 +257,16 @@ REFUSED = {
         patched(with_scans(PROGRESSIVE, 100), frame_header(PROGRESSIVE) + 5, struct.pack(">HH", 5000, 5000)),
         "too-many-scans",
     ),
+    "many scans of one component": (
+        patched(JPEG[:SCAN], SOF + 5, struct.pack(">HH", 5000, 5000))
+        + segment(0xDA, bytes((1, 1, 0, 0, 63, 0))) * 100
+        + b"\xff\xd9",
+        "too-many-scans",
+    ),
+    "components sampled in fractions": (patched(JPEG, SOF + 11, b"\x31\1\2\x21"), "unsupported"),
+    "no samples of a component": (patched(JPEG, SOF + 14, b"\x01"), "header"),
+    "five samples of a component": (patched(JPEG, SOF + 11, b"\x51"), "header"),
+    "more columns than libjpeg reads": (patched(JPEG, SOF + 5, struct.pack(">HH", 1, 65501)), "unsupported"),
     "png signature only": (PNG[:8], "header"),
     "half a png": (PNG[: len(PNG) // 2], "truncated"),
     "png without width": (patched(PNG, 16, bytes(4)), "header"),
@@ -195,6 +296,7 @@ PALETTE = photo().quantize(64)
 GIF = encode(PALETTE, "GIF")
 GREY16 = Image.fromarray(DEEP[:, :, 0].astype(np.uint16))
 GREY8 = Image.fromarray((DEEP[:, :, 0] >> 8).astype(np.uint8))
+DEEP_TIFF = encode(Image.fromarray(np.full((48, 64), 0x7777, np.uint16)), "TIFF")
 EVALUATED = {
     "gif": (GIF, PALETTE),
     "animated gif": (encode(PALETTE, "GIF", save_all=True, append_images=[photo(seed=1).quantize(64)]), PALETTE),
@@ -206,6 +308,14 @@ EVALUATED = {
     "compressed tiff with alpha": (encode(RGBA, "TIFF", compression="tiff_lzw"), photo()),
     "cmyk tiff": (encode(photo(mode="CMYK"), "TIFF"), photo(mode="CMYK").convert("RGB")),
     "16-bit grey tiff": (encode(GREY16, "TIFF"), GREY8),
+    "12-bit grey tiff": (  # of one colour, whose bytes are all the same: fewer bits of them are 12-bit numbers, too
+        patched(DEEP_TIFF, DEEP_TIFF.index(struct.pack("<HH", 258, 3)) + 8, b"\x0c"),
+        Image.new("L", (64, 48), 0x77),
+    ),
+    "16-bit grey tiff whose white is 0": (
+        encode(Image.fromarray(65535 - np.asarray(GREY16)), "TIFF", tiffinfo={262: 0}),
+        GREY8,
+    ),
     "tiff of 64-bit offsets": (encode(photo(), "TIFF", big_tiff=True), photo()),
     "ppm": (encode(photo(), "PPM"), photo()),
     "pgm": (encode(photo(mode="L"), "PPM"), photo(mode="L")),

@@ -5,6 +5,8 @@ import errno
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -204,27 +206,87 @@ def test_folders_of_other_names_are_left_alone_and_never_taken(trained, tmp_path
     assert load_tower(best).step == 1
 
 
-def test_a_second_process_is_kept_out_of_a_run_folder_with_locks_and_without(tmp_path, monkeypatch, caplog):
+def test_a_second_process_is_kept_out_of_a_run_folder(tmp_path):
     first, second = module.RunLock(tmp_path), module.RunLock(tmp_path)
     first.take()
     first.take()
     with pytest.raises(ValueError, match="another process is training in"):
         second.take()
-    del first
-    for number in (errno.ENOSYS, errno.ENOLCK):
-
-        def refuse(file, flags, number=number):
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(module.fcntl, "flock", refuse)
-        holder = tmp_path / ".lock.holder"
-        first, second = module.RunLock(tmp_path), module.RunLock(tmp_path)
-        first.take()
-        first.take()
-        assert holder.is_file() and "without locks" in caplog.text
-        with pytest.raises(ValueError, match=f"another process is training in .*delete {holder}$"):
-            second.take()
-        first._soft.release()
-    monkeypatch.undo()
     module.RunLock(tmp_path / "not there yet").take()
     assert not (tmp_path / "not there yet").exists()
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def without_locks(request, monkeypatch):
+    """Make the file system one that has no locks."""
+
+    def flock(file, operation):
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+
+
+def test_a_file_keeps_a_second_process_out_where_there_are_no_locks(without_locks, tmp_path, caplog):
+    holder = tmp_path / ".lock.holder"
+    first = module.RunLock(tmp_path)
+    first.take()
+    first.take()
+    assert "without locks" in caplog.text
+    with pytest.raises(ValueError, match=f"^process {os.getpid()} on .* is training in .*delete {holder}$"):
+        module.RunLock(tmp_path).take()
+    assert holder.is_file()
+    del first
+    assert not holder.exists()
+    module.RunLock(tmp_path).take()
+
+
+def test_the_file_of_a_killed_process_is_replaced_if_it_was_one_of_this_machine(without_locks, tmp_path):
+    holder = tmp_path / ".lock.holder"
+    killed = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    alive = module._Holder.of(killed.pid)
+    killed.kill()
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+    reused = replace(module._Holder.of(os.getpid()), started="1")  # its number belongs to another process now
+    for gone in (alive, alive, reused):
+        holder.write_text(gone.text())
+        lock = module.RunLock(tmp_path)
+        lock.take()
+        assert holder.read_text() == module._Holder.of(os.getpid()).text()
+        del lock
+        killed.communicate()
+    for unknown in (replace(alive, host="node17"), replace(alive, machine="another boot")):
+        holder.write_text(unknown.text())
+        with pytest.raises(ValueError, match=f"process {alive.pid} on {unknown.host} is training"):
+            module.RunLock(tmp_path).take()
+    for text in ("", alive.text()[:20], "junk\n" * 4):
+        holder.write_text(text)
+        with pytest.raises(ValueError, match=f"on an unknown machine is training in .*delete {holder}"):
+            module.RunLock(tmp_path).take()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock.holder"]
+
+
+def test_of_two_processes_that_find_a_killed_one_the_second_is_kept_out(without_locks, tmp_path, monkeypatch):
+    holder = tmp_path / ".lock.holder"
+    killed = replace(module._Holder.of(os.getpid()), started="1").text()
+    other = module._Holder.of(os.getppid()).text()
+    rename = Path.rename
+
+    def rename_late(path, target):  # the other has replaced the file in between
+        if path.read_text() == killed:
+            path.write_text(other)
+        return rename(path, target)
+
+    holder.write_text(killed)
+    monkeypatch.setattr(Path, "rename", rename_late)
+    with pytest.raises(ValueError, match="another process has just begun to train in"):
+        module.RunLock(tmp_path).take()
+    assert holder.read_text() == other
+
+
+def test_other_errors_of_a_lock_are_raised(monkeypatch, tmp_path):
+    def flock(file, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output"):
+        module.RunLock(tmp_path).take()

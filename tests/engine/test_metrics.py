@@ -111,65 +111,66 @@ def test_an_evaluation_says_what_it_is_of_and_what_is_wrong_with_it(tmp_path, to
     assert "zero_shot_top1 50.0%  (zero_shot of 1,200 images, 3 classes)\nwarning: no image of class a\n" in said
 
 
-def test_tensorboard_gets_the_same_figures(tmp_path, tower):
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_steps_that_run_again_replace_those_that_tensorboard_has(last, tmp_path, tower, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    progress = Progress()
-    metrics = open_metrics(tmp_path, tower, progress, "--log.trackers", "tensorboard")
-    metrics.log(finish(metrics, progress, samples_seen=8))
-    metrics.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(1, 4.0)]
-
-
-def test_steps_that_run_again_replace_those_that_tensorboard_has(tmp_path, tower):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for first, norms in ((0, (1.0, 2.0, 3.0)), (1, (5.0, 6.0))):
+    start = time.time()
+    for run, (first, norms) in enumerate(((0, (1.0, 2.0, 3.0)), (last, (5.0, 6.0)))):
+        monkeypatch.setattr(
+            time, "time", lambda run=run: start + 10 * run
+        )  # files are read in the order of their times
         progress = Progress(step=first)
         metrics = open_metrics(tmp_path, tower, progress, "--log.trackers", "tensorboard")
         for norm in norms:
             metrics.log(finish(metrics, progress, samples_seen=8, norm=norm))
         metrics.close()
-        if first == 0:
-            time.sleep(1.1)  # files are read in the order of their times, which are whole seconds
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(1, 1.0), (2, 5.0), (3, 6.0)]
+    expected = [*(1.0, 2.0, 3.0)[:last], 5.0, 6.0]
+    assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == list(enumerate(expected, 1))
 
 
-def test_wandb_goes_on_in_the_run_of_the_folder_from_the_step_of_the_checkpoint(tmp_path, tower, monkeypatch, caplog):
-    calls = []
+class FakeWandb:
+    """What `init` of W&B takes, and the runs it was asked for; ``refusal`` is raised where a run is to be rewound."""
 
     class Error(Exception):
         pass
 
-    def init(*, project, dir, name, config, id=None, resume=None, resume_from=None):
-        calls.append((id, resume, resume_from))
-        if resume_from and refuses:
-            raise Error("not available")
-        return SimpleNamespace(log=lambda record, step: None, finish=lambda: None)
+    def __init__(self):
+        self.asked = []
+        self.refusal = None
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
-    refuses = False
-    folders = [tmp_path / one / "run" for one in "ab"]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        open_metrics(folder, tower, Progress(), "--log.trackers", "wandb").close()
-    identities = [(folder / "run_id").read_text().strip() for folder in folders]
-    assert calls == [(identity, "allow", None) for identity in identities] and len(set(identities)) == 2
-    calls.clear()
-    moved = folders[0].rename(tmp_path / "moved")
-    open_metrics(moved, tower, Progress(step=7), "--log.trackers", "wandb").close()
-    assert calls == [(None, None, f"{identities[0]}?_step=7")]
-    calls.clear()
-    refuses = True
-    open_metrics(moved, tower, Progress(step=7), "--log.trackers", "wandb").close()
-    assert calls == [(None, None, f"{identities[0]}?_step=7"), (identities[0], "allow", None)]
-    assert f"W&B cannot rewind run {identities[0]} to step 7 (not available)" in caplog.text
+    def init(self, *, project, dir, name, config, id=None, resume=None, resume_from=None):
+        self.asked.append(resume_from or (id, resume))
+        if resume_from and self.refusal:
+            raise self.refusal
+        return SimpleNamespace(log=lambda data, step: None, finish=lambda: None)
+
+
+def test_wandb_goes_on_in_the_run_of_the_folder_from_the_step_of_the_checkpoint(tmp_path, tower, monkeypatch, caplog):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def asked(folder, step):
+        wandb.asked.clear()
+        folder.mkdir(parents=True, exist_ok=True)
+        open_metrics(folder, tower, Progress(step=step), "--log.trackers", "wandb").close()
+        return (folder / "run_id").read_text().strip(), wandb.asked
+
+    folder = tmp_path / "a" / "run"
+    first, calls = asked(folder, 0)
+    assert calls == [(first, "allow")]
+    assert asked(tmp_path / "b" / "run", 0)[0] != first
+    identity, calls = asked(folder, 0)  # none of its steps is left
+    assert calls == [(identity, "allow")] and identity != first
+    moved = folder.rename(tmp_path / "moved")
+    assert asked(moved, 7) == (identity, [f"{identity}?_step=7"])
+    for refusal in (wandb.Error("not available"), ValueError("mutually exclusive")):
+        wandb.refusal = refusal
+        assert asked(moved, 7) == (identity, [f"{identity}?_step=7", (identity, "allow")])
+        assert f"W&B cannot rewind run {identity} to step 7 ({refusal})" in caplog.text
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
