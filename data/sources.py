@@ -13,6 +13,8 @@ one (order.py). What is written is read so:
   ``http://host:8000:2``, ``http://host:8000/x:2`` and ``s3://bucket:2`` have the weight 2.
 
 Where there are several sets, their samples and shards are numbered on, those of the second after those of the first.
+With a weight above 1 a batch may hold a sample twice; ``--loss.mask-duplicates`` keeps equal captions from being
+negatives of each other.
 """
 
 import os

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from textlock.data import cache, reader, stored_text
@@ -14,6 +15,7 @@ from textlock.data.cache import CachedShards
 from textlock.data.captions import caption_id
 from textlock.data.embeddings import FOLDER_NAME, encode_shards
 from textlock.data.loader import require_few_skipped
+from textlock.data.order import SampleOrder
 from textlock.data.sources import MAX_WEIGHT, Source, parse_folders, parse_sources
 from textlock.demo.text_tower import write_random_text_tower
 from textlock.models.text import build_text_tower
@@ -165,6 +167,20 @@ def test_bad_samples_are_logged_with_their_set(tmp_path):
     assert len(set(keys(batches))) == 32
 
 
+def test_a_bad_sample_is_replaced_in_the_order_of_its_epoch(tmp_path):
+    log = tmp_path / "skipped.jsonl"
+    with open_one(settings("a:0.75"), skipped_log=log) as loader:  # 16 samples, 17, 16, ...
+        order = SampleOrder(loader.sources.shares, batch_size=8, open_shards=2, seed=42)
+        for _ in range(12):
+            next(loader)
+        lines = records(log)
+        for line in lines:
+            epoch, place = order.locate(line["position"])
+            sample = order.epoch(epoch).samples(np.array([next(order.replacements(epoch, place))]))[0]
+            assert line["replaced_by"] == loader.sources.read(int(sample)).key
+    assert {line["epoch"] % 2 for line in lines} == {0, 1}
+
+
 def test_nothing_but_bad_samples_names_the_set_to_verify(tmp_path):
     write_shards(tmp_path / "bad", [9], {number: {"jpg": b""} for number in range(9)})
     with (
@@ -267,6 +283,10 @@ def test_a_cache_must_hold_what_is_read_at_a_time_of_all_remote_sets(root, tmp_p
         open_one(config)
     assert " ".join(words) in str(caught.value)
     take(replace(config, cache_gb=least / 1e9), 1)
+    # With weights a group may be the smallest shard twice: 6 + 6 samples.
+    config = settings(f"file://{root}/a:2", batch_size=13, prefetch_batches=0, cache_dir=str(tmp_path), cache_gb=0.0)
+    with pytest.raises(ValueError, match=r"a:2 that are read at a time, 3 times --data.open-shards 2"):
+        open_one(config)
 
 
 def test_fetchers_are_those_of_all_remote_sets_together(root, tmp_path, monkeypatch):
