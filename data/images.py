@@ -7,7 +7,11 @@ How the two decoders of the loader treat what libraries disagree on:
 | JPEG: baseline, extended, progressive     | read                          | read; equal to the cpu decoder      |
 |                                           |                               | within one grey level except at     |
 |                                           |                               | hard edges                          |
-| JPEG: grey, RGB, CMYK, YCCK; MPO          | to RGB; the first image       | to RGB; the first image             |
+| JPEG: grey, RGB; MPO                      | to RGB; the first image       | to RGB; the first image             |
+| JPEG: CMYK, YCCK, with Adobe's marker or  | to RGB by Pillow, which takes | by the cpu decoder: DALI makes      |
+| without                                   | 255 for no ink                | negatives of those without          |
+| JPEG: chroma sampled in another way than  | by Pillow: simplejpeg refuses | by the cpu decoder                  |
+| 4:4:4, 4:2:2, 4:2:0, 4:4:0 or 4:1:1       | such files                    |                                     |
 | JPEG: arithmetic coded, lossless, 12 bits | refused by the check          | refused by the check                |
 | JPEG: damaged scan                        | refused                       | may decode to garbage               |
 | JPEG: any other damage                    | refused                       | the cpu decoder is asked            |
@@ -19,7 +23,10 @@ How the two decoders of the loader treat what libraries disagree on:
 | EXIF orientation                          | not applied, as in the        | not applied                         |
 |                                           | reference training            |                                     |
 | colour profile                            | ignored                       | ignored                             |
-| GIF, TIFF, BMP, AVIF, JPEG 2000, the rest | refused by the check          | refused by the check                |
+| GIF, BMP, TIFF, PPM, PGM, PBM             | refused by the check; read by | refused by the check                |
+|                                           | evaluation: the first frame,  |                                     |
+|                                           | a TIFF upright by its tag     |                                     |
+| AVIF, JPEG 2000, the rest                 | refused by the check          | refused by the check                |
 
 PNG and WebP never reach DALI: it decodes them on the host anyway, and files whose headers its parsers refuse (a WebP
 with EXIF after an odd chunk, a PNG of an unknown colour type) crash it (2.4.0).
@@ -31,6 +38,7 @@ from untrusted bytes.
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +46,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
-from PIL import Image
+from PIL import BmpImagePlugin, GifImagePlugin, Image, ImageFile, PpmImagePlugin, TiffImagePlugin
 
 from .order import mix64, stream_key
 
@@ -50,11 +58,28 @@ MAX_IMAGE_PIXELS = 50_000_000
 MAX_SCANS = 256
 MAX_SCANNED_PIXELS = 20 * MAX_IMAGE_PIXELS
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+EVALUATION_EXTENSIONS = IMAGE_EXTENSIONS | {"gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm"}
 
 _CROP_TRIES = 10
+_BANNER = 64
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+# Formats of evaluation sets, by how their files begin. The readers are called directly: Image.open would warn of large
+# sizes in its own words, and try other formats.
+_EVALUATION_READERS: dict[bytes, tuple[str, Callable[[io.BytesIO], ImageFile.ImageFile]]] = {
+    b"GIF87a": ("gif", GifImagePlugin.GifImageFile),
+    b"GIF89a": ("gif", GifImagePlugin.GifImageFile),
+    b"BM": ("bmp", BmpImagePlugin.BmpImageFile),
+    b"II*\0": ("tiff", TiffImagePlugin.TiffImageFile),
+    b"II+\0": ("tiff", TiffImagePlugin.TiffImageFile),
+    b"MM\0*": ("tiff", TiffImagePlugin.TiffImageFile),
+    b"MM\0+": ("tiff", TiffImagePlugin.TiffImageFile),
+    **{b"P%d" % number: ("ppm", PpmImagePlugin.PpmImageFile) for number in range(1, 7)},
+}
+_BITS_PER_SAMPLE, _TILE_WIDTH, _TILE_LENGTH = 258, 322, 323  # TIFF tags
 _SUPPORTED_SOF = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended sequential, progressive; Huffman coded
+# Of the first of three components, where the others have (1, 1): 4:4:4, 4:2:2, 4:2:0, 4:4:0, 4:1:1.
+_USUAL_SAMPLINGS = frozenset({0x11, 0x21, 0x22, 0x12, 0x41})
 _NOT_SOF = frozenset({0xC4, 0xC8, 0xCC})  # DHT, JPG, DAC share the range of the SOF markers
 _NO_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST markers are two bytes
 
@@ -79,6 +104,8 @@ class ImageHeader:
     format: Literal["jpeg", "png", "webp"]
     width: int
     height: int
+    is_plain_jpeg: bool = False
+    """A JPEG that simplejpeg and DALI read alike: grey or three components, and a usual sampling of the chroma."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +125,7 @@ def check_image(payload: bytes) -> ImageHeader:
         BadImage: of kind empty, too-large (bytes), format (not one of the three), header, truncated, unsupported
             (a JPEG that is not 8-bit Huffman with 1, 3 or 4 components), too-many-pixels or too-many-scans.
     """
-    if not payload:
-        raise BadImage("empty", "the image has 0 bytes")
-    if len(payload) > MAX_IMAGE_BYTES:
-        raise BadImage("too-large", f"the image has {len(payload):,} bytes, more than {MAX_IMAGE_BYTES:,}")
+    _check_bytes(payload)
     if payload.startswith(_JPEG_MAGIC):
         header = _check_jpeg(payload)
     elif payload.startswith(_PNG_MAGIC):
@@ -110,14 +134,24 @@ def check_image(payload: bytes) -> ImageHeader:
         header = _check_webp(payload)
     else:
         raise BadImage("format", f"not a JPEG, PNG or WebP image: it begins with {payload[:8]!r}")
-    if header.width < 1 or header.height < 1:
-        raise BadImage("header", f"the header says {header.width} x {header.height} pixels")
-    if header.width * header.height > MAX_IMAGE_PIXELS:
-        raise BadImage(
-            "too-many-pixels",
-            f"the header says {header.width} x {header.height} pixels, more than {MAX_IMAGE_PIXELS:,} in all",
-        )
+    _check_pixels(header.width, header.height)
     return header
+
+
+def _check_bytes(payload: bytes) -> None:
+    if not payload:
+        raise BadImage("empty", "the image has 0 bytes")
+    if len(payload) > MAX_IMAGE_BYTES:
+        raise BadImage("too-large", f"the image has {len(payload):,} bytes, more than {MAX_IMAGE_BYTES:,}")
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise BadImage("header", f"the header says {width} x {height} pixels")
+    if width * height > MAX_IMAGE_PIXELS:
+        raise BadImage(
+            "too-many-pixels", f"the header says {width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,} in all"
+        )
 
 
 def _check_jpeg(payload: bytes) -> ImageHeader:
@@ -163,7 +197,9 @@ def _read_frame_header(payload: bytes, at: int, marker: int) -> ImageHeader:
         raise BadImage(
             "unsupported", f"JPEG frame type {marker:#x} with {precision} bits and {components} components is not read"
         )
-    return ImageHeader("jpeg", width=fields[3] << 8 | fields[4], height=fields[1] << 8 | fields[2])
+    first, *others = payload[at + 11 : at + 10 + 3 * components : 3] or b"\0"  # sampling of each, 4 bits a direction
+    is_plain = components == 1 or (components == 3 and first in _USUAL_SAMPLINGS and others == [0x11, 0x11])
+    return ImageHeader("jpeg", fields[3] << 8 | fields[4], fields[1] << 8 | fields[2], is_plain)
 
 
 def _check_scans(header: ImageHeader, payload: bytes, at: int) -> None:
@@ -213,17 +249,55 @@ def decode_image(payload: bytes, header: ImageHeader | None = None) -> UInt8Arra
 
 def _decode(header: ImageHeader, payload: bytes) -> UInt8Array:
     try:
-        # libjpeg converts no CMYK; Pillow does.
-        if header.format == "jpeg" and simplejpeg.decode_jpeg_header(payload)[2] not in ("CMYK", "YCCK"):
+        if header.is_plain_jpeg:
             return np.asarray(simplejpeg.decode_jpeg(payload, colorspace="RGB", strict=True))
         with Image.open(io.BytesIO(payload), formats=[header.format]) as image:
-            if image.mode.startswith("I"):
-                # Pillow's own conversion of 16-bit grey saturates at 255.
-                high_byte = (np.asarray(image) >> 8).astype(np.uint8)
-                return np.repeat(high_byte[:, :, None], 3, axis=2)
-            return np.array(image.convert("RGB"))
+            return _to_rgb(image)
     except Exception as error:  # Pillow's readers raise most built-in types on damaged files
-        raise BadImage("damaged", f"the {header.format} image does not decode: {error}") from error
+        # Some say no more than a number.
+        raise BadImage(
+            "damaged", f"the {header.format} image does not decode ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _to_rgb(image: Image.Image, bits: int = 16) -> UInt8Array:
+    """Convert to RGB, uint8 [H, W, 3]; of grey with more than 8 ``bits`` the high 8 are taken."""
+    if image.mode.startswith("I"):
+        # Pillow's own conversion of 16-bit grey saturates at 255.
+        high_byte = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+        return np.repeat(high_byte[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def _decode_evaluation_image(payload: bytes) -> UInt8Array:
+    """Decode an image of any format in EVALUATION_EXTENSIONS to RGB, uint8 [H, W, 3]."""
+    reader = next((reader for start, reader in _EVALUATION_READERS.items() if payload.startswith(start)), None)
+    if reader is None:
+        return decode_image(payload)
+    _check_bytes(payload)
+    format, read = reader
+    try:
+        image = read(io.BytesIO(payload))
+        bits = 16
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            bits = max(image.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+            # A tile is decoded whole and may promise more than the image does.
+            _check_pixels(int(image.tag_v2.get(_TILE_WIDTH, 1)), int(image.tag_v2.get(_TILE_LENGTH, 1)))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("too-many-pixels", f"the first frame of the {format} image is too large: {error}") from error
+    except Exception as error:  # as of damaged files, below
+        raise BadImage(
+            "header", f"the header of the {format} image is damaged or of a kind that is not read: {error}"
+        ) from error
+    _check_pixels(*image.size)
+    if image.mode == "F" or (image.mode == "I" and format == "tiff"):
+        raise BadImage("unsupported", "a TIFF image with signed, 32-bit or floating-point pixels is not read")
+    try:
+        return _to_rgb(image, bits)
+    except Exception as error:
+        raise BadImage("damaged", f"the {format} image does not decode: {error}") from error
 
 
 def crop_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
@@ -281,12 +355,20 @@ def crop_and_resize(image: UInt8Array, window: CropWindow, out: torch.Tensor) ->
 def eval_image(payload: bytes, image_size: int) -> torch.Tensor:
     """Return the image as evaluated, uint8 [S, S, 3]: short side to S (bicubic, antialiased), then the central square.
 
+    Formats that only evaluation sets hold are read as well: GIF, BMP, TIFF, PPM, PGM, PBM (``EVALUATION_EXTENSIONS``).
+    Of a banner, whose long side has more than ``_BANNER`` times the pixels of the short one, the middle is cut out
+    before: resized as a whole it would grow with that ratio. Its square may lie half a pixel aside for it.
+
     Raises:
         BadImage: the image cannot be decoded.
     """
-    image = decode_image(payload)
+    image = _decode_evaluation_image(payload)
     height, width = image.shape[:2]
     short = min(height, width)
+    if max(height, width) > _BANNER * short:
+        height, width = min(height, _BANNER // 2 * short), min(width, _BANNER // 2 * short)
+        top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+        image = image[top : top + height, left : left + width]
     resized = torch.empty(image_size * height // short, image_size * width // short, 3, dtype=torch.uint8)
     crop_and_resize(image, CropWindow(0, 0, height, width), resized)
     top = round((resized.shape[0] - image_size) / 2)

@@ -466,7 +466,7 @@ class Loader:
             pixels, payload = None, b""
             if decode is not None:
                 decode(header, raw.image, window)
-            elif header.format == "jpeg":
+            elif header.is_plain_jpeg:
                 payload = raw.image
             else:
                 pixels = torch.empty(config.image_size, config.image_size, 3, dtype=torch.uint8)
@@ -537,7 +537,7 @@ def _decode_on_cpu(out: torch.Tensor, header: ImageHeader, payload: bytes, windo
 def _decode_one_with_dali(
     dali: "DaliDecoder", images: torch.Tensor, row: int, header: ImageHeader, payload: bytes, window: CropWindow
 ) -> None:
-    if header.format == "jpeg":
+    if header.is_plain_jpeg:
         try:
             dali.decode([payload], [window], images, [row])
             return

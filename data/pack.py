@@ -33,6 +33,8 @@ from .processes import map_in_processes
 from .reader import ShardReader, require_captions
 from .tar import Problem, read_samples
 
+_MAX_JPEG_SIDE = 65_500  # of libjpeg
+
 
 @dataclass(frozen=True)
 class PackReport:
@@ -78,6 +80,10 @@ class Reencoding:
             resized = torch.empty(round(height * scale), round(width * scale), 3, dtype=torch.uint8)
             crop_and_resize(image, CropWindow(0, 0, height, width), resized)
             image = resized.numpy()
+        if max(image.shape) > _MAX_JPEG_SIDE:
+            raise BadSample(
+                "unsupported", f"a JPEG of {image.shape[1]} x {image.shape[0]} pixels cannot be: it has at most 65,500"
+            )
         payload = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=self.quality, colorsubsampling="420")
         return payload, check_image(payload)
 

@@ -1,10 +1,12 @@
 import io
+import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from textlock.data import images
 from textlock.data.images import (
     MAX_SCANS,
     BadImage,
@@ -18,13 +20,16 @@ from textlock.data.images import (
 )
 from textlock.data.loader import SKIP_KINDS
 
-from .tars import bad_sample
+from .loading import settings, take
+from .tars import bad_sample, sample, write_shard
 from .zoo import (
     DAMAGED,
     DEEP,
+    EVALUATED,
     GOOD,
     PROGRESSIVE,
     REFUSED,
+    REFUSED_IN_EVALUATION,
     RGB,
     encode,
     photo,
@@ -93,6 +98,113 @@ def test_damage_behind_a_good_header_is_found_by_the_decoder(name):
     check_image(DAMAGED[name])
     with bad_sample("damaged"):
         decode_image(DAMAGED[name])
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_reads_more_formats_as_their_png(name):
+    payload, same = EVALUATED[name]
+    assert torch.equal(eval_image(payload, 32), eval_image(encode(same, "PNG"), 32))
+    with bad_sample("format"):
+        check_image(payload)
+
+
+@pytest.mark.parametrize("name", REFUSED_IN_EVALUATION)
+def test_evaluation_refuses(name):
+    payload, kind = REFUSED_IN_EVALUATION[name]
+    with bad_sample(kind):
+        eval_image(payload, 32)
+    assert kind in SKIP_KINDS
+
+
+def jpeg_of(sampling, levels, *, ids=(1, 2, 3)):
+    """Return a JPEG of one colour, in one unit of blocks: (across, down) sampling and level of each component."""
+
+    def segment(marker, body):
+        return bytes((0xFF, marker)) + struct.pack(">H", len(body) + 2) + body
+
+    bits = ""
+    for (across, down), level in zip(sampling, levels, strict=True):
+        bits += ("10" + format(level, "07b") if level else "0") + "0" + "00" * (across * down - 1)
+    bits += "1" * (-len(bits) % 8)
+    data = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
+    size = 8 * max(across for across, _ in sampling), 8 * max(down for _, down in sampling)
+    frame = struct.pack(">BHHB", 8, size[1], size[0], len(sampling))
+    frame += b"".join(bytes((name, h << 4 | v, 0)) for name, (h, v) in zip(ids, sampling, strict=False))
+    scan = bytes(
+        (len(sampling), *(part for name, _ in zip(ids, sampling, strict=False) for part in (name, 0)), 0, 63, 0)
+    )
+    tables = segment(0xC4, bytes([0x00, 1, 1, *[0] * 14, 0, 7])) + segment(0xC4, bytes([0x10, 1, *[0] * 15, 0]))
+    quantisation = segment(0xDB, bytes([0] + [8] * 64))
+    return b"\xff\xd8" + quantisation + segment(0xC0, frame) + tables + segment(0xDA, scan) + data + b"\xff\xd9"
+
+
+def as_pillow_reads(payload):
+    with Image.open(io.BytesIO(payload)) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("chroma", [[(1, 1), (1, 1)], [(2, 1), (1, 1)], [(2, 2), (2, 2)], [(1, 2), (2, 1)]], ids=str)
+@pytest.mark.parametrize(
+    "luma", [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4), (3, 1), (1, 3)], ids=str
+)
+def test_every_sampling_of_the_chroma_gives_the_image_that_pillow_reads(luma, chroma):
+    payload = jpeg_of([luma, *chroma], (64, 0, 70))
+    try:
+        expected = as_pillow_reads(payload)
+    except OSError:  # libjpeg reads no factors that do not divide the largest
+        with bad_sample("damaged", "the jpeg image does not decode"):
+            decode_image(payload)
+        return
+    assert np.abs(decode_image(payload) - expected).max() <= 1
+    usual = luma in [(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)] and chroma == [(1, 1), (1, 1)]
+    assert check_image(payload).is_plain_jpeg == usual
+
+
+def without_adobe(payload):
+    at = payload.find(b"\xff\xee")
+    return payload[:at] + payload[at + 2 + int.from_bytes(payload[at + 2 : at + 4], "big") :]
+
+
+CMYK = encode(Image.new("RGB", (64, 48), (230, 40, 40)).convert("CMYK"))
+
+
+@pytest.mark.parametrize(
+    "payload", [CMYK, without_adobe(CMYK), jpeg_of([(2, 2)], (64,)), jpeg_of([(1, 4), (1, 1), (1, 1)], (64, 0, 70))],
+    ids=["CMYK", "CMYK without Adobe's marker", "grey", "unusual sampling"],
+)  # fmt: skip
+def test_both_decoders_give_the_same_image(payload, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    shards = write_shard(tmp_path, sample("a", jpg=payload))
+    one, other = (take(settings(shards, batch_size=1, decoder=name), 1)[0].images for name in ("cpu", "dali"))
+    assert (one.int() - other.int()).abs().max() <= 2
+    red, green, blue = decode_image(payload)[0, 0].tolist()
+    if payload in (CMYK, without_adobe(CMYK)):
+        assert abs(red - 230) < 9 and abs(green - 40) < 9 and abs(blue - 40) < 9
+
+
+@pytest.mark.parametrize(("width", "height"), [(1_000_000, 1), (1, 40_000), (65_500, 1)])
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_a_banner_costs_little_memory(width, height, format, monkeypatch):
+    if format == "JPEG" and width > 65_500:
+        pytest.skip("a JPEG has at most 65,500 columns")
+    sizes = []
+    resize = images.crop_and_resize
+    monkeypatch.setattr(
+        images, "crop_and_resize", lambda image, window, out: sizes.append(out.numel()) or resize(image, window, out)
+    )
+    payload = encode(Image.new("RGB", (width, height), (9, 200, 7)), format)
+    pixels = eval_image(payload, 224)
+    assert pixels.shape == (224, 224, 3) and (pixels.int() - torch.tensor([9, 200, 7])).abs().max() <= 2
+    assert max(sizes) <= 3 * 224 * 224 * 64
+
+
+def test_the_middle_of_a_banner_is_what_the_whole_of_it_shows(monkeypatch):
+    payload = encode(photo(1300, 20), "PNG")
+    cut = eval_image(payload, 16)
+    monkeypatch.setattr(images, "_BANNER", 1000)
+    whole = eval_image(payload, 16)
+    # The scale of the whole is rounded to pixels, of the middle it is exact: a shift of at most half a pixel.
+    assert (cut.int() - whole.int()).abs().float().mean() < 3
 
 
 WINDOW_RULE = {"scale": (0.9, 1.0), "ratio": (0.75, 4 / 3)}

@@ -15,7 +15,7 @@ from textlock.data.index import INDEX_NAME, open_index
 from textlock.data.pack import Reencoding, pack_shards, repack_shards
 from textlock.data.verify import verify_shards
 
-from .tars import contents, jpeg, read_all, sample, tarfile_contents, write_dataset, write_tar
+from .tars import bad_sample, contents, jpeg, read_all, sample, tarfile_contents, write_dataset, write_tar
 from .zoo import encode, photo
 
 
@@ -111,6 +111,11 @@ def test_reencoding(payload, size, same):
     whole = decode_image(payload)
     crop_and_resize(whole, CropWindow(0, 0, *whole.shape[:2]), expected)
     assert np.abs(decode_image(smaller).astype(int) - expected.numpy()).mean() < 3
+
+
+def test_a_banner_longer_than_a_jpeg_can_be_is_a_bad_sample():
+    with bad_sample("unsupported", "a JPEG of 100000 x 1 pixels cannot be: it has at most 65,500"):
+        Reencoding(32)(encode(Image.new("RGB", (100_000, 1)), "PNG"))
 
 
 def test_quality_decides_the_size():

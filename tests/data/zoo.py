@@ -176,6 +176,64 @@ REFUSED = {
     "webp bomb header": (webp(canvas(2**24, 2**24), (b"VP8 ", bytes(20))), "too-many-pixels"),
 }
 
+
+def tiled(width, height):
+    """Return a TIFF image in one tile of another size: the tags of its strip become those of a tile."""
+    whole = bytearray(encode(photo(), "TIFF"))
+    start = int.from_bytes(whole[4:8], "little") + 2
+    for at in range(start, start + 12 * int.from_bytes(whole[start - 2 : start], "little"), 12):
+        tag = int.from_bytes(whole[at : at + 2], "little")
+        if tag in (273, 279):
+            whole[at : at + 2] = {273: 324, 279: 325}[tag].to_bytes(2, "little")
+        elif tag in (278, 284):
+            whole[at : at + 12] = struct.pack("<HHII", {278: 322, 284: 323}[tag], 4, 1, width if tag == 278 else height)
+    return bytes(whole)
+
+
+# What only evaluation reads, and the image that its first frame shows.
+PALETTE = photo().quantize(64)
+GIF = encode(PALETTE, "GIF")
+GREY16 = Image.fromarray(DEEP[:, :, 0].astype(np.uint16))
+GREY8 = Image.fromarray((DEEP[:, :, 0] >> 8).astype(np.uint8))
+EVALUATED = {
+    "gif": (GIF, PALETTE),
+    "animated gif": (encode(PALETTE, "GIF", save_all=True, append_images=[photo(seed=1).quantize(64)]), PALETTE),
+    "gif with a transparent entry": (encode(PALETTE, "GIF", transparency=3), PALETTE),
+    "bmp": (encode(photo(), "BMP"), photo()),
+    "palette bmp": (encode(PALETTE, "BMP"), PALETTE),
+    "tiff": (encode(photo(), "TIFF"), photo()),
+    "tiff of several pages": (encode(photo(), "TIFF", save_all=True, append_images=[photo(seed=1)]), photo()),
+    "compressed tiff with alpha": (encode(RGBA, "TIFF", compression="tiff_lzw"), photo()),
+    "cmyk tiff": (encode(photo(mode="CMYK"), "TIFF"), photo(mode="CMYK").convert("RGB")),
+    "16-bit grey tiff": (encode(GREY16, "TIFF"), GREY8),
+    "tiff of 64-bit offsets": (encode(photo(), "TIFF", big_tiff=True), photo()),
+    "ppm": (encode(photo(), "PPM"), photo()),
+    "pgm": (encode(photo(mode="L"), "PPM"), photo(mode="L")),
+    "16-bit pgm": (encode(GREY16, "PPM"), GREY8),
+    "pbm": (encode(photo(mode="1"), "PPM"), photo(mode="1")),
+}
+GIF_FRAME = GIF.index(b",\0\0\0\0")
+REFUSED_IN_EVALUATION = {
+    "empty": (b"", "empty"),
+    "html": (b"<!DOCTYPE html>", "format"),
+    "another netpbm format": (b"P7\nWIDTH 1\n", "format"),
+    "too many bytes": (GIF + bytes(MAX_IMAGE_BYTES), "too-large"),
+    "gif bomb header": (patched(GIF, 6, b"\xdc\xff\xdc\xff"), "too-many-pixels"),
+    "gif bomb frame": (patched(GIF, GIF_FRAME + 5, b"\xdc\xff\xdc\xff"), "too-many-pixels"),
+    "ppm bomb header": (b"P6 65500 65500 255\n" + bytes(99), "too-many-pixels"),
+    "bmp bomb header": (patched(encode(photo(), "BMP"), 18, struct.pack("<ii", 65500, -65500)), "too-many-pixels"),
+    "tiff bomb tile": (tiled(65536, 65536), "too-many-pixels"),
+    "floating-point tiff": (encode(photo(mode="F"), "TIFF"), "unsupported"),
+    "32-bit tiff": (encode(photo(mode="I"), "TIFF"), "unsupported"),
+    "gif signature only": (GIF[:6], "header"),
+    "bmp of an unknown kind": (b"BM" + bytes(60), "header"),
+    "tiff without a page": (b"II*\0" + bytes(60), "header"),
+    "half a gif": (GIF[: len(GIF) // 2], "damaged"),
+    "half a tiff": (encode(photo(), "TIFF")[:900], "damaged"),
+    "half a bmp": (encode(photo(), "BMP")[:900], "damaged"),
+    "half a ppm": (encode(photo(), "PPM")[:900], "damaged"),
+}
+
 # What only a decoder can find. DALI takes the first two for good and makes garbage of them.
 DAMAGED = {
     "scan data": patched(JPEG, len(JPEG) // 2, b"\xff\x01" * 20),
