@@ -189,6 +189,7 @@ class ShardCache:
         self.budget = budget
         self._locks = folder / "locks"
         self._locks.mkdir(parents=True, exist_ok=True)
+        _require_locks(self._locks)
         self._failures: dict[str, tuple[float, str]] = {}
         with self._locked("folder"):
             for partial in folder.glob("*.partial"):
@@ -320,6 +321,18 @@ class ShardCache:
     def _locked(self, name: str, *, blocking: bool = True) -> Iterator[None]:
         with FileLock(self._locks / name, thread_local=False).acquire(blocking=blocking):
             yield
+
+
+def _require_locks(folder: Path) -> None:
+    """Raise ValueError where the file system of the cache has no locks: its processes could not share it."""
+    with open(folder / "probe", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        except OSError as error:
+            raise ValueError(
+                f"{folder.parent} cannot hold copies of shards, its file system has no locks ({error.strerror}): name "
+                "a folder on a local disk by --data.cache-dir"
+            ) from error
 
 
 def _touch(descriptor: int) -> None:

@@ -12,9 +12,11 @@ a kill at any instant leaves either no such checkpoint or a whole one. Formats d
 does.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import torch
+from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +37,8 @@ from ..settings import Settings, at_least
 from .objective import Objective
 from .provenance import versions
 from .sharding import full_tensor, shard_like
+
+logger = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -227,25 +232,38 @@ def restore(checkpoint: Checkpoint, tower: nn.Module, objective: Objective, opti
 class RunLock:
     """Keeps a second process out of a run folder for as long as this one lives.
 
+    Where the file system has no locks (Lustre without ``flock``), a file that names the process and its machine stands
+    for the lock. A process killed on this machine is noticed then, one on another is not.
+
     The folder need not exist yet: :meth:`take` does nothing then and is called again when it has been made.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / ".lock"
         self._file: TextIO | None = None
+        self._soft = SoftFileLock(run_dir / ".lock.holder", blocking=False)
 
     def take(self) -> None:
         """Lock the folder; raises ValueError when another process holds it. Locking twice is locking once."""
-        if self._file is not None or not self._path.parent.is_dir():
+        if self._file is not None or self._soft.is_locked or not self._path.parent.is_dir():
             return
+        taken = f"another process is training in {self._path.parent}: wait for it, or choose another --run-dir"
         file = self._path.open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise ValueError(
-                f"another process is training in {self._path.parent}: wait for it, or choose another --run-dir"
-            ) from error
+            raise ValueError(taken) from error
+        except OSError as error:
+            file.close()
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            logger.warning("%s is on a file system without locks: a file keeps other processes out", self._path.parent)
+            try:
+                self._soft.acquire()
+            except Timeout:
+                raise ValueError(f"{taken}; after a kill on another machine delete {self._soft.lock_file}") from error
+            return
         self._file = file
 
 

@@ -5,6 +5,7 @@ Throughput excludes evaluations, checkpoints and the first step (compilation).
 
 import importlib
 import json
+import logging
 import math
 import resource
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import token_hex
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,6 +29,8 @@ from ..settings import Settings, at_least
 from .checkpoint import Progress
 from .distributed import World
 from .step import StepResult
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +141,7 @@ class Metrics:
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 _keep_lines(self._run_dir / name, "step", progress.step)
             _keep_lines(self._run_dir / "skipped.jsonl", "position", progress.samples_seen - 1)
-            self._trackers = [_TRACKERS[name](self._run_dir, run_config) for name in config.trackers]
+            self._trackers = [_TRACKERS[name](self._run_dir, run_config, progress.step) for name in config.trackers]
             console = Console(highlight=False, soft_wrap=True)
             make_display = _ProgressBar if console.is_terminal else _PlainLines
             self._display = make_display(console, progress.step, total_steps)
@@ -304,10 +308,26 @@ class _Tracker:
 
 
 class _Wandb(_Tracker):
-    def __init__(self, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+    """The run has the identity that lies in its folder: two folders of one name are two runs, a moved one stays one."""
+
+    def __init__(self, run_dir: Path, run_config: Mapping[str, Any], last_step: int) -> None:
         wandb = _import_tracker("wandb")
-        # The folder's name is the run's identity there, so that a resumed run goes on in the same curves.
-        self._run = wandb.init(project="textlock", dir=run_dir, id=run_dir.name, resume="allow", config=run_config)
+        identity = _identity(run_dir)
+        settings = {"project": "textlock", "dir": run_dir, "name": run_dir.resolve().name, "config": run_config}
+        if last_step:
+            # Rewinds the run there, so that steps that are repeated replace what was logged of them.
+            try:
+                self._run = wandb.init(**settings, resume_from=f"{identity}?_step={last_step}")
+                return
+            except wandb.Error as error:
+                logger.warning(
+                    "W&B cannot rewind run %s to step %d (%s): it goes on after the last step it knows, and of the "
+                    "steps before that the first values stay",
+                    identity,
+                    last_step,
+                    error,
+                )
+        self._run = wandb.init(**settings, id=identity, resume="allow")
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         self._run.log(dict(record), step=step)
@@ -317,11 +337,12 @@ class _Wandb(_Tracker):
 
 
 class _Tensorboard(_Tracker):
-    def __init__(self, run_dir: Path, run_config: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: Path, run_config: Mapping[str, Any], last_step: int) -> None:
         _import_tracker("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # Readers drop what an earlier process wrote of the steps that are repeated.
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1 if last_step else None)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
         for name, value in record.items():
@@ -330,6 +351,14 @@ class _Tensorboard(_Tracker):
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _identity(run_dir: Path) -> str:
+    """Return the random word in a run folder that names the run elsewhere; written when it is first asked for."""
+    path = run_dir / "run_id"
+    if not path.is_file():
+        write_text_atomically(path, token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 _TRACKERS = {"wandb": _Wandb, "tensorboard": _Tensorboard}

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, verified before use, bit for bit."""
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -203,11 +204,27 @@ def test_folders_of_other_names_are_left_alone_and_never_taken(trained, tmp_path
     assert load_tower(best).step == 1
 
 
-def test_a_second_process_is_kept_out_of_a_run_folder(tmp_path):
+def test_a_second_process_is_kept_out_of_a_run_folder_with_locks_and_without(tmp_path, monkeypatch, caplog):
     first, second = module.RunLock(tmp_path), module.RunLock(tmp_path)
     first.take()
     first.take()
     with pytest.raises(ValueError, match="another process is training in"):
         second.take()
+    del first
+    for number in (errno.ENOSYS, errno.ENOLCK):
+
+        def refuse(file, flags, number=number):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(module.fcntl, "flock", refuse)
+        holder = tmp_path / ".lock.holder"
+        first, second = module.RunLock(tmp_path), module.RunLock(tmp_path)
+        first.take()
+        first.take()
+        assert holder.is_file() and "without locks" in caplog.text
+        with pytest.raises(ValueError, match=f"another process is training in .*delete {holder}$"):
+            second.take()
+        first._soft.release()
+    monkeypatch.undo()
     module.RunLock(tmp_path / "not there yet").take()
     assert not (tmp_path / "not there yet").exists()

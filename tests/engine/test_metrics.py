@@ -1,6 +1,7 @@
 """Clocks, lines and counts of a run."""
 
 import json
+import sys
 import time
 import weakref
 from types import SimpleNamespace
@@ -108,6 +109,54 @@ def test_tensorboard_gets_the_same_figures(tmp_path, tower):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(1, 4.0)]
+
+
+def test_steps_that_run_again_replace_those_that_tensorboard_has(tmp_path, tower):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, norms in ((0, (1.0, 2.0, 3.0)), (1, (5.0, 6.0))):
+        progress = Progress(step=first)
+        metrics = open_metrics(tmp_path, tower, progress, "--log.trackers", "tensorboard")
+        for norm in norms:
+            metrics.log(finish(metrics, progress, samples_seen=8, norm=norm))
+        metrics.close()
+        if first == 0:
+            time.sleep(1.1)  # files are read in the order of their times, which are whole seconds
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("grad_norm")] == [(1, 1.0), (2, 5.0), (3, 6.0)]
+
+
+def test_wandb_goes_on_in_the_run_of_the_folder_from_the_step_of_the_checkpoint(tmp_path, tower, monkeypatch, caplog):
+    calls = []
+
+    class Error(Exception):
+        pass
+
+    def init(*, project, dir, name, config, id=None, resume=None, resume_from=None):
+        calls.append((id, resume, resume_from))
+        if resume_from and refuses:
+            raise Error("not available")
+        return SimpleNamespace(log=lambda record, step: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
+    refuses = False
+    folders = [tmp_path / one / "run" for one in "ab"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        open_metrics(folder, tower, Progress(), "--log.trackers", "wandb").close()
+    identities = [(folder / "run_id").read_text().strip() for folder in folders]
+    assert calls == [(identity, "allow", None) for identity in identities] and len(set(identities)) == 2
+    calls.clear()
+    moved = folders[0].rename(tmp_path / "moved")
+    open_metrics(moved, tower, Progress(step=7), "--log.trackers", "wandb").close()
+    assert calls == [(None, None, f"{identities[0]}?_step=7")]
+    calls.clear()
+    refuses = True
+    open_metrics(moved, tower, Progress(step=7), "--log.trackers", "wandb").close()
+    assert calls == [(None, None, f"{identities[0]}?_step=7"), (identities[0], "allow", None)]
+    assert f"W&B cannot rewind run {identities[0]} to step 7 (not available)" in caplog.text
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
