@@ -21,7 +21,7 @@ from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import autocast_for, image_rows
 from textlock.engine.trained import load_tower
 from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite
-from textlock.export import load_exported_tower, read_text_tower
+from textlock.exports.reading import read_exported, text_settings
 from textlock.models.text import TextConfig, make_text_tower
 from textlock.models.vision import VisionTower
 from textlock.settings import Settings, at_least, exit_with
@@ -67,7 +67,7 @@ def evaluate(arguments: Arguments, world: World) -> None:
     is_shards = any(arguments.data.glob("*.tar"))
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise FileNotFoundError(f"{arguments.output.parent} is not a folder: make it, or give another --output")
-    loaded = load(arguments.checkpoint)
+    loaded = load(arguments.checkpoint, arguments.text)
     tower = loaded.tower.to(world.device).eval()
     text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
     text_tower = make_text_tower(text, world.device)
@@ -120,11 +120,12 @@ class Loaded:
     step: int | None
 
 
-def load(checkpoint: Path) -> Loaded:
-    """Read a run folder, one of its checkpoints, or an exported folder."""
+def load(checkpoint: Path, text_name: str | None) -> Loaded:
+    """Read a run folder, one of its checkpoints, or an exported folder, whose text tower may need a name."""
     if (checkpoint / "config.json").is_file():
-        text, text_tower = read_text_tower(checkpoint)
-        return Loaded(load_exported_tower(checkpoint), text, text_tower, EvalConfig().templates, None)
+        exported = read_exported(checkpoint)
+        text = text_settings(exported.text_tower, checkpoint, text_name)
+        return Loaded(exported.tower, text, exported.text_tower, EvalConfig().templates, None)
     found = load_tower(checkpoint)
     return Loaded(found.tower, found.config.text, found.text_tower, found.config.evals.templates, found.step)
 
