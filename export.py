@@ -67,8 +67,10 @@ def export(loaded: LoadedTower, options: ExportConfig) -> str:
     """
     folder_format = _FORMATS[options.format]
     folder_format.require(loaded.tower)
-    name = options.text_name or public_name(loaded.text_tower)
-    exported = Exported(loaded.tower, loaded.logit_scale, loaded.text_tower | {"name": name})
+    name = public_name(loaded.text_tower)
+    if name is not None and options.text_name is not None:
+        options.refuse("text_name", f"be left out: the run names its text tower by the hub name {name}")
+    exported = Exported(loaded.tower, loaded.logit_scale, loaded.text_tower | {"name": name or options.text_name})
     with atomic_folder(options.output) as draft:
         folder_format.write(exported, draft)
         checked = _check(options.format, draft, loaded)

@@ -35,7 +35,7 @@ compared by cosine with each other and with the embeddings of the text encoder b
 ```python
 {snippet}```
 
-It needs {loaders}. {checked}
+These lines need {loaders}. {checked}
 
 ## Text embeddings
 
@@ -52,8 +52,9 @@ The images were trained against these, and others are not in their space:
 
 {text_code}## Images
 
-The short side is resized to {size} pixels (bicubic, antialiased) and the central square cut out; values from 0 to 1 are
+The short side is resized to {size} pixels (bicubic, antialiased), the central square cut out, and values from 0 to 1
 normalised with mean {mean} and standard deviation {std}.
+Where the margins of the square are uneven, transformers may place it a pixel aside from textlock's evaluation.
 
 | tower | |
 | --- | --- |
@@ -210,12 +211,13 @@ print(embeddings @ text.T)
 
 def _figures(loaded: LoadedTower) -> str:
     """Return a table of the figures that were measured with this very checkpoint."""
-    run_dir = loaded.folder.parent.parent
-    results = _read_object(run_dir / "results.json")
+    # A checkpoint that was copied out of its run has no other place than its own.
+    places = [loaded.folder.parent.parent] * (loaded.folder.parent.name == "checkpoints") + [loaded.folder]
+    results = _read_object(places[0] / "results.json")
     measured = []
     if results.get("samples_seen") == loaded.samples_seen:
         measured.append((results, loaded.config.evals.zero_shot, loaded.config.evals.retrieval))
-    for place in dict.fromkeys((run_dir, loaded.folder)):
+    for place in places:
         evaluation = _read_object(place / "evaluation.json")
         data = evaluation.get("data")
         if evaluation.get("step") == loaded.step and isinstance(data, str):

@@ -43,7 +43,11 @@ def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def write_processor(folder: Path, size: int) -> None:
-    """Write preprocessor_config.json, whose pixels are those that images are evaluated with."""
+    """Write preprocessor_config.json, whose pixels are those that images are evaluated with.
+
+    Where the margins of the central square are uneven, transformers always makes the first the smaller one, and
+    torchvision, which evaluation follows, every other time the larger: then the squares are a pixel apart.
+    """
     fields = {
         "crop_size": {"height": size, "width": size},
         "do_center_crop": True,

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -72,6 +72,9 @@ def test_the_name_of_the_text_tower_is_that_of_the_hub_or_the_one_given(run_expo
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert 'AutoTokenizer.from_pretrained("owner/téxt")' in card and "license: apache-2.0" in card
     assert "The export ran these lines with transformers 5" in card
+    hub = replace(text_tower.describe("owner/other"), revision="c0ffee")
+    status, _, err = run_export("--output", tmp_path / "again", *flags, described=hub)
+    assert status == 2 and "--text-name is 'owner/téxt', must be left out: the run names its text tower" in err
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_says_what_embeddings_depend_on(tower, tmp_path):
         "after pooling | Dense 32 to 64 Tanh, unit length |",
         "dimensions | 48 |",
         "| fingerprint (SHA-256) of its files and all of the above | `abc` |",
-        "mean 0.48145466, 0.4578275, 0.40821073 and standard",
+        "mean 0.48145466, 0.4578275, 0.40821073 and standard deviation 0.26862954, 0.26130258, 0.27577711.",
         "| patches | 8 x 8 pixels, 4 x 4 of them |",
         "| pooling | map, projected to 48 |",
         "| samples seen | 112, in 7 steps of 16 |",
