@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from textlock.demo.text_tower import write_random_text_tower
 from textlock.engine.config import EvalConfig
@@ -123,6 +124,10 @@ def test_damaged_figures_are_said(tower, tmp_path, content):
 def test_its_lines_make_the_text_embeddings(tower, tmp_path, pooling, layer_norm):
     texts = ["a red bicycle", "a bowl of soup"]
     write_random_text_tower(tmp_path / "text", texts, width=64, heads=1)
+    # Its LayerNorms as they start would leave nothing for another LayerNorm to do.
+    path = tmp_path / "text" / "model.safetensors"
+    weights = load_file(path)
+    save_file({key: value + (value.ndim == 1) * torch.rand(value.shape) for key, value in weights.items()}, path)
     text = build_text_tower(
         tmp_path / "text", prefix='"two": ', pooling=pooling, layer_norm=layer_norm, dimensions=48, max_length=12
     )

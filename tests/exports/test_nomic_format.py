@@ -125,8 +125,8 @@ def test_image_processor_gives_what_the_tower_does_itself(folder, tower):
         ({"pooling": "mean"}, "its pooling is mean instead of map"),
         ({"embed_dim": 48}, "it has a projection from 64 to 48"),
         ({"hidden": 176}, "its MLPs have 176 inner channels, no multiple of 256"),
-        ({"name": "vit_base_patch16_224"}, "it is no EVA02 tower"),
-        ({"name": "vit_base_patch16_rope_reg1_gap_256"}, "it is no EVA02 tower"),
+        ({"architecture": "vit_base_patch16_224"}, "it is no EVA02 tower"),
+        ({"architecture": "vit_base_patch16_rope_reg1_gap_256"}, "it is no EVA02 tower"),
         ({"register_tokens": 1}, "it is no EVA02 tower"),
     ],
 )

@@ -22,9 +22,9 @@ from .towers import edit_config, exported, images, random_tower, unit
 ROPE_VIT = "vit_base_patch16_rope_reg1_gap_256"
 POOLINGS = ("cls", "mean", "map")
 TOWERS = {
-    **{name: {"name": name} for name in VISION_CONFIGS},
+    **{name: {"architecture": name} for name in VISION_CONFIGS},
     "of another resolution": {"image_size": 48},
-    "with class token and registers": {"name": "vit_base_patch16_224", "register_tokens": 3},
+    "with class token and registers": {"architecture": "vit_base_patch16_224", "register_tokens": 3},
 }
 
 
@@ -117,7 +117,9 @@ def test_a_model_made_on_the_meta_device_misses_nothing_but_its_weights(tower, f
     torch.testing.assert_close(embed(model, pixels), unit(tower, images(tower)), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [{"embed_dim": 48}, {"name": ROPE_VIT, "pooling": "mean"}], ids=["map", "mean"])
+@pytest.mark.parametrize(
+    "shape", [{"embed_dim": 48}, {"architecture": ROPE_VIT, "pooling": "mean"}], ids=["map", "mean"]
+)
 def test_a_model_without_weights_starts_from_defined_ones(shape, tmp_path):
     folder = write(random_tower(**shape), tmp_path / "out")
     kept = {"patch_embed.weight": load_file(folder / "model.safetensors")["patch_embed.weight"]}

@@ -21,16 +21,17 @@ MICRO = "eva02_micro_patch8_32"
 SMALL = {"width": 64, "heads": 2, "depth": 2, "hidden": 256}
 
 
-def random_tower(name=MICRO, pooling="map", embed_dim=None, **changes):
+def random_tower(architecture=MICRO, pooling="map", embed_dim=None, **changes):
     """A tower of the shape of that name in small, every weight drawn."""
-    shape = VISION_CONFIGS[name]
+    shape = VISION_CONFIGS[architecture]
     grid = None if shape.rotary_grid is None else 4
     shape = replace(shape, **{**SMALL, "image_size": 4 * shape.patch_size, "rotary_grid": grid, **changes})
     tower = VisionTower(shape, ModelConfig(pooling=pooling), embed_dim=embed_dim).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in tower.parameters():
-            parameter.normal_(std=0.1, generator=generator)
+        for name, parameter in tower.named_parameters():
+            # Queries and keys so large that attention is far from a mean of all tokens.
+            parameter.normal_(std=0.25 if "qkv" in name else 0.1, generator=generator)
     return tower
 
 
