@@ -20,10 +20,13 @@ from textlock.exports import nomic_format, transformers_format
 from textlock.exports.card import model_card, public_name
 from textlock.exports.check import compare_with_tower
 from textlock.exports.folder import Exported
-from textlock.settings import NOT_EMPTY, Bound, Settings, exit_with
+from textlock.settings import Bound, Settings, exit_with
 
 _FORMATS = {"transformers": transformers_format, "nomic": nomic_format}
 
+_HUB_NAME = Bound(
+    lambda name: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)), "be a name such as owner/name"
+)
 _LICENCE = Bound(lambda name: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name)), "be an identifier such as apache-2.0")
 
 
@@ -38,7 +41,7 @@ class ExportConfig(Settings):
     format: Literal["transformers", "nomic"] = "transformers"
     """transformers: with modelling code of its own, any tower. nomic: for the code of the released Nomic Embed Vision,
     EVA02 towers with map pooling, no projection and inner channels in multiples of 256."""
-    text_name: Annotated[str | None, NOT_EMPTY] = None
+    text_name: Annotated[str | None, _HUB_NAME] = None
     """Hub name of the text tower, where the run named a local folder: the folder then says this name to everybody.
     Without it the text tower is known by its fingerprint alone."""
     license: Annotated[str | None, _LICENCE] = None

@@ -5,11 +5,10 @@ by its fingerprint.
 """
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 from urllib.parse import urlsplit
 
 import yaml
@@ -19,7 +18,7 @@ from ..models.vision import IMAGE_MEAN, IMAGE_STD
 from .folder import Exported
 
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_FIGURE: Final = re.compile(r"(?:zero_shot\w*_top|.*recall@)\d+")
+_FIGURE: Final = re.compile(r"(?:zero_shot\w*_top|\w*recall@)\d+")
 _KINDS: Final = ("zero_shot_unseen", "zero_shot_renamed", "zero_shot")
 
 _CARD: Final = """\
@@ -231,15 +230,19 @@ def _figures(loaded: LoadedTower) -> str:
 def _rows(figures: Mapping[str, Any], classes: str | None, pairs: str | None) -> Iterator[str]:
     chance, counts = (it if isinstance(it := figures.get(key), dict) else {} for key in ("chance", "counts"))
     for name, value in figures.items():
-        if not _FIGURE.fullmatch(name) or not isinstance(value, float | int) or not math.isfinite(value):
+        if not _FIGURE.fullmatch(name) or not _is_share(value):
             continue
         kind = next((kind for kind in _KINDS if name.startswith(kind)), "retrieval")
         place = pairs if kind == "retrieval" else classes if kind != "zero_shot_unseen" else None
         counted = [] if place is None else [_code(last_part(place))]
         counted += list(_counted(counts.get(kind)))
         blind = chance.get(name)
-        chance_text = f"{100 * blind:.2f} %" if isinstance(blind, float | int) else ""
+        chance_text = f"{100 * blind:.2f} %" if _is_share(blind) else ""
         yield f"| {name} | {100 * value:.2f} % | {chance_text} | {', '.join(counted) or 'not recorded'} |"
+
+
+def _is_share(value: Any) -> TypeGuard[float]:
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 def _counted(counts: Any) -> Iterator[str]:

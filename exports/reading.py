@@ -49,9 +49,10 @@ def text_settings(described: dict[str, Any] | None, folder: Path, name: str | No
     if described is None:
         return TextConfig() if name is None else TextConfig(name=name)
     try:
-        name = described["name"] if name is None else name
-        if name is None:
-            raise ValueError("that was a local folder: name it with --text")
-        return TextTowerDescription.config_of({**described, "name": name})
+        if name is not None or described["name"] is not None:
+            return TextTowerDescription.config_of({**described, "name": name or described["name"]})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG} does not say which text tower it was trained against: {error}") from error
+    raise ValueError(
+        f"{folder} was trained against a text tower from a local folder, whose place it does not tell: give --text"
+    )

@@ -56,7 +56,7 @@ def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name
     # A local folder has no name that means anything elsewhere: whoever measures says where theirs is.
     assert read.text_tower == json.loads(json.dumps(asdict(described) | {"name": None}))
     assert all(b"alice" not in path.read_bytes() for path in (tmp_path / "new" / "out").iterdir())
-    with pytest.raises(ValueError, match="that was a local folder: name it with --text"):
+    with pytest.raises(ValueError, match="whose place it does not tell: give --text"):
         text_settings(read.text_tower, tmp_path, None)
     assert text_settings(read.text_tower, tmp_path, "/bob/text") == TextConfig(
         name="/bob/text", prefix="passage: ", max_length=16, pooling="mean", layer_norm=False, dimensions=64
@@ -81,7 +81,7 @@ def test_the_name_of_the_text_tower_is_that_of_the_hub_or_the_one_given(run_expo
     ("flags", "message"),
     [
         (("--license", "Apache 2.0"), "--license is 'Apache 2.0', must be an identifier such as apache-2.0"),
-        (("--text-name", " "), "--text-name is ' ', must not be empty"),
+        (("--text-name", "/home/alice/text"), "--text-name is '/home/alice/text', must be a name such as owner/name"),
     ],
 )
 def test_bad_flags_are_one_sentence(run_export, tmp_path, flags, message):
