@@ -1,7 +1,7 @@
 """Evaluate a checkpoint or an exported folder.
 
     python evaluate.py --checkpoint runs/demo --data runs/demo/data/heldout
-    python evaluate.py --checkpoint exported/ --data imagenet/val --text nomic-ai/nomic-embed-text-v1.5
+    python evaluate.py --checkpoint exported/ --data imagenet/val --class-names imagenet --templates openai-80
 
 Shards are evaluated by image-text retrieval, a folder of class folders by zero-shot classification.
 """
@@ -20,7 +20,8 @@ from textlock.engine.distributed import World, join_world
 from textlock.engine.provenance import commit, device_name, versions
 from textlock.engine.step import autocast_for, image_rows
 from textlock.engine.trained import load_tower
-from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite
+from textlock.evals.counts import describe_count
+from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite, read_choices
 from textlock.exports.reading import read_exported, text_settings
 from textlock.models.text import TextConfig, make_text_tower
 from textlock.models.vision import VisionTower
@@ -39,8 +40,14 @@ class Arguments(Settings):
     """File for the figures, as JSON. Default: evaluation.json in the checkpoint's folder."""
     text: str | None = None
     """Text tower, a folder or hub name. Default: the one the run was trained against."""
+    class_names: str | None = None
+    """Names of the classes, where those of the folders are no words: a JSON object {folder: name}, a table, a text file
+    with a name a line in sorted order of the folders, or imagenet."""
     templates: Annotated[tuple[str, ...], PROMPTS] = ()
-    """Prompts of a class, with {} for its name. Default: those of the run's config."""
+    """Prompts of a class, with {} for its name; openai-80 or openai-7; or a file of prompts. Default: those of the
+    run's config."""
+    allow_missing: bool = False
+    """Give the figures although a class has no image that can be read, or more than 1 % of the images cannot be."""
     batch_size: Annotated[int, at_least(1)] = 256
     """Images per forward pass on one rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -67,6 +74,16 @@ def evaluate(arguments: Arguments, world: World) -> None:
     is_shards = any(arguments.data.glob("*.tar"))
     if arguments.output is not None and not arguments.output.parent.is_dir():
         raise FileNotFoundError(f"{arguments.output.parent} is not a folder: make it, or give another --output")
+    if is_shards and arguments.class_names is not None:
+        arguments.refuse("class_names", "be left out where --data holds shards: they are evaluated by retrieval")
+    evals = EvalConfig(
+        zero_shot=None if is_shards else str(arguments.data),
+        zero_shot_names=arguments.class_names,
+        retrieval=str(arguments.data) if is_shards else None,
+        templates=arguments.templates or EvalConfig().templates,
+        batch_size=arguments.batch_size,
+    )
+    read_choices(evals)  # what is wrong with the data is said before anything is loaded
     loaded = load(arguments.checkpoint, arguments.text)
     tower = loaded.tower.to(world.device).eval()
     text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
@@ -80,22 +97,25 @@ def evaluate(arguments: Arguments, world: World) -> None:
             "one it was trained against with --text."
         )
     print(f"text tower {text.name}: {text_tower.recipe}", file=sys.stderr)
-    evals = EvalConfig(
-        zero_shot=None if is_shards else str(arguments.data),
-        retrieval=str(arguments.data) if is_shards else None,
-        templates=arguments.templates or loaded.templates,
-        batch_size=arguments.batch_size,
-    )
+    evals = replace(evals, templates=arguments.templates or loaded.templates)
     suite = EvaluationSuite(text_tower, evals, image_size=tower.image_size, group=world.group)
     autocast = autocast_for(world.device, "auto")
     with torch.no_grad():
         figures = suite.run(lambda images: image_rows(tower, images.to(world.device), autocast))
+    complaints = suite.complaints()
+    if complaints and not arguments.allow_missing:
+        raise ValueError(f"{'; '.join(complaints)}: mend them, or take the figures of the others with --allow-missing")
     if not world.is_main:
         return
+    for complaint in complaints:
+        print(f"warning: {complaint}", file=sys.stderr)
     for name, share in figures.items():
         print(f"{name:28s} {100 * share:6.2f} %")
+    for kind, count in suite.counts().items():
+        print(f"{kind} of {describe_count(count)}")
     results = {
         **figures,
+        "counts": suite.counts(),
         "checkpoint": str(arguments.checkpoint),
         "step": loaded.step,
         "data": str(arguments.data),

@@ -130,7 +130,9 @@ def train(config: Config, world: World) -> None:
     world.barrier()  # no rank writes before the lines of steps that will be repeated are gone
     size = sum(parameter.numel() for parameter in tower.parameters()) / 1e6
     metrics.say(f"{config.model.name}, {size:.1f} M parameters, on {world.world_size} x {device_name(world.device)}")
-    metrics.say(f"{loader.num_samples:,} samples in {config.data.shards}, decoder {config.data.decoder}")
+    for line in loader.sources.describe():
+        metrics.say(line)
+    metrics.say(f"{loader.samples_per_epoch:,} samples an epoch, decoder {config.data.decoder}")
     metrics.say(f"text tower {config.text.name}: {text_tower.recipe}")
     for note in text_tower.notes:
         metrics.say(note)
@@ -186,7 +188,7 @@ def train(config: Config, world: World) -> None:
         if not stopping and (last or is_due(progress.step, config.evals.every)):
             with metrics.paused():
                 figures = evaluate()
-                metrics.log_evaluation(figures)
+                metrics.log_evaluation(figures, evaluations)
 
     loader.close()
     if progress.step == total_steps:
@@ -217,6 +219,7 @@ def write_results(
     run_dir = Path(config.run_dir)
     results = {
         **figures,
+        "counts": evaluations.counts(),
         "chance": evaluations.chance(),
         "images_per_second": progress.samples_seen / progress.train_seconds,
         "wall_seconds": progress.wall_seconds,

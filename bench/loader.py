@@ -142,7 +142,7 @@ def write_shards(folder: Path, samples: int, width: int, height: int, bad: float
 
 def config_of(shards: Shards, options: LoaderOptions, scale: tuple[float, float], decoder: Decoder) -> DataConfig:
     return DataConfig(
-        shards=str(shards.folder),
+        shards=(str(shards.folder),),
         batch_size=options.batch,
         image_size=CROP,
         decoder=decoder,

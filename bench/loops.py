@@ -379,7 +379,7 @@ def batches(setting: StepSetting, case: losses.Case, shards: str | None, workers
         source = decoded_before()
         if shards is not None:
             side = VISION_CONFIGS[setting.tower].image_size
-            config = DataConfig(shards=shards, batch_size=case.b, image_size=side, workers=workers)
+            config = DataConfig(shards=(shards,), batch_size=case.b, image_size=side, workers=workers)
             loader = open_loader(config, rank=0, world_size=1, device=device)
             open_ones.callback(loader.close)
             source = decoded_now(loader)

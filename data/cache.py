@@ -389,6 +389,13 @@ class CachedShards:
     def _open(self, shard: int) -> Lease:
         return self._cache.open(self._remote, self._files[shard])
 
+    def hold(self, shards: Sequence[int]) -> None:
+        """Hold the local copies that there are of these shards."""
+        with self._changed:
+            for shard in shards:
+                if shard not in self._held and (lease := self._cache.hold(self._files[shard])):
+                    self._held[shard] = lease
+
     def expect(self, shards: Sequence[int]) -> None:
         """Fetch these shards, the first ones first, and release the others."""
         with self._changed:
@@ -396,9 +403,7 @@ class CachedShards:
             for shard in [shard for shard in self._held if shard not in self._expected]:
                 del self._held[shard]
             # Local copies are held before anything is fetched, or they might be removed to make room for it.
-            for shard in shards:
-                if shard not in self._held and (lease := self._cache.hold(self._files[shard])):
-                    self._held[shard] = lease
+            self.hold(shards)
             self._queue = deque(shard for shard in shards if shard not in self._held)
             self._changed.notify_all()
             while len(self._threads) < self._fetchers and not self._closed:

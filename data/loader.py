@@ -1,6 +1,7 @@
 """The loader: batches of decoded images and captions, in an order that survives restarts and other world sizes.
 
-A global batch is a function of the shards, the seed and its position; rank r of P makes the r-th contiguous part of it.
+A global batch is a function of the sources (sets of shards with weights, sources.py), the seed and its position; rank r
+of P makes the r-th contiguous part of it.
 Nothing passes between ranks, and the state of a run is one integer with a fingerprint of what it depends on.
 
 A sample is bad when it cannot be read, its image fails the check or the decoder, or its caption is missing or empty.
@@ -25,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -33,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..settings import FREE_ON_RESUME, NOT_EMPTY, RISING, Settings, above, at_least, at_most
+from ..settings import FREE_ON_RESUME, RISING, Settings, above, at_least, at_most
 from .cache import DEFAULT_CACHE_DIR
 from .captions import Fields, caption_draws, caption_id
 from .images import (
@@ -46,10 +48,9 @@ from .images import (
     crop_window,
     decode_image,
 )
-from .index import ShardIndex, open_index, require_fields
+from .index import require_fields
 from .order import EpochOrder, SampleOrder
-from .reader import ShardReader
-from .stored_text import StoredText
+from .sources import Sources, parse_folders, parse_sources
 
 if TYPE_CHECKING:
     from ..models.text import TextTowerDescription
@@ -88,8 +89,10 @@ _ORDER_VERSION = 1
 class DataConfig(Settings, section="data"):
     """The source, order and decoding of the batches."""
 
-    shards: Annotated[str, NOT_EMPTY, FREE_ON_RESUME]
-    """Folder of tar shards with their index (python -m textlock.data.shards), or its URL (s3, gs, https, hf, ...)."""
+    shards: Annotated[tuple[str, ...], FREE_ON_RESUME]
+    """Folder of tar shards with their index (python -m textlock.data.shards), or its URL (s3, gs, https, hf, ...).
+    Several with weights: photos:2,s3://bucket/web:0.5 takes each sample of photos twice in every epoch and each of web
+    in every second epoch."""
     image_fields: Annotated[tuple[str, ...] | None, FREE_ON_RESUME] = None
     """Fields of the image in a sample, the first that is there counts: jpg,jpeg,png,webp. None: as they were indexed;
     others than these are refused, with the command that indexes them."""
@@ -99,8 +102,9 @@ class DataConfig(Settings, section="data"):
     """Global batch: samples a step over all GPUs."""
     image_size: Annotated[int, at_least(1)]
     """Height and width of the images, in pixels."""
-    text_embeddings: Annotated[str | None, FREE_ON_RESUME] = None
-    """Folder of stored text embeddings (python -m textlock.data.embeddings); None encodes captions in every step."""
+    text_embeddings: Annotated[tuple[str, ...] | None, FREE_ON_RESUME] = None
+    """Folder of stored text embeddings (python -m textlock.data.embeddings), one for each of several shards in the same
+    order; None encodes captions in every step."""
     decoder: Literal["auto", "cpu", "dali"] = "auto"
     """Image decoder; auto takes dali on a GPU where it is installed, else cpu."""
     hw_decoder_load: Annotated[float, at_least(0), at_most(1)] = 0.65
@@ -127,8 +131,14 @@ class DataConfig(Settings, section="data"):
     """Remote shards that each rank fetches at a time."""
 
     def __post_init__(self) -> None:
-        """Also refuse fields that no member of a shard has."""
+        """Also refuse sources that are not written as such, and fields that no member of a shard has."""
         super().__post_init__()
+        sets = len(parse_sources(self.shards))
+        if self.text_embeddings is not None and (folders := len(parse_folders(self.text_embeddings))) != sets:
+            raise ValueError(
+                f"--data.text-embeddings names {folders} folders and --data.shards {sets} sets of shards: name one for "
+                "each, in the same order"
+            )
         Fields.parse(self.image_fields, self.caption_fields)
 
     def local_batch(self, world_size: int) -> int:
@@ -233,7 +243,7 @@ _open_loaders: "weakref.WeakSet[Loader]" = weakref.WeakSet()
 def _stop_open_loaders() -> None:
     for loader in list(_open_loaders):
         loader._closed.set()
-        loader._reader.close()
+        loader.sources.close()
 
 
 # At exit the interpreter first has the executors finish all queued tasks, and only then calls what atexit holds: a run
@@ -247,7 +257,7 @@ class Loader:
     def __init__(
         self,
         config: DataConfig,
-        index: ShardIndex,
+        sources: Sources,
         order: SampleOrder,
         *,
         rank: int,
@@ -256,15 +266,12 @@ class Loader:
         skipped_log: Path | None,
         device: torch.device,
         dali: "DaliDecoder | None",
-        stored_text: StoredText | None,
     ) -> None:
-        self.num_samples = order.num_samples
+        self.sources = sources
         self.samples_per_epoch = order.samples_per_epoch
         self.skipped_by_kind: Counter[str] = Counter()
         self._config = config
-        self._index = index
         self._order = order
-        self._reader = ShardReader(index)
         self._part = slice(rank * local_batch, (rank + 1) * local_batch)
         self._position = position
         self._planned = position
@@ -274,7 +281,6 @@ class Loader:
         self._is_only_loader = local_batch == config.batch_size
         self._device = device
         self._dali = dali
-        self._stored_text = stored_text
         self._closed = threading.Event()
         self._workers = ThreadPoolExecutor(config.workers, thread_name_prefix="decode")
         self._feeder = ThreadPoolExecutor(1, thread_name_prefix="feed")
@@ -314,12 +320,13 @@ class Loader:
 
     def state(self) -> dict[str, Any]:
         """Return the state after the batches handed out, for ``open_loader``: JSON-able, the same on every rank."""
-        return {"position": self._position, "fingerprint": _fingerprint(self._config, self._index)}
+        fingerprint = _fingerprint(self._config, self.sources)
+        return {"position": self._position, "fingerprint": fingerprint, "sources": self.sources.addresses}
 
     def close(self) -> None:
         """Stop the threads. Batches in preparation are dropped."""
         self._closed.set()
-        self._reader.close()  # a thread that waits to fetch a shard again would keep the others waiting
+        self.sources.close()  # a thread that waits to fetch a shard again would keep the others waiting
         self._pending.clear()
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._feeder.shutdown(wait=True, cancel_futures=True)
@@ -335,9 +342,9 @@ class Loader:
     def _expect_shards(self) -> None:
         """Have remote shards fetched ahead: from the next batch to the group after the planned ones."""
         groups = self._order.group_of(self._position), self._order.group_of(self._planned)
-        if self._index.remote is not None and groups != self._expected:
+        if self.sources.is_remote and groups != self._expected:
             self._expected = groups
-            self._reader.expect(self._order.shards_from(*groups))
+            self.sources.expect(self._order.shards_from(*groups))
 
     def _next_plan(self) -> _Plan:
         epoch, place = self._order.locate(self._planned)
@@ -392,7 +399,7 @@ class Loader:
         """Make the batch of some slots, on the device; on a GPU inside the stream of the loader."""
         faults = [slot.skipped for slot in slots if slot.skipped is not None]
         text = None
-        if self._stored_text is not None:
+        if self._config.text_embeddings is not None:
             text = torch.from_numpy(np.stack([slot.text for slot in slots if slot.text is not None]))
         ids = torch.tensor([slot.caption_id for slot in slots], dtype=torch.int64)
         ready = None
@@ -430,7 +437,7 @@ class Loader:
             return self._use(sample, draws, choice, decode)
         except BadSample as fault:
             first_fault = fault
-        replacements = self._order.replacements(place)
+        replacements = self._order.replacements(plan.epoch, place)
         for _ in range(_MAX_REPLACEMENTS):
             candidate = int(plan.order.samples(np.array([next(replacements)]))[0])
             try:
@@ -440,8 +447,8 @@ class Loader:
             skipped = _Skipped(
                 epoch=plan.epoch,
                 position=plan.epoch * self.samples_per_epoch + place,
-                shard=self._index.shard_names[self._index.shard_of(sample)],
-                sample=sample,
+                shard=self.sources.shard_name(sample),
+                sample=self.sources.locate(sample)[1],
                 key=first_fault.key,
                 kind=first_fault.kind,
                 message=str(first_fault),
@@ -450,17 +457,17 @@ class Loader:
             return replace(slot, skipped=skipped)
         raise ValueError(
             f"{_MAX_REPLACEMENTS + 1} samples in a row are bad, the first because {first_fault} ({first_fault.kind}): "
-            f"run python -m textlock.data.shards verify {self._config.shards}"
+            f"run python -m textlock.data.shards verify {self.sources.locate(sample)[0].address}"
         )
 
     def _use(self, sample: int, draws: npt.NDArray[np.float64], choice: float, decode: _Decode | None) -> _Slot:
         """Read and check a sample, and decode it unless ``decode`` is None. Raises BadSample."""
-        raw = self._reader.read(sample)
+        raw = self.sources.read(sample)
         config = self._config
         try:
             which, caption = raw.caption(choice)
             identity = caption_id(caption)
-            text = None if self._stored_text is None else self._stored_text.row(sample, which, identity)
+            text = self.sources.text_embedding(sample, which, identity)
             header = check_image(raw.image)
             window = crop_window(header.height, header.width, draws, scale=config.crop_scale, ratio=config.crop_ratio)
             pixels, payload = None, b""
@@ -514,9 +521,10 @@ def require_few_skipped(skipped_by_kind: Mapping[str, int], samples: int, config
     skipped, limit = sum(skipped_by_kind.values()), config.max_skipped_fraction
     if samples >= _MIN_SAMPLES_TO_JUDGE and skipped > limit * samples:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(skipped_by_kind).most_common())
+        verify = [f"python -m textlock.data.shards verify {source.address}" for source in parse_sources(config.shards)]
         raise ValueError(
             f"{skipped} of {samples} samples are bad ({kinds}), more than --data.max-skipped-fraction {limit}: run "
-            f"python -m textlock.data.shards verify {config.shards}, or raise it"
+            f"{' and '.join(verify)}, or raise it"
         )
 
 
@@ -584,24 +592,25 @@ def open_loader(
     device = torch.device(device or "cpu")
     if device.type == "cuda" and device.index is None:  # the current device differs between threads
         device = torch.device("cuda", torch.cuda.current_device())
-    index = open_index(config.shards, cache_dir=config.cache_dir, cache_gb=config.cache_gb, fetchers=config.fetchers)
-    require_fields(index, config.image_fields, config.caption_fields)
-    _check_cache(config, index)
-    order = SampleOrder(
-        index.samples_per_shard, batch_size=config.batch_size, open_shards=config.open_shards, seed=config.seed
+    if config.text_embeddings is not None and text_tower is None:
+        raise ValueError("--data.text-embeddings is set, but open_loader was not told of which text tower they must be")
+    sources = Sources(
+        parse_sources(config.shards),
+        cache_dir=config.cache_dir,
+        cache_gb=config.cache_gb,
+        fetchers=config.fetchers,
+        text_embeddings=None if config.text_embeddings is None else parse_folders(config.text_embeddings),
+        text_tower=text_tower,
     )
-    position = 0 if state is None else _check_state(state, config, index)
-    stored_text = None
-    if config.text_embeddings is not None:
-        if text_tower is None:
-            raise ValueError(
-                "--data.text-embeddings is set, but open_loader was not told of which text tower they must be"
-            )
-        stored_text = StoredText(config.text_embeddings, index, text_tower)
+    for source in sources.opened:
+        require_fields(source.index, config.image_fields, config.caption_fields)
+    _check_cache(config, sources)
+    order = SampleOrder(sources.shares, batch_size=config.batch_size, open_shards=config.open_shards, seed=config.seed)
+    position = 0 if state is None else _check_state(state, config, sources)
     dali = _open_dali(config, device)
     return Loader(
         config,
-        index,
+        sources,
         order,
         rank=rank,
         local_batch=local_batch,
@@ -609,27 +618,31 @@ def open_loader(
         skipped_log=skipped_log,
         device=device,
         dali=dali,
-        stored_text=stored_text,
     )
 
 
-def _check_cache(config: DataConfig, index: ShardIndex) -> None:
+def _check_cache(config: DataConfig, sources: Sources) -> None:
     """Refuse a cache too small for the shards that are read at a time: it would fetch them again and again."""
-    group = sum(sorted(index.samples_per_shard)[: config.open_shards])
+    counts: list[int] = []
+    for source in sources.opened:
+        smallest = sorted(source.index.samples_per_shard)[: config.open_shards]
+        counts += smallest * min(ceil(source.weight), config.open_shards)
+    group = sum(sorted(counts)[: config.open_shards])
     # The batches in preparation may reach across the end of a group.
     groups = 1 - (-config.batch_size * (config.prefetch_batches + 1) // group)
-    least = sum(sorted(index.shard_sizes, reverse=True)[: groups * config.open_shards])
-    if index.remote is not None and round(config.cache_gb * 1e9) < least:
+    remote = [size for source in sources.opened if source.index.remote for size in source.index.shard_sizes]
+    least = sum(sorted(remote, reverse=True)[: groups * config.open_shards])
+    if round(config.cache_gb * 1e9) < least:
         raise ValueError(
             f"--data.cache-gb is {config.cache_gb:g}, must be at least {least / 1e9:.3g}: so much have the shards of "
-            f"{config.shards} that are read at a time, {groups} times --data.open-shards {config.open_shards}"
+            f"{' '.join(config.shards)} that are read at a time, {groups} times --data.open-shards {config.open_shards}"
         )
 
 
-def _fingerprint(config: DataConfig, index: ShardIndex) -> dict[str, Any]:
+def _fingerprint(config: DataConfig, sources: Sources) -> dict[str, Any]:
     """Return everything that decides which pixels and captions come at a position, by name."""
     return {
-        "shards": index.fingerprint,
+        "shards": sources.fingerprint,
         "seed": config.seed,
         "batch_size": config.batch_size,
         "open_shards": config.open_shards,
@@ -640,12 +653,17 @@ def _fingerprint(config: DataConfig, index: ShardIndex) -> dict[str, Any]:
     }
 
 
-def _check_state(state: dict[str, Any], config: DataConfig, index: ShardIndex) -> int:
+def _check_state(state: dict[str, Any], config: DataConfig, sources: Sources) -> int:
     position, then = state.get("position"), state.get("fingerprint")
     if not isinstance(position, int) or position < 0 or not isinstance(then, dict):
         raise ValueError("the loader state has no position and fingerprint: it is not one that a loader has saved")
-    now = _fingerprint(config, index)
-    changed = [f"{name} was {then.get(name)} and is {value}" for name, value in now.items() if then.get(name) != value]
+    now = _fingerprint(config, sources)
+    changed = sources.changes_since(then.get("shards"), state.get("sources"))
+    changed += [
+        f"{name} was {then.get(name)} and is {value}"
+        for name, value in now.items()
+        if name != "shards" and then.get(name) != value
+    ]
     if changed:
         raise ValueError(
             f"the data is not what the state was saved with: {'; '.join(changed)}: restore it, or start a new run"

@@ -4,7 +4,7 @@ Keys and captions are compared with the index: a shard that has changed gives ba
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,12 +54,25 @@ class RawSample:
         return place, self.captions[place]
 
 
-class ShardReader:
-    """Reads samples of an index, from any number of threads, and keeps the last few hundred shards open."""
+def cached_files() -> Callable[[Path], _OpenFile]:
+    """Return a function that opens files and keeps the last few hundred of them open."""
+    return lru_cache(maxsize=_OPEN_FILES)(_OpenFile)
 
-    def __init__(self, index: ShardIndex) -> None:
+
+class ShardReader:
+    """Reads samples of an index, from any number of threads.
+
+    ``open_file`` is what ``cached_files`` returns, where readers share it.
+    """
+
+    def __init__(self, index: ShardIndex, open_file: Callable[[Path], _OpenFile] | None = None) -> None:
         self._index = index
-        self._open_file = lru_cache(maxsize=_OPEN_FILES)(_OpenFile)
+        self._open_file = open_file or cached_files()
+
+    def hold(self, shards: Sequence[int]) -> None:
+        """Keep the local copies that there are of remote shards until the next ``expect``."""
+        if self._index.remote is not None:
+            self._index.remote.hold(shards)
 
     def expect(self, shards: Sequence[int]) -> None:
         """Announce the shards read next, the soonest first: remote ones are fetched ahead, all others released."""

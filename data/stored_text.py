@@ -18,8 +18,9 @@ import os
 import struct
 import weakref
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,12 +152,20 @@ def require_tower(header: StoredHeader, path: Path, tower: "TextTowerDescription
 class StoredText:
     """The stored embeddings of a set of shards, which any number of threads may read.
 
+    ``open_shard`` is what ``cached_shards`` returns, where several sets share it.
+
     Raises:
         FileNotFoundError: the folder does not exist, or a shard has no file in it.
         ValueError: the embeddings are those of another text tower.
     """
 
-    def __init__(self, folder: Path | str, index: ShardIndex, tower: "TextTowerDescription") -> None:
+    def __init__(
+        self,
+        folder: Path | str,
+        index: ShardIndex,
+        tower: "TextTowerDescription",
+        open_shard: "Callable[[StoredText, int], _StoredShard] | None" = None,
+    ) -> None:
         self._folder = Path(folder)
         self._index = index
         self._tower = tower
@@ -170,7 +179,7 @@ class StoredText:
                 f"{len(missing)} of {len(index.shard_names)} shards have no stored text embeddings in {folder}, the "
                 f"first is {missing[0]}: run {COMMAND} again to encode the rest"
             )
-        self._open = lru_cache(maxsize=_OPEN_FILES)(self._open_shard)
+        self._open = partial(open_shard or cached_shards(), self)
         self._open(0)
 
     def row(self, sample: int, which: int, caption: int) -> Float16Array:
@@ -212,6 +221,11 @@ class StoredText:
                 f"{path} has embeddings of {header.captions} captions and {name} has {first[-1]}: run {COMMAND} again"
             )
         return _StoredShard(path, header, first)
+
+
+def cached_shards() -> "Callable[[StoredText, int], _StoredShard]":
+    """Return a function that opens the embeddings of a shard and keeps the last few hundred files open."""
+    return lru_cache(maxsize=_OPEN_FILES)(StoredText._open_shard)
 
 
 class _StoredShard:

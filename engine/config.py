@@ -7,15 +7,15 @@ between sections, and on the processes that run them, are checked here.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 import yaml
 
 from ..data.loader import DataConfig, require_decoder
-from ..evals.suite import EvalConfig
+from ..evals.suite import EvalConfig, read_choices
 from ..models.block import tiers_of
 from ..models.text import TextConfig
 from ..models.vision import ModelConfig
@@ -59,7 +59,7 @@ class Config(Settings):
             self.step.refuse("keep", f"be one of auto, {', '.join(tiers)}, none with --model.block {self.model.block}")
 
     def require_world(self, world: World) -> None:
-        """Raise ValueError, naming the flag, for what these processes, their devices or packages cannot run.
+        """Raise ValueError, naming the flag, for what these processes, their devices, packages or data cannot run.
 
         Nothing is loaded or written for it.
         """
@@ -69,6 +69,7 @@ class Config(Settings):
         require_optimizer(self.optim, world.device, sharded=self.step.sharding == "fsdp")
         require_decoder(self.data)
         require_trackers(self.log.trackers)
+        read_choices(self.evals)
 
 
 def parse_config(arguments: Sequence[str]) -> Config:
@@ -141,9 +142,27 @@ def _flags(tree: dict[str, Any], prefix: str) -> Iterator[str]:
         if isinstance(value, dict):
             yield from _flags(value, f"{flag}.")
         elif isinstance(value, list):
+            for item in value:
+                if isinstance(item, dict):
+                    raise ValueError(
+                        f"{flag} has {item} in the config file: write it without a space after the colon, or in quotes"
+                    )
             yield from (flag, *map(str, value))
-        elif value is not None:  # null leaves the default, which is None wherever None is allowed
+        elif value is not None:
             yield f"{flag}={value}"
+        # null leaves the default, which is None wherever None is allowed; of no field it is refused as an unknown flag.
+        elif flag not in _known_flags(Config):
+            yield flag
+
+
+def _known_flags(kind: type[Settings], prefix: str = "--") -> set[str]:
+    flags = set()
+    hints = get_type_hints(kind)
+    for entry in fields(kind):  # type: ignore[arg-type]  # every subclass is a dataclass
+        hint, flag = hints[entry.name], f"{prefix}{entry.name}".replace("_", "-")
+        is_section = isinstance(hint, type) and issubclass(hint, Settings)
+        flags |= {flag} | (_known_flags(hint, f"{flag}.") if is_section else set())
+    return flags
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ..data.atomic import write_text_atomically
 from ..data.loader import SKIP_KINDS, Batch
+from ..evals.counts import describe_count
+from ..evals.suite import EvaluationSuite
 from ..kernels.device import peak_rate
 from ..models.vision import VisionTower
 from ..settings import Settings, at_least
@@ -211,15 +213,19 @@ class Metrics:
         if self._display is not None:
             self._display.step(self._progress.step, record)
 
-    def log_evaluation(self, figures: Mapping[str, float]) -> None:
-        """Write one object to evaluations.jsonl and show it; without figures nothing."""
+    def log_evaluation(self, figures: Mapping[str, float], evaluations: EvaluationSuite) -> None:
+        """Write the figures of a run of ``evaluations`` to evaluations.jsonl and show them; without figures nothing."""
         if not figures:
             return
         progress = self._progress
         place = {"step": progress.step, "samples_seen": progress.samples_seen, "wall_seconds": progress.wall_seconds}
-        self._write("evaluations.jsonl", {**place, **figures})
+        self._write("evaluations.jsonl", {**place, **figures, "counts": evaluations.counts()})
         shown = "  ".join(f"{name} {100 * value:.1f}%" for name, value in figures.items())
-        self.say(f"step {progress.step}: {shown}")
+        of_what = "; ".join(f"{kind} of {describe_count(count)}" for kind, count in evaluations.counts().items())
+        self.say(f"step {progress.step}: {shown}  ({of_what})")
+        # A run of days does not end for it: the figures and their counts say it, again and again.
+        for complaint in evaluations.complaints():
+            self.say(f"warning: {complaint}")
 
     def close(self) -> None:
         """Flush the trackers and leave the terminal tidy."""

@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..data.atomic import write_text_atomically
+from ..evals.counts import describe_count
 from ..settings import exit_with
 from .charts import ABSENT, AREA, Floats, Record, column, count, evaluation_charts, figure, number, training_charts
 from .gallery import read_answers, read_gallery
@@ -76,6 +77,7 @@ def write_report(run_dir: Path) -> Path:
         training_charts=training_charts(metrics),
         evaluation_charts=evaluation_charts(metrics, evaluations),
         scores=_scores(evaluations, results),
+        counts=_counts(evaluations, results),
         unseen=_bars("zero_shot_unseen", UNSEEN_BARS, evaluations, results),
         renamed=_bars("zero_shot_renamed", RENAMED_BARS, evaluations, results),
         answers=read_answers(run_dir),
@@ -191,6 +193,18 @@ def _scores(evaluations: list[Record], results: Record) -> list[Record]:
             }
         )
     return rows
+
+
+def _counts(evaluations: list[Record], results: Record) -> list[str]:
+    """Return a sentence of each evaluation: what its figures are of."""
+    for record in (results, *reversed(evaluations)):
+        if isinstance(counts := record.get("counts"), dict):
+            return [
+                f"{kind.replace('_', '-')} of {describe_count(count)}"
+                for kind, count in counts.items()
+                if isinstance(count, dict)
+            ]
+    return []
 
 
 def _bars(kind: str, labels: dict[str, str], evaluations: list[Record], results: Record) -> list[Record]:

@@ -9,7 +9,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.captions import caption_id
 from .zero_shot import TILE_ELEMENTS, gather_ragged
 
 
@@ -26,7 +25,7 @@ class RetrievalRows:
     captions: list[str]
     """Text of each row of ``text_rows``."""
     pairs: Tensor
-    """int64 [p, 2]: (image, caption) positions that belong together."""
+    """int64 [p, 2]: (image, caption) positions that belong together, one for each caption of each image."""
 
 
 def retrieval_recall(
@@ -53,9 +52,7 @@ def retrieval_recall(
         raise ValueError(f"text_to_image has {len(text_to_image)} entries for {len(text_rows)} captions")
     if len(text_to_image) and not 0 <= int(text_to_image.min()) <= int(text_to_image.max()) < len(image_rows):
         raise ValueError(f"text_to_image points outside the {len(image_rows)} images")
-    owners = text_to_image.to(image_rows.device)
-    pairs = torch.stack([owners, torch.arange(len(text_rows), device=owners.device)], dim=1)
-    return _recall(image_rows, text_rows, pairs, ks, group=None)
+    return _recall(image_rows, text_rows, text_to_image.to(image_rows.device), ks, group=None)
 
 
 def evaluate_retrieval(
@@ -66,19 +63,17 @@ def evaluate_retrieval(
     ks: Sequence[int] = (1, 5, 10),
     group: dist.ProcessGroup | None = None,
 ) -> tuple[dict[str, float], RetrievalRows]:
-    """Measure retrieval recall over images and their captions, which belong together by their text.
+    """Measure retrieval recall over images and their captions: what clip_benchmark computes on the same set.
 
-    The candidates are the images and the *distinct* captions. A caption of several lines is several captions of its
-    image, as in clip_benchmark's webdatasets; images with the same caption all match it, and an image matches each of
-    its captions. A query is a hit if any match is among the k nearest. For captions that differ this is what
-    clip_benchmark computes. "Same caption" is decided by ``data.captions.caption_id``, as it is for training.
+    Every image counts once, and every caption, that of another image of the same words included: its own image is the
+    one right answer to it. The right answers to an image are its captions.
 
     Args:
         encode_images: uint8 [b, S, S, 3] -> rows [b, d], unit or not.
         encode_text: M texts -> rows [M, d], unit or not; no text gives [0, d].
-        batches: of ``.images``, ``.captions`` and ``.keys``; with a group, this rank's share of them. Shares may differ
-            in size or be empty. Every image counts once. Where rank 0 has the first share, rank 1 the next, and so on,
-            the result is that of one process, ties included.
+        batches: of ``.images``, ``.captions`` (a list for each image) and ``.keys``; with a group, this rank's share of
+            them. Shares may differ in size or be empty. Every image counts once. Where rank 0 has the first share, rank
+            1 the next, and so on, the result is that of one process, ties included.
         ks: numbers of nearest candidates that count.
         group: ranks that share the images (all must call); None for one process.
 
@@ -90,50 +85,29 @@ def evaluate_retrieval(
     """
     image_parts: list[Tensor] = []
     keys: list[str] = []
-    texts: dict[int, str] = {}  # caption id -> text, in order of first appearance
-    pairs: list[tuple[int, int]] = []  # (image, caption id)
+    texts: dict[str, int] = {}  # distinct caption -> its position
+    pairs: list[tuple[int, int]] = []
     with torch.no_grad():
         for batch in batches:
             image_parts.append(F.normalize(encode_images(batch.images).float(), dim=-1))
-            for image, caption in enumerate(batch.captions, start=len(keys)):
-                for text in filter(None, map(str.strip, caption.splitlines())):
-                    identifier = caption_id(text)
-                    texts.setdefault(identifier, text)
-                    pairs.append((image, identifier))
+            for image, captions in enumerate(batch.captions, start=len(keys)):
+                pairs += [(image, texts.setdefault(text, len(texts))) for text in captions]
             keys += batch.keys
-        text_rows = F.normalize(encode_text(list(texts.values())).float(), dim=-1)
+        text_rows = F.normalize(encode_text(list(texts)).float(), dim=-1)
     # A rank without images learns width and device from the text tower.
     image_rows = torch.cat([part.to(text_rows.device) for part in image_parts] or [text_rows[:0]])
-
-    position = {identifier: index for index, identifier in enumerate(texts)}
-    local_pairs = torch.tensor(
-        [(image, position[identifier]) for image, identifier in pairs], dtype=torch.int64, device=text_rows.device
-    ).view(-1, 2)
-    mine = RetrievalRows(image_rows, keys, text_rows, list(texts.values()), local_pairs)
-    ids = torch.tensor(list(texts), dtype=torch.int64, device=text_rows.device)
-    return _recall(*_merge_ranks(mine, ids, group), ks, group), mine
-
-
-def _merge_ranks(mine: RetrievalRows, ids: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and pairs of all ranks, the captions that several ranks hold (equal ``ids`` [m]) merged into the first."""
-    if group is None:
-        return mine.image_rows, mine.text_rows, mine.pairs
-    sizes = torch.tensor([[len(mine.image_rows), len(mine.text_rows)]], device=ids.device)
-    offset = gather_ragged(sizes, group)[: dist.get_rank(group)].sum(dim=0)
-    pairs = gather_ragged(mine.pairs + offset, group)
-    text_rows = gather_ragged(mine.text_rows, group)
-
-    column_of: dict[int, int] = {}
-    columns = [column_of.setdefault(identifier, len(column_of)) for identifier in gather_ragged(ids, group).tolist()]
-    column = torch.tensor(columns, dtype=torch.int64, device=ids.device)
-    first = torch.full((len(column_of),), len(columns), device=ids.device)
-    first.scatter_reduce_(0, column, torch.arange(len(columns), device=ids.device), "amin")
-    pairs[:, 1] = column[pairs[:, 1]]
-    return gather_ragged(mine.image_rows, group), text_rows[first], pairs
+    local_pairs = torch.tensor(pairs, dtype=torch.int64, device=text_rows.device).view(-1, 2)
+    mine = RetrievalRows(image_rows, keys, text_rows, list(texts), local_pairs)
+    owners, text_rows = local_pairs[:, 0], text_rows[local_pairs[:, 1]]
+    if group is not None:
+        images = torch.tensor([len(image_rows)], device=owners.device)
+        owners = gather_ragged(owners + gather_ragged(images, group)[: dist.get_rank(group)].sum(), group)
+        image_rows, text_rows = gather_ragged(image_rows, group), gather_ragged(text_rows, group)
+    return _recall(image_rows, text_rows, owners, ks, group), mine
 
 
 def _recall(
-    image_rows: Tensor, text_rows: Tensor, pairs: Tensor, ks: Sequence[int], group: dist.ProcessGroup | None
+    image_rows: Tensor, text_rows: Tensor, owners: Tensor, ks: Sequence[int], group: dist.ProcessGroup | None
 ) -> dict[str, float]:
     if not len(image_rows) or not len(text_rows):
         raise ValueError(f"retrieval was given {len(image_rows)} images and {len(text_rows)} captions; it needs both")
@@ -142,7 +116,7 @@ def _recall(
         if not_finite:
             raise ValueError(f"{not_finite} of {len(rows)} {kind} rows are not finite; the {kind} encoder has diverged")
 
-    image, text = pairs.unbind(dim=1)
+    image, text = owners, torch.arange(len(text_rows), device=owners.device)
     hits = torch.stack(
         [
             _count_hits(image_rows, text_rows, image * len(text_rows) + text, ks, group),

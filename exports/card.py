@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from ..data.sources import Source, parse_sources
 from ..engine.trained import LoadedTower
+from ..evals.counts import describe_count
 from ..models.vision import IMAGE_MEAN, IMAGE_STD
 from .folder import Exported
 
@@ -136,7 +138,7 @@ def model_card(
         hidden=shape.hidden,
         image_pooling=loaded.tower.pooling,
         projection="" if loaded.tower.projection is None else f", projected to {loaded.tower.embed_dim}",
-        shards=_code(last_part(config.data.shards)),
+        shards=", ".join(map(_source, parse_sources(config.data.shards))),
         samples=loaded.samples_seen,
         steps=loaded.step,
         batch=config.data.batch_size,
@@ -160,6 +162,11 @@ def public_name(described: Mapping[str, Any]) -> str | None:
 def last_part(place: str) -> str:
     """Return the last part of a path or URL: what comes before it is nobody else's business."""
     return PurePosixPath(urlsplit(place).path if "://" in place else place).name or "local"
+
+
+def _source(source: Source) -> str:
+    weight = "" if source.weight == 1 else f", each sample {float(source.weight):g} times an epoch"
+    return _code(last_part(source.address)) + weight
 
 
 def _starting_weights(source: str | None) -> str:
@@ -235,7 +242,7 @@ def _rows(figures: Mapping[str, Any], classes: str | None, pairs: str | None) ->
         kind = next((kind for kind in _KINDS if name.startswith(kind)), "retrieval")
         place = pairs if kind == "retrieval" else classes if kind != "zero_shot_unseen" else None
         counted = [] if place is None else [_code(last_part(place))]
-        counted += list(_counted(counts.get(kind)))
+        counted += [describe_count(counts[kind])] if kind in counts else []
         blind = chance.get(name)
         chance_text = f"{100 * blind:.2f} %" if _is_share(blind) else ""
         yield f"| {name} | {100 * value:.2f} % | {chance_text} | {', '.join(counted) or 'not recorded'} |"
@@ -243,15 +250,6 @@ def _rows(figures: Mapping[str, Any], classes: str | None, pairs: str | None) ->
 
 def _is_share(value: Any) -> TypeGuard[float]:
     return type(value) in (int, float) and 0 <= value <= 1
-
-
-def _counted(counts: Any) -> Iterator[str]:
-    """Yield the numbers of a kind of evaluation in words: ``96 classes``, ``2 skipped (format)``."""
-    for name, value in counts.items() if isinstance(counts, dict) else ():
-        if isinstance(value, dict):
-            yield from (f"{count:,} {name} ({kind})" for kind, count in value.items() if isinstance(count, int))
-        elif isinstance(value, int):
-            yield f"{value:,} {name.replace('_', ' ')}"
 
 
 def _read_object(path: Path) -> dict[str, Any]:

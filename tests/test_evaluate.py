@@ -1,6 +1,7 @@
 """evaluate.py on what train.py and export.py write."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -57,6 +58,38 @@ def test_an_exported_folder_gives_the_same_figures(small_world, trained, tmp_pat
     assert json.loads(figures.read_text())["mean_recall@1"] == pytest.approx(during["mean_recall@1"], abs=1e-9)
 
 
+def test_class_folders_as_they_come(small_world, trained, tmp_path):
+    """Ids for names, other formats, and a class of damaged files."""
+    source, classes, output = small_world.root / "data" / "classes", tmp_path / "classes", tmp_path / "figures.json"
+    names = sorted(path.name for path in source.iterdir())
+    for number, name in enumerate(names):
+        shutil.copytree(source / name, classes / f"n{number:08d}")
+    status, _, err = evaluate(trained, classes)
+    assert status == 2 and "called n00000000 and the like, which no text says: give their names" in err
+    (tmp_path / "names.txt").write_text("".join(name.replace("_", " ") + "\n" for name in names))
+    flags = ("--class-names", tmp_path / "names.txt", "--output", output)
+    status, out, err = evaluate(trained, classes, *flags)
+    assert status == 0, err
+    (during,) = records(trained / "evaluations.jsonl")
+    figures = json.loads(output.read_text())
+    assert figures["zero_shot_top1"] == pytest.approx(during["zero_shot_top1"], abs=1e-9)
+    assert figures["counts"] == {"zero_shot": during["counts"]["zero_shot"]}
+    assert during["counts"]["retrieval"] == {"images": 40, "captions": 40, "skipped": {}}
+    assert f"zero_shot of {len(names)} images, {len(names)} classes\n" in out
+
+    output.unlink()
+    (image,) = (classes / "n00000003").iterdir()
+    image.write_bytes(b"<html>")
+    status, out, err = evaluate(trained, classes, *flags)
+    assert (status, out, output.exists()) == (2, "", False)
+    assert (
+        "error: zero_shot: no image of class n00000003 can be read; zero_shot: 1 of" in err and "--allow-missing" in err
+    )
+    status, out, err = evaluate(trained, classes, *flags, "--allow-missing")
+    assert status == 0 and "warning: zero_shot: no image of class n00000003" in err
+    assert json.loads(output.read_text())["counts"]["zero_shot"]["skipped"] == {"format": 1}
+
+
 def test_bad_input_is_one_sentence(small_world, trained, tmp_path):
     heldout, other = small_world.root / "data" / "heldout", tmp_path / "text"
     captions = (small_world.root / "data" / "captions.txt").read_text().splitlines()
@@ -65,6 +98,7 @@ def test_bad_input_is_one_sentence(small_world, trained, tmp_path):
         ((tmp_path / "nowhere", heldout), "holds no checkpoint"),
         ((trained, tmp_path / "nowhere"), "nowhere is not a folder"),
         ((trained, heldout, "--text", other), "another text tower"),
+        ((trained, heldout, "--class-names", other), "must be left out where --data holds shards"),
     ]:
         status, _, err = evaluate(*arguments)
         assert status == 2 and err.startswith("error: ") and message in err

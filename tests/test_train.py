@@ -294,7 +294,9 @@ def test_a_sharded_run_is_the_replicated_one_and_goes_on_as_such(small_world, tw
 
     for found in (tmp_path / "fsdp", resumed):
         assert_same_losses(found, two_ranks, loss=1e-5, norm=1e-4)
-        assert figures(found) == pytest.approx(figures(two_ranks), rel=1e-5)
+        ours, theirs = figures(found), figures(two_ranks)
+        assert ours.pop("counts") == theirs.pop("counts")
+        assert ours == pytest.approx(theirs, rel=1e-5)
         for name in ("model.safetensors", "trainer.safetensors"):
             own, expected = (load_file(run_dir / "checkpoints/step_00000012" / name) for run_dir in (found, two_ranks))
             torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5)

@@ -155,7 +155,7 @@ def test_images_come_from_shards_when_they_are_given(setting, monkeypatch):
     with bench.batches(setting, case, "data/train", 3) as feed:
         batch = next(feed)
     (config,) = opened
-    assert (config.shards, config.batch_size, config.image_size, config.workers) == ("data/train", 4, 32, 3)
+    assert (config.shards, config.batch_size, config.image_size, config.workers) == (("data/train",), 4, 32, 3)
     assert (batch.images == 7).all() and torch.allclose(batch.text, case.text[:4]) and decoder.closed
 
 

@@ -8,9 +8,9 @@ import torch
 from textlock.data.loader import DataConfig, open_loader
 
 
-def settings(shards, **changes):
+def settings(*shards, **changes):
     base = {"batch_size": 8, "image_size": 16, "decoder": "cpu", "workers": 2, "open_shards": 2}
-    return DataConfig(shards=str(shards), **{**base, **changes})
+    return DataConfig(shards=tuple(map(str, shards)), **{**base, **changes})
 
 
 def open_one(config, *, rank=0, world_size=1, **options):

@@ -70,13 +70,14 @@ def write_shard(folder, members, format=tarfile.USTAR_FORMAT):
     return folder
 
 
-def write_shards(folder, sizes, changes=None):
+def write_shards(folder, sizes, changes=None, *, first=0):
     """Write shards of the given sizes with their index; keys, images and captions are those of the samples' numbers.
 
-    ``changes`` maps sample numbers to the ``fields`` of ``sample`` that are others there.
+    Samples are numbered from ``first``. ``changes`` maps their numbers to the ``fields`` of ``sample`` that are others
+    there.
     """
     folder.mkdir(exist_ok=True)
-    numbers = iter(range(sum(sizes)))
+    numbers = iter(range(first, first + sum(sizes)))
     for shard, size in enumerate(sizes):
         members = []
         for number in islice(numbers, size):

@@ -80,7 +80,7 @@ def rows_of(shards, tower):
 
 
 def settings(shards, **changes):
-    return loading.settings(shards, text_embeddings=str(shards / FOLDER_NAME), **changes)
+    return loading.settings(shards, text_embeddings=(str(shards / FOLDER_NAME),), **changes)
 
 
 def take(config, count, tower, **options):

@@ -9,10 +9,18 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from textlock.data.captions import caption_id
-from textlock.data.evaluation import iterate_class_folder, iterate_shards, list_classes
-from textlock.data.images import crop_and_resize, crop_draws, crop_window, decode_image, eval_image
+from textlock.data.evaluation import iterate_class_folder, iterate_shards, read_class_folders
+from textlock.data.images import (
+    EVALUATION_EXTENSIONS,
+    crop_and_resize,
+    crop_draws,
+    crop_window,
+    decode_image,
+    eval_image,
+)
 from textlock.data.loader import SKIP_KINDS, _slots_of_a_pinned_piece, require_few_skipped
 
 from ..conftest import records
@@ -41,11 +49,15 @@ def bad_shards(tmp_path_factory):
     return write_shards(tmp_path_factory.mktemp("bad") / "shards", [20, 20], changes)
 
 
-def test_a_batch_is_what_the_order_and_the_draws_of_its_places_say(shards):
-    config = settings(shards, seed=7)
+@pytest.mark.parametrize(("more", "epoch_size"), [((), 32), (([6, 2], "2"), 48), (([6, 3], "0.5"), 40)])
+def test_a_batch_is_what_the_order_and_the_draws_of_its_places_say(shards, tmp_path, more, epoch_size):
+    words = [shards]
+    if more:
+        words.append(f"{write_shards(tmp_path / 'more', more[0], first=500)}:{more[1]}")
+    config = settings(*words, seed=7)
     batches = take(config, 8)
     for step, batch in enumerate(batches):
-        epoch, place = divmod(8 * step, 32)
+        epoch, place = divmod(8 * step, epoch_size)
         assert (batch.text_embeddings, batch.epoch, batch.position, batch.skipped) == (None, epoch, 8 * step + 8, 0)
         assert batch.images.shape == (8, 16, 16, 3) and batch.images.dtype == torch.uint8
         assert batch.ids.dtype == torch.int64
@@ -59,7 +71,7 @@ def test_a_batch_is_what_the_order_and_the_draws_of_its_places_say(shards):
             crop_and_resize(whole, window, expected)
             assert torch.equal(image, expected)
     with open_one(config) as loader:
-        assert (loader.num_samples, loader.samples_per_epoch) == (37, 32)
+        assert loader.samples_per_epoch == epoch_size
 
 
 @pytest.mark.gpu
@@ -91,7 +103,7 @@ def test_resume_refuses_other_settings_other_shards_and_broken_states(shards, tm
         ({"crop_scale": (0.5, 1.0)}, {}, "crop_scale was"),
         ({"crop_ratio": (1.0, 1.0)}, {}, "crop_ratio was"),
         ({"open_shards": 1}, {}, "open_shards was 2 and is 1"),
-        ({"shards": str(other)}, {}, r"shards was .* and is"),
+        ({"shards": (str(other),)}, {}, r"shards was .* and is"),
         ({}, {"fingerprint": None}, "no position and fingerprint"),
         ({}, {"position": "8"}, "no position and fingerprint"),
         ({}, {"position": -8}, "no position and fingerprint"),
@@ -185,7 +197,7 @@ def test_the_zoo(zoo, decoder, tmp_path):
         kinds = {at: kind for at, kind in kinds.items() if at not in believed}
     config = settings(folder, batch_size=count, decoder=decoder, prefetch_batches=0)
     (batch,) = take(config, 1, skipped_log=tmp_path / "skipped.jsonl")
-    (clean,) = take(replace(config, shards=str(clean_folder)), 1)
+    (clean,) = take(replace(config, shards=(str(clean_folder),)), 1)
 
     lines = records(tmp_path / "skipped.jsonl")
     assert {line["sample"]: (kinds[line["sample"]][0], line["kind"]) for line in lines} == kinds
@@ -276,7 +288,8 @@ def test_a_run_that_dies_does_not_hang(shards):
 from textlock.data.loader import DataConfig, open_loader
 import textlock.data.loader as module, time
 module.crop_and_resize = lambda image, window, out: time.sleep(0.5)
-config = DataConfig(shards={str(shards)!r}, batch_size=4, image_size=16, decoder="cpu", workers=1, prefetch_batches=50)
+size = dict(batch_size=4, image_size=16, workers=1, prefetch_batches=50)
+config = DataConfig(shards=({str(shards)!r},), decoder="cpu", **size)
 loader = open_loader(config, rank=0, world_size=1)
 next(loader)
 raise SystemExit("the training loop failed")
@@ -290,7 +303,7 @@ raise SystemExit("the training loop failed")
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"batch_size": 38}, {}, "the shards hold 37 samples, fewer than one global batch of 38"),
+        ({"batch_size": 38}, {}, "the shards give 37 samples an epoch, fewer than one global batch of 38"),
         ({}, {"world_size": 3}, "--data.batch-size is 8, must be divisible by the number of processes, 3"),
         ({}, {"rank": 2, "world_size": 2}, "rank 2 is not one of 2 ranks"),
         ({"workers": 0}, {}, "--data.workers is 0, must be at least 1"),
@@ -318,11 +331,11 @@ def test_iterate_shards_gives_every_good_sample_once_and_names_the_bad_ones(bad_
     batches = [batch for share in shares for batch in share]
     good = [number for number in range(40) if number not in BAD]
     assert keys(batches) == [key_of(number) for number in good]
-    assert [caption for batch in batches for caption in batch.captions] == [caption_of(number) for number in good]
-    assert all(len(batch.keys) == len(batch.ids) <= 4 for batch in batches)
+    assert [caption for batch in batches for caption in batch.captions] == [[caption_of(number)] for number in good]
+    assert all(len(batch.keys) == len(batch.images) <= 4 for batch in batches)
     images = torch.stack([eval_image(image_of(number), 16) for number in good])
     assert torch.equal(torch.cat([batch.images for batch in batches]), images)
-    assert sum(batch.skipped for batch in batches) == len(caplog.records) == 5
+    assert sum(sum(batch.skipped_by_kind.values()) for batch in batches) == len(caplog.records) == 5
     for number, record in zip(BAD, caplog.records, strict=True):
         assert f"{key_of(number)}: " in record.getMessage()
     assert batches[-1].position == 40
@@ -342,15 +355,39 @@ def classes(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_class_folder_is_read_once_and_bad_images_are_left_out(classes, world_size, caplog):
     (classes / "dog" / "1.JPEG").write_bytes(b"<html>")
-    assert list_classes(classes) == ["dog", "tabby cat", "zebra"]
+    folders = read_class_folders(classes)
+    assert (folders.classes, folders.left) == (["dog", "tabby_cat", "zebra"], {".txt": 3})
     batches = []
     for rank in range(world_size):
-        batches += iterate_class_folder(classes, 16, batch_size=2, rank=rank, world_size=world_size)
+        batches += iterate_class_folder(folders, 16, batch_size=2, rank=rank, world_size=world_size)
     assert [label for batch in batches for label in batch.labels.tolist()] == [0, 0, 0, 1, 1, 1, 2, 2]
     assert all(len(batch.images) <= 2 for batch in batches)
     images = torch.stack([eval_image(jpeg(number), 16) for number in (0, 2, 3, 0, 1, 2, 0, 1)])
     assert torch.equal(torch.cat([batch.images for batch in batches]), images)
-    assert sum(batch.skipped for batch in batches) == 1 and "dog/1.JPEG" in caplog.text
+    assert sum((Counter(batch.skipped_by_kind) for batch in batches), Counter()) == {"format": 1}
+    assert "dog/1.JPEG" in caplog.text
+
+
+def test_images_of_every_format_and_in_folders_below_are_of_their_class(tmp_path):
+    image = Image.new("RGB", (40, 32), (250, 0, 0))
+    names = ["a.GIF", "b.bmp", "c.TIF", "d.tiff", "e.ppm", "sub/deep/f.pgm", "sub/g.webp", "h.png"]
+    for name in (*names, "x.mat", "sub/y.xml", "sub/README", ".hidden.png", ".cache/z.png"):
+        path = tmp_path / "red" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix[1:].lower() in EVALUATION_EXTENSIONS:
+            kind = {"pgm": "PPM", "tif": "TIFF"}.get(path.suffix[1:].lower())
+            image.convert("L" if path.suffix == ".pgm" else "RGB").save(path, kind)
+        else:
+            path.write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("")
+    (tmp_path / "red" / "loop").symlink_to(tmp_path)
+    folders = read_class_folders(tmp_path)
+    assert [path.relative_to(tmp_path / "red").as_posix() for path, _ in folders.files] == sorted(names)
+    assert folders.left == {".mat": 1, ".xml": 1, "README": 1, ".csv": 1}
+    (batch,) = iterate_class_folder(folders, 16, batch_size=99)
+    assert len(batch.images) == 8 and not batch.skipped_by_kind
+    reds = [path for path, _ in folders.files if path.suffix != ".pgm"]
+    assert (batch.images[:, 8, 8, 0] > 240).sum() == len(reds)
 
 
 @pytest.mark.parametrize("size", [32, 64, 224, 256, 336])

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from textlock.data.evaluation import iterate_shards, read_class_names
+from textlock.data.class_names import read_class_names
+from textlock.data.evaluation import iterate_shards, read_class_folders
 from textlock.data.images import eval_image
 from textlock.demo import scenes
 from textlock.demo.scenes import (
@@ -54,7 +55,8 @@ def digests(folder):
 
 
 def captions_of(shards):
-    return [caption for batch in iterate_shards(str(shards), 32, batch_size=7) for caption in batch.captions]
+    batches = iterate_shards(str(shards), 32, batch_size=7)
+    return [caption for batch in batches for (caption,) in batch.captions]
 
 
 def some_scenes(count, split="train"):
@@ -121,7 +123,9 @@ def test_the_folder_holds_what_training_and_evaluation_read(written):
     training, heldout = captions_of(written / "train"), captions_of(written / "heldout")
     assert (len(training), len(heldout), len(set(heldout))) == (30, 12, 12)
     assert all(GROUND.search(caption) for caption in heldout), "held-out captions are complete"
-    other_names = read_class_names(written / "other_names.json", written / "classes")
+    other_names = read_class_names(
+        written / "other_names.json", read_class_folders(written / "classes").classes, written / "classes"
+    )
     assert len(set(other_names)) == len(CLASS_PAIRS) and {"azure automobile", "ebony mug"} <= set(other_names)
     assert (written / "captions.txt").read_text().splitlines() == sorted(set(training))
 

@@ -56,7 +56,13 @@ def test_null_is_the_default_and_odd_strings_stay_strings(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "key"),
-    [("optim: {learning_rat: 1}", "learning-rat"), ("optim: {lr: 1}", "lr"), ("optimizer: {steps: 1}", "optimizer")],
+    [
+        ("optim: {learning_rat: 1}", "learning-rat"),
+        ("optim: {learning_rat: null}", "learning-rat"),
+        ("optim: {lr: 1}", "lr"),
+        ("optimizer: {steps: 1}", "optimizer"),
+        ("data: {shards: photos:2,web:0.5}", "web:0.5"),  # which YAML reads as a key without a value
+    ],
 )
 def test_an_unknown_key_is_named(text, key, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -70,15 +76,36 @@ def test_an_unknown_key_is_named(text, key, tmp_path, capsys):
         ("a: [", "not valid YAML"),
         ("optim: {steps: 1}\noptim: {steps: 2}", "key 'optim' is there twice"),
         ("- 1\n", "must hold sections"),
+        (
+            "data: {shards: [photos: 2]}",
+            r"--data.shards has \{'photos': 2\} .*: write it without a space after the colon",
+        ),
         (None, "does not exist"),
     ],
-    ids=["broken", "a key twice", "a list", "missing"],
+    ids=["broken", "a key twice", "a list", "a space too much", "missing"],
 )
 def test_bad_files_are_one_sentence(text, message, tmp_path):
     arguments = ["--config", str(tmp_path / "none.yaml")] if text is None else write(tmp_path, text)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         parse_config(arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("photos", ("photos",)),
+        ("'photos:2,web:0.5'", ("photos:2,web:0.5",)),
+        ("[photos:2, web:0.5]", ("photos:2", "web:0.5")),
+        ("['photos: 2', 2024]", ("photos: 2", "2024")),
+    ],
+)
+def test_shards_of_a_file_are_one_text_or_a_list(written, read, tmp_path):
+    config = parse_config([*write(tmp_path, f"data: {{shards: {written}}}"), *FLAGS[:2], *FLAGS[4:]])
+    assert config.data.shards == read
+    (tmp_path / "saved.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert parse_config(["--config", str(tmp_path / "saved.yaml"), "--data.shards", "a:2"]).data.shards == ("a:2",)
 
 
 FREE_ON_RESUME = {
@@ -95,7 +122,7 @@ def test_resuming_asks_for_the_same_result_and_nothing_else():
     sections = ("step.", "evals.", "checkpoint.", "log.")
     assert names.keys() - fixed.keys() == FREE_ON_RESUME | {name for name in names if name.startswith(sections)}
     free = replace(config, run_dir="elsewhere", device="cpu", log=replace(config.log, every=3))
-    free = replace(free, step=replace(free.step, micro_batch=2), data=replace(free.data, shards="moved", workers=2))
+    free = replace(free, step=replace(free.step, micro_batch=2), data=replace(free.data, shards=("moved",), workers=2))
     require_same_run(config, free, Path("runs/x"))
 
     other = replace(config, optim=replace(config.optim, learning_rate=5.0), seed=1)

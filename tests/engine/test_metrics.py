@@ -18,6 +18,10 @@ from textlock.models.vision import build_vision_tower
 
 from .training import MICRO, config_of
 
+EVALUATIONS = SimpleNamespace(
+    counts=lambda: {"zero_shot": {"images": 1200, "classes": 3, "skipped": {}}},
+    complaints=lambda: ["no image of class a"],
+)
 WORLD = World(0, 1, torch.device("cpu"), None)
 
 
@@ -92,10 +96,19 @@ def test_other_ranks_and_evaluations_of_nothing_say_and_write_nothing(tmp_path, 
     progress = Progress()
     metrics = open_metrics(tmp_path, tower, progress, world=World(1, 2, torch.device("cpu"), None))
     metrics.log(finish(metrics, progress, samples_seen=8))
-    metrics.log_evaluation({"zero_shot_top1": 0.5})
+    metrics.log_evaluation({"zero_shot_top1": 0.5}, EVALUATIONS)
     metrics.close()
-    open_metrics(tmp_path, tower, Progress()).log_evaluation({})
+    open_metrics(tmp_path, tower, Progress()).log_evaluation({}, EVALUATIONS)
     assert not list(tmp_path.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_an_evaluation_says_what_it_is_of_and_what_is_wrong_with_it(tmp_path, tower, capsys):
+    metrics = open_metrics(tmp_path, tower, Progress(step=3))
+    metrics.log_evaluation({"zero_shot_top1": 0.5}, EVALUATIONS)
+    (line,) = lines(tmp_path, "evaluations.jsonl")
+    assert (line["zero_shot_top1"], line["counts"]) == (0.5, EVALUATIONS.counts())
+    said = capsys.readouterr().out
+    assert "zero_shot_top1 50.0%  (zero_shot of 1,200 images, 3 classes)\nwarning: no image of class a\n" in said
 
 
 def test_tensorboard_gets_the_same_figures(tmp_path, tower):

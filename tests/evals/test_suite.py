@@ -1,10 +1,13 @@
 """The evaluations of a run on small folders, with encoders whose answers are known."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from textlock.evals.counts import describe_count
 from textlock.evals.suite import EvalConfig, EvaluationSuite
 
 from ..data.tars import sample, write_shard
@@ -94,13 +97,57 @@ def test_the_gallery_shows_images_with_their_nearest_captions(folders):
         assert len(nearest) == 3 and nearest[0][1] > nearest[1][1] >= nearest[2][1]
 
 
+def test_figures_say_what_they_are_of_and_what_was_left_out(folders, tmp_path):
+    made = suite(folders)
+    assert made.counts() == {} and made.complaints() == []
+    made.run(see_colours)
+    assert made.counts() == {
+        "zero_shot": {"images": 3, "classes": 3, "skipped": {}},
+        "zero_shot_unseen": {"images": 1, "classes": 4, "skipped": {}},
+        "retrieval": {"images": 4, "captions": 4, "skipped": {}},
+    }
+    assert made.complaints() == []
+
+    damaged = shutil.copytree(folders / "classes", tmp_path / "classes")
+    (damaged / "red" / "wall.png").write_bytes(b"<html>")
+    (damaged / "green" / "more.png").write_bytes(b"")
+    (damaged / "green" / "more.mat").write_bytes(b"")
+    made = suite(folders, zero_shot=str(damaged), zero_shot_unseen=None, retrieval=None)
+    assert made.run(see_colours)["zero_shot_top1"] == 1.0
+    count = {"images": 2, "classes": 3, "skipped": {"empty": 1, "format": 1}, "left": {".mat": 1}}
+    assert made.counts() == {"zero_shot": count}
+    assert made.complaints() == [
+        "zero_shot: no image of class red can be read",
+        "zero_shot: 2 of 4 images cannot be read (1 empty, 1 format)",
+    ]
+    assert describe_count(count) == (
+        "2 images, 3 classes, without 2 that cannot be read (1 empty, 1 format), "
+        "without 1 of other kinds in the folders (1 .mat)"
+    )
+
+
+def test_names_and_prompts_from_files_are_those_of_the_classes(folders, tmp_path):
+    for name in COLOURS:
+        folder = tmp_path / "classes" / f"n0000000{list(COLOURS).index(name)}"
+        shutil.copytree(folders / "classes" / name, folder)
+    (tmp_path / "names.txt").write_text("red\ngreen\nblue\n")
+    (tmp_path / "prompts.txt").write_text("a {} wall\n{}\n")
+    changes = {"zero_shot": str(tmp_path / "classes"), "zero_shot_unseen": None, "retrieval": None}
+    with pytest.raises(ValueError, match="called n00000000 and the like, which no text says"):
+        suite(folders, **changes)
+    changes |= {"zero_shot_names": str(tmp_path / "names.txt"), "templates": (str(tmp_path / "prompts.txt"),)}
+    assert suite(folders, **changes).run(see_colours)["zero_shot_top1"] == 1.0
+    with pytest.raises(ValueError, match=r"zero-shot-names is 'x', must be left out without --evals.zero-shot"):
+        EvalConfig(zero_shot_names="x")
+
+
 @pytest.mark.parametrize("what", ["zero_shot", "zero_shot_unseen", "retrieval"])
 def test_a_missing_folder_and_an_empty_class_are_said_before_training(folders, tmp_path, what):
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     for folder, of_classes, of_shards in [
         ("nowhere", "no folder", "no folder"),
         ("empty/cat", "no class folders in", r"no \.tar shards in"),
-        ("empty", r"no \.jpg, \.png or \.webp images in .*cat", r"no \.tar shards in"),
+        ("empty", r"no images \(bmp, .*\) in .*cat: add some, or", r"no \.tar shards in"),
     ]:
         with pytest.raises(FileNotFoundError, match=of_shards if what == "retrieval" else of_classes):
             suite(folders, **{what: str(tmp_path / folder)})

@@ -23,7 +23,7 @@ SHARES = {"uneven": 17, "one rank has none": 47, "the other has none": 0}
 def captioned_images():
     images = random_images(47)
     images[20:30] = images[:10]  # ties between ranks
-    return images, [f"caption {n % 31}" if n % 3 else f"caption {n}\nmore {n % 4}" for n in range(47)]
+    return images, [[f"caption {n % 31}"] if n % 3 else [f"caption {n}", f"more {n % 4}"] for n in range(47)]
 
 
 def evaluate(share=slice(None), group=None):

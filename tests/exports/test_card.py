@@ -81,7 +81,11 @@ def test_leads_to_no_place_on_the_machine_of_the_run(tower, tmp_path):
     card = card_of(checkpoint, name=None)
     assert "alice" not in card and "secret" not in card and str(tmp_path) not in card
     assert "a local folder of whoever trained this" in card and "AutoTokenizer" not in card
-    assert "| starting weights | a local file |" in card and "| shards | `train` |" in card and "`birds`" in card
+    assert (
+        "| starting weights | a local file |" in card
+        and "| shards | `train`, `web`, each sample 0.5 times an epoch |" in card
+        and "`birds`" in card
+    )
 
 
 def test_public_names_are_those_of_hub_models():
@@ -105,7 +109,8 @@ def test_shows_the_figures_of_this_checkpoint_with_their_counts(tower, tmp_path)
     write_json(checkpoint.folder / "evaluation.json", {"zero_shot_top1": 0.99, "step": 6, "data": "/x/fish"})
     table = card_of(checkpoint).partition("## Figures\n\n")[2].splitlines()[2:]
     assert table == [
-        "| zero_shot_top1 | 50.00 % | 10.00 % | `birds`, 2,000 images, 10 classes, 3 skipped (format) |",
+        "| zero_shot_top1 | 50.00 % | 10.00 % | `birds`, 2,000 images, 10 classes, "
+        "without 3 that cannot be read (3 format) |",
         "| mean_recall@1 | 25.00 % |  | `held out` |",
         "| zero_shot_top1 | 75.00 % |  | `fish` |",
     ]

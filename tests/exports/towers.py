@@ -51,7 +51,12 @@ def exported(tower, **text):
 
 def loaded(tower, run_dir, *, described=None, **settings):
     """What is read from the seventh step of a run in this folder."""
-    data = {"shards": "/home/alice/secret/train", "batch_size": 16, "image_size": tower.image_size, "workers": 1}
+    data = {
+        "shards": ("/home/alice/secret/train", "s3://secret/web:0.5"),
+        "batch_size": 16,
+        "image_size": tower.image_size,
+        "workers": 1,
+    }
     return LoadedTower(
         tower=tower,
         logit_scale=20.0,
