@@ -22,7 +22,7 @@ from textlock.engine.step import autocast_for, image_rows
 from textlock.engine.trained import load_tower
 from textlock.evals.counts import describe_count
 from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite, read_choices
-from textlock.export import load_exported_tower, read_text_tower
+from textlock.exports.reading import read_exported, text_settings
 from textlock.models.text import TextConfig, make_text_tower
 from textlock.models.vision import VisionTower
 from textlock.settings import Settings, at_least, exit_with
@@ -84,7 +84,7 @@ def evaluate(arguments: Arguments, world: World) -> None:
         batch_size=arguments.batch_size,
     )
     read_choices(evals)  # what is wrong with the data is said before anything is loaded
-    loaded = load(arguments.checkpoint)
+    loaded = load(arguments.checkpoint, arguments.text)
     tower = loaded.tower.to(world.device).eval()
     text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
     text_tower = make_text_tower(text, world.device)
@@ -140,11 +140,12 @@ class Loaded:
     step: int | None
 
 
-def load(checkpoint: Path) -> Loaded:
-    """Read a run folder, one of its checkpoints, or an exported folder."""
+def load(checkpoint: Path, text_name: str | None) -> Loaded:
+    """Read a run folder, one of its checkpoints, or an exported folder, whose text tower may need a name."""
     if (checkpoint / "config.json").is_file():
-        text, text_tower = read_text_tower(checkpoint)
-        return Loaded(load_exported_tower(checkpoint), text, text_tower, EvalConfig().templates, None)
+        exported = read_exported(checkpoint)
+        text = text_settings(exported.text_tower, checkpoint, text_name)
+        return Loaded(exported.tower, text, exported.text_tower, EvalConfig().templates, None)
     found = load_tower(checkpoint)
     return Loaded(found.tower, found.config.text, found.text_tower, found.config.evals.templates, found.step)
 

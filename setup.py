@@ -6,7 +6,7 @@ the distribution of that name that transformers imports; a namespace folder neve
 
 from setuptools import find_namespace_packages, setup
 
-ROOMS = ("kernels*", "models*", "data*", "engine*", "evals*", "demo*", "bench*")
+ROOMS = ("kernels*", "models*", "data*", "engine*", "exports*", "evals*", "demo*", "bench*")
 
 setup(
     package_dir={"textlock": "."},

@@ -63,8 +63,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         ValueError: ``folder`` exists and is not an empty folder.
     """
     folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: remove it, or choose another")
+    require_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft_of(folder)
     shutil.rmtree(draft, ignore_errors=True)
@@ -78,6 +77,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     _sync(folder.parent)
+
+
+def require_free(folder: Path) -> None:
+    """Raise ValueError where there is something that `atomic_folder` would have to replace."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: remove it, or choose another")
 
 
 def _draft_of(path: Path) -> Path:

@@ -16,7 +16,10 @@ class LoadedTower:
     tower: VisionTower
     logit_scale: float
     config: Config
+    folder: Path
+    """The checkpoint: one of the run's checkpoints/step_* folders."""
     step: int
+    samples_seen: int
     text_tower: dict[str, Any]
     """The `TextTowerDescription` of the text tower it was trained against."""
 
@@ -42,4 +45,12 @@ def load_tower(checkpoint: Path) -> LoadedTower:
     require_same_keys(found.model, tower.state_dict(), found.folder / "model.safetensors")
     tower.load_state_dict(found.model)
     scale = float(found.trainer["log_logit_scale"].double().exp())
-    return LoadedTower(tower, scale, config, found.progress.step, found.text_tower)
+    return LoadedTower(
+        tower=tower,
+        logit_scale=scale,
+        config=config,
+        folder=found.folder,
+        step=found.progress.step,
+        samples_seen=found.progress.samples_seen,
+        text_tower=found.text_tower,
+    )

@@ -24,6 +24,11 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="textlock-tests-")
     atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
+# Where transformers keeps the code of the folders that it loads.
+if "HF_MODULES_CACHE" not in os.environ:
+    os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="textlock-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
 ROOT = Path(__file__).parents[1]
 # Towers this small are slower on two threads than on one.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

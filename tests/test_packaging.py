@@ -29,7 +29,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert made.returncode == 0, made.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    rooms = ("kernels", "models", "data", "engine", "evals", "demo", "bench")
+    rooms = ("kernels", "models", "data", "engine", "exports", "evals", "demo", "bench")
     expected = {Path("textlock") / path.relative_to(ROOT) for room in rooms for path in (ROOT / room).glob("*.py")}
     expected |= {
         Path("textlock") / name for name in ("__init__.py", "train.py", "evaluate.py", "export.py", "settings.py")

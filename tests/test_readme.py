@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from textlock.bench.readme import pages
+from textlock.exports.reading import read_exported
 
 from .conftest import ONE_THREAD, ROOT
 
@@ -96,9 +97,7 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
         ran.append(command[1])
     assert ran == [*["-m"] * 6, "train.py", "--nnodes", "evaluate.py", "export.py"]
 
-    from textlock.export import load_exported_tower
-
-    assert load_exported_tower(tmp_path / "exported").embed_dim == 64
+    assert read_exported(tmp_path / "exported").tower.embed_dim == 64
 
 
 def test_the_files_it_names_exist():
