@@ -4,6 +4,7 @@ An image may have several: each line of a text is a caption, as in clip_benchmar
 JSON. What is read is bounded: tokenising a 10 MB caption takes seconds even when the tokenizer keeps 77 tokens.
 """
 
+import codecs
 import hashlib
 import json
 import re
@@ -94,7 +95,7 @@ class Captions(NamedTuple):
 def read_captions(payload: bytes, field: str, *, whole_text: bool = False) -> Captions:
     """Return the captions in ``payload``, which has at most MAX_MEMBER_BYTES + 1 bytes of a member.
 
-    Invalid bytes become U+FFFD and NUL becomes a space, so a caption can always be tokenised and written as JSON.
+    NUL becomes a space, so a caption can always be written as JSON.
 
     Args:
         payload: the first bytes of the member.
@@ -102,7 +103,8 @@ def read_captions(payload: bytes, field: str, *, whole_text: bool = False) -> Ca
         whole_text: as in `Fields`.
 
     Raises:
-        ValueError: the field is one of JSON, and the payload is none or no object, or its key holds no text.
+        ValueError: the payload is not UTF-8; or the field is one of JSON, and the payload is none or no object, or its
+            key holds no text.
     """
     key = field.partition(":")[2]
     too_long = len(payload) > MAX_MEMBER_BYTES
@@ -111,7 +113,7 @@ def read_captions(payload: bytes, field: str, *, whole_text: bool = False) -> Ca
             raise ValueError(f"the JSON has more than {MAX_MEMBER_BYTES:,} bytes")
         texts = _texts_of_json(payload, key)
     else:
-        text = payload[:MAX_MEMBER_BYTES].decode("utf-8-sig", "replace")
+        text = _decode(payload[:MAX_MEMBER_BYTES], is_whole=not too_long)
         texts = [text] if whole_text else text.splitlines()
     found = without_blanks(texts)
     cut = int(too_long)
@@ -123,6 +125,18 @@ def read_captions(payload: bytes, field: str, *, whole_text: bool = False) -> Ca
                 found[place] = encoded[:MAX_CAPTION_BYTES].decode("utf-8", "ignore").strip()
                 cut += 1
     return Captions(found[:MAX_CAPTIONS], cut + max(0, len(found) - MAX_CAPTIONS))
+
+
+def _decode(payload: bytes, *, is_whole: bool) -> str:
+    """Return UTF-8 text; where it is not ``is_whole``, its end may lie inside a character."""
+    inner = payload.strip(b"\0")
+    if inner.count(0) * 3 > len(inner):
+        raise ValueError("more than a third of its bytes are zero: it is UTF-16 or UTF-32, and captions are UTF-8")
+    try:
+        return codecs.utf_8_decode(payload.removeprefix(codecs.BOM_UTF8), "strict", is_whole)[0]
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"it is not UTF-8, as captions are (byte {byte:#04x})") from error
 
 
 def without_blanks(texts: Sequence[str]) -> list[str]:

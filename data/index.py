@@ -23,6 +23,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shlex
 import struct
 from collections import Counter
@@ -61,7 +62,8 @@ _HEADER = struct.Struct("<8sIIQQQ32s32s")
 _TABLE_ENTRY = struct.Struct("<QqQ32sH")
 _MAX_U32 = 2**32 - 1
 _COMMAND = "python -m textlock.data.shards index"
-_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Tars by their names, compressed in one of many ways or with a suffix in capitals.
+_OTHER_TARS = re.compile(r"\.tar\.(gz|bz2|xz|zst|lz4|lzma|lz|br|z|7z)$|\.(tgz|tbz2?|txz|tzst)$|\.tar$", re.IGNORECASE)
 
 
 def hash_key(key: str) -> int:
@@ -214,17 +216,26 @@ def shard_names(folder: Path) -> list[str]:
         # A link to nothing is listed: that a shard cannot be read is said where it is read.
         names = sorted(entry.name for entry in entries if entry.name.endswith(".tar") and not entry.is_dir())
     if not names:
-        compressed = _compressed_tars(folder)
-        what = f": {compressed[0]} is compressed, decompress such files" if compressed else ""
-        raise FileNotFoundError(
-            f"no .tar shards in {folder}{what or ': write some with python -m textlock.data.shards pack'}, or name "
-            "another folder"
-        )
+        others = _unread_tars(folder)
+        what = next((f"{name} {why}" for name, _, why in others), "write some with python -m textlock.data.shards pack")
+        raise FileNotFoundError(f"no .tar shards in {folder}: {what}, or name another folder")
     return names
 
 
-def _compressed_tars(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name.endswith(_COMPRESSED_TARS))
+def _unread_tars(folder: Path) -> list[tuple[str, str, str]]:
+    """Return what looks like shards in a folder and is not read: each name, a kind of problem, why and what to do."""
+    found = []
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if path.is_dir():
+            if os.access(path, os.R_OK) and any(inner.endswith(".tar") for inner in os.listdir(path)):
+                found.append((name, "folder", "is a folder of shards: index it, too, and name both"))
+        elif not name.endswith(".tar") and (match := _OTHER_TARS.search(name)):
+            if match[0].lower() == ".tar":
+                found.append((name, "name", "is no .tar by its name: rename it"))
+            else:
+                found.append((name, "compressed", "is compressed and not read: decompress it"))
+    return found
 
 
 def scan_shard(path: Path, fields: Fields) -> tuple[ShardEntry, ShardContent]:
@@ -371,8 +382,7 @@ def index_shards(
         header = _Header(len(entries), report.samples, len(table), len(facts), fingerprint.digest())
         file.seek(0)
         file.write(header.pack(table + facts))
-    for name in _compressed_tars(folder):
-        report.problems.append(Problem(name, "", "compressed", "it is compressed and not read: decompress it"))
+    report.problems += [Problem(name, "", kind, f"it {why}") for name, kind, why in _unread_tars(folder)]
     return report
 
 

@@ -51,6 +51,7 @@ from .images import (
 from .index import require_fields
 from .order import EpochOrder, SampleOrder
 from .sources import Sources, parse_folders, parse_sources
+from .stored_text import COMMAND
 
 if TYPE_CHECKING:
     from ..models.text import TextTowerDescription
@@ -457,7 +458,7 @@ class Loader:
             return replace(slot, skipped=skipped)
         raise ValueError(
             f"{_MAX_REPLACEMENTS + 1} samples in a row are bad, the first because {first_fault} ({first_fault.kind}): "
-            f"run python -m textlock.data.shards verify {self.sources.locate(sample)[0].address}"
+            f"run {_command_for(first_fault.kind, self.sources.locate(sample)[0].address)}"
         )
 
     def _use(self, sample: int, draws: npt.NDArray[np.float64], choice: float, decode: _Decode | None) -> _Slot:
@@ -522,11 +523,19 @@ def require_few_skipped(skipped_by_kind: Mapping[str, int], samples: int, config
     skipped, limit = sum(skipped_by_kind.values()), config.max_skipped_fraction
     if samples >= _MIN_SAMPLES_TO_JUDGE and skipped > limit * samples:
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(skipped_by_kind).most_common())
-        verify = [f"python -m textlock.data.shards verify {source.address}" for source in parse_sources(config.shards)]
+        worst = max(skipped_by_kind, key=lambda kind: skipped_by_kind[kind])
+        commands = [_command_for(worst, source.address) for source in parse_sources(config.shards)]
         raise ValueError(
             f"{skipped} of {samples} samples are bad ({kinds}), more than --data.max-skipped-fraction {limit}: run "
-            f"{' and '.join(verify)}, or raise it"
+            f"{' and '.join(commands)}, or raise it"
         )
+
+
+def _command_for(kind: str, address: str) -> str:
+    """Return the command that shows the bad samples of a kind, or mends them."""
+    if kind in ("no-embedding", "damaged-embedding"):
+        return f"{COMMAND} {address} again"
+    return f"python -m textlock.data.shards verify {address}"
 
 
 def _slots_of_a_pinned_piece(image_size: int) -> int:

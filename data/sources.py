@@ -172,6 +172,15 @@ class OpenSource:
         """Samples that an epoch takes, on average."""
         return len(self.index) * self.weight
 
+    def describe(self) -> str:
+        """Return what the index counted, and the shards in which it found nothing."""
+        index = self.index
+        said = f"{len(index):,} samples with {index.captions:,} captions in {self.address}"
+        if index.left_out:
+            more = ", ..." if len(index.left_out) > 3 else ""
+            said += f", without {len(index.left_out):,} shards that hold none ({', '.join(index.left_out[:3])}{more})"
+        return said
+
 
 class Sources:
     """The open sources of a run, which any number of threads may read from.
@@ -287,13 +296,13 @@ class Sources:
             source.reader.close()
 
     def describe(self) -> list[str]:
-        """Return lines that say how many samples there are, of several sources or by weights also in an epoch."""
+        """Return lines that say what each source holds, of several sources or by weights also in an epoch."""
+        lines = [source.describe() for source in self.opened]
         if isinstance(self.fingerprint, str):
-            return [f"{len(self.opened[0].index):,} samples in {self.opened[0].address}"]
+            return lines
         return [
-            f"{len(source.index):,} samples in {source.address}, weight {in_words(source.weight)}: "
-            f"{float(source.samples_per_epoch):,.15g} an epoch"
-            for source in self.opened
+            f"{line}; weight {in_words(source.weight)}: {float(source.samples_per_epoch):,.15g} an epoch"
+            for line, source in zip(lines, self.opened, strict=True)
         ]
 
     def changes_since(self, then: Any, addresses: Any) -> list[str]:

@@ -38,6 +38,7 @@ from typing import BinaryIO, NamedTuple
 from .captions import Fields
 
 BLOCK = 512
+NO_FIELD = "(no field)"
 # How files begin that are mistaken for tars, and what undoes it.
 _OTHER_ARCHIVES = {
     b"\x1f\x8b": "it is compressed with gzip: decompress it (gzip -d)",
@@ -285,7 +286,7 @@ class ShardContent(NamedTuple):
     """Those with an image, in the order of their first member."""
     problems: list[Problem]
     left: Counter[str]
-    """How many members have each of the fields that are not read."""
+    """How many members have each of the fields that are not read, or no field: names with no dot or one in front."""
 
 
 def printable(text: str) -> str:
@@ -363,9 +364,9 @@ class _Grouping:
         """Join a member to the sample of its key, or leave it."""
         key, field = split_key(member.name)
         if not self._is_read(field):
-            if key and member.is_file:
-                self._left[field] += 1
-                if self._is_read(field.rpartition(".")[2]):
+            if member.is_file:
+                self._left[field or NO_FIELD] += 1
+                if key and self._is_read(field.rpartition(".")[2]):
                     self._dotted.setdefault(key, []).append(member)
         elif self._may_be_read(key, member):
             self._join(self._samples, key, field, member)

@@ -80,6 +80,11 @@ def test_missing_shards_and_shards_without_an_image_are_named(shards, tmp_path):
     write_tar(shards / "90004.tar", [("a.1.jpg", b"1"), ("a.2.txt", b"1")])
     (shards / "90005.tar").symlink_to("nowhere")
     (shards / "90006.tar.gz").write_bytes(b"")
+    (shards / "90007.tar.lz4").write_bytes(b"")
+    (shards / "90008.TAR").write_bytes(b"")
+    (shards / "more").mkdir()
+    write_tar(shards / "more" / "0.tar", sample("m"))
+    (shards / "notes.tart").write_bytes(b"")
     reasons = (
         "90000.tar (the file ends at byte 0 without an end marker: it was cut short)",
         "90001.tar (it is compressed with gzip: decompress it (gzip -d) and index again)",
@@ -90,8 +95,10 @@ def test_missing_shards_and_shards_without_an_image_are_named(shards, tmp_path):
     )
     report = index_shards(shards, workers=2)
     assert tuple(report.left_out[:-1]) == reasons and "is no file" in report.left_out[-1]
-    kinds = ["tar-truncated", "compressed", "no-image", "dots", "unreadable", "compressed"]
+    kinds = ["tar-truncated", "compressed", "no-image", "dots", "unreadable"]
+    kinds += ["compressed", "compressed", "name", "folder"]
     assert [problem.kind for problem in report.problems] == kinds
+    assert [problem.shard for problem in report.problems[-3:]] == ["90007.tar.lz4", "90008.TAR", "more"]
     assert (report.shards, report.samples) == (3, 7)
     index = open_index(shards)
     assert (len(read_all(shards)), index.samples_per_shard) == (7, [3, 3, 1])
@@ -110,7 +117,7 @@ def test_missing_shards_and_shards_without_an_image_are_named(shards, tmp_path):
     assert reasons[3] in said and "delete" not in said and said.isprintable()
     assert sorted(path.name for path in alone.iterdir()) == ["90003.tar"]
     (alone / "90003.tar").rename(alone / "a.tgz")
-    with pytest.raises(FileNotFoundError, match=r"no \.tar shards in .*: a\.tgz is compressed, decompress such files"):
+    with pytest.raises(FileNotFoundError, match=r"no \.tar shards in .*: a\.tgz is compressed and not read: decomp"):
         index_shards(alone)
 
 
@@ -186,12 +193,14 @@ def test_captions_are_taken_from_the_fields_that_are_named(tmp_path):
         *titled("d", [" "]),
         *sample("e", txt=None, json=b"oops"),
         *sample("f", json=b"{}"),
+        (".g.jpg", b"hidden"),
+        ("README", b"no dot"),
     ]
     shard = write_tar(tmp_path / "0.tar", members)
     fields = Fields(("png", "jpg"), ("json:title", "txt"))
     report = index_shards(tmp_path, fields=fields)
     counts = (report.samples, report.captions, report.with_several, report.without_caption)
-    assert (counts, report.left) == ((6, 5, 1, 2), {"alt.txt": 1})
+    assert (counts, report.left) == ((6, 5, 1, 2), {"alt.txt": 1, "(no field)": 2})
     assert [(p.shard, p.key, p.kind, p.message) for p in report.problems] == [
         (shard.name, "e", "captions", "e.json: it is not JSON"),
     ]

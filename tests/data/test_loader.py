@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from textlock.data.loader import SKIP_KINDS, _slots_of_a_pinned_piece, require_f
 from ..conftest import records
 from .loading import content, keys, open_one, settings, take
 from .tars import caption_of, image_of, jpeg, key_of, write_shards
-from .zoo import DAMAGED, EMPTY_CAPTIONS, GARBAGE_FOR_DALI, GOOD, JPEG, ODD_CAPTIONS, REFUSED
+from .zoo import DAMAGED, GARBAGE_FOR_DALI, GOOD, JPEG, NO_CAPTIONS, ODD_CAPTIONS, REFUSED
 
 # What is bad among forty samples, and of which kind.
 BAD = {
@@ -173,7 +174,7 @@ def zoo(tmp_path_factory):
     """Every kind of bad sample between good ones, and a second set where good ones are in the places of the bad."""
     bad = {f"image: {name}": ({"jpg": payload}, kind) for name, (payload, kind) in REFUSED.items()}
     bad |= {f"damaged: {name}": ({"jpg": payload}, "damaged") for name, payload in DAMAGED.items()}
-    bad |= {f"caption: {name}": ({"txt": caption}, "no-caption") for name, caption in EMPTY_CAPTIONS.items()}
+    bad |= {f"caption: {name}": ({"txt": caption}, "no-caption") for name, caption in NO_CAPTIONS.items()}
     bad |= {"no caption": ({"txt": None}, "no-caption"), "neither": ({"jpg": b"", "txt": None}, "no-caption")}
     odd = [*({"jpg": image} for image in GOOD.values()), *({"txt": caption} for caption in ODD_CAPTIONS.values())]
     names = {2 * number + 1: name for number, name in enumerate(bad)}
@@ -256,6 +257,23 @@ def test_nothing_but_bad_samples(tmp_path):
         pytest.raises(ValueError, match=r"samples in a row are bad, the first because not a JPEG.*shards verify"),
     ):
         next(loader)
+
+
+@pytest.mark.parametrize(
+    ("counts", "command"),
+    [
+        (
+            {"truncated": 3, "no-embedding": 2},
+            "shards verify a and python -m textlock.data.shards verify b",
+        ),
+        ({"truncated": 3, "no-embedding": 9}, "textlock.data.embeddings a again and"),
+        ({"damaged-embedding": 9}, "textlock.data.embeddings a again and"),
+    ],
+)
+def test_the_advice_is_of_what_most_samples_lack(counts, command):
+    """Images that verify finds good may be without embeddings, which it does not read."""
+    with pytest.raises(ValueError, match=re.escape(command)):
+        require_few_skipped(counts, 1000, settings("a", "b", max_skipped_fraction=0.001))
 
 
 def decode_threads():

@@ -145,12 +145,12 @@ def test_a_weight_of_one_changes_nothing():
 
 def test_what_is_said_of_them():
     with open_one(settings("a")) as loader:
-        assert loader.sources.describe() == ["22 samples in a"]
+        assert loader.sources.describe() == ["22 samples with 22 captions in a"]
     with open_one(settings("a:2,b:0.25", "c:1.125")) as loader:
         assert loader.sources.describe() == [
-            "22 samples in a, weight 2: 44 an epoch",
-            "12 samples in b, weight 0.25: 3 an epoch",
-            "20 samples in c, weight 1.125: 22.5 an epoch",
+            "22 samples with 22 captions in a; weight 2: 44 an epoch",
+            "12 samples with 12 captions in b; weight 0.25: 3 an epoch",
+            "20 samples with 20 captions in c; weight 1.125: 22.5 an epoch",
         ]
         assert loader.samples_per_epoch == (44 + 3 + 22) // 8 * 8
         with pytest.raises(

@@ -358,20 +358,20 @@ DAMAGED = {
 }
 GARBAGE_FOR_DALI = ("scan data", "header of a larger image")
 
-# Captions without any text.
-EMPTY_CAPTIONS = {
+# Captions without any text, or in another encoding than UTF-8.
+NO_CAPTIONS = {
     "no bytes": b"",
     "white space": b" \r\n\t ",
     "nul bytes": bytes(10),
     "unicode spaces": "\u3000\u2003\xa0".encode(),
-}
-
-# Captions that look harmful and are used.
-ODD_CAPTIONS = {
     "latin-1": b"caf\xe9",
     "utf-16": "a red bus".encode("utf-16"),
     "a surrogate": b"\xed\xa0\x80x",
     "overlong": b"\xc0\xaf etc",
+}
+
+# Captions that look harmful and are used.
+ODD_CAPTIONS = {
     "byte order mark": b"\xef\xbb\xbfa bus",
     "two megabytes": b"word " * 400_000,
     "control characters": b"\x1b[2Ja\x07\x08 bus",
