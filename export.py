@@ -4,25 +4,28 @@
 
 ``transformers`` holds every tower and brings its own modelling code: ``AutoModel.from_pretrained(folder,
 trust_remote_code=True)``. ``nomic`` is the folder of the released Nomic Embed Vision, for Nomic's own code, and holds
-what that code can compute. Both have a model card, and evaluate.py reads both.
+what that code can compute. ``timm`` is a folder for ``timm.create_model``, with what follows timm's trunk in a file of
+its own. All have a model card, and evaluate.py reads all.
 """
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from textlock.data.atomic import atomic_folder, require_free
 from textlock.engine.trained import LoadedTower, load_tower
-from textlock.exports import nomic_format, transformers_format
+from textlock.exports import nomic_format, timm_format, transformers_format
 from textlock.exports.card import model_card, public_name
 from textlock.exports.check import compare_with_tower
 from textlock.exports.folder import Exported
+from textlock.models.vision import VisionTower
 from textlock.settings import Bound, Settings, exit_with
 
-_FORMATS = {"transformers": transformers_format, "nomic": nomic_format}
+_FORMATS = {"transformers": transformers_format, "nomic": nomic_format, "timm": timm_format}
 
 _HUB_NAME = Bound(
     lambda name: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)), "be a name such as owner/name"
@@ -38,9 +41,10 @@ class ExportConfig(Settings):
     """A run folder, for its newest checkpoint, or one of its checkpoints."""
     output: Path
     """Folder to write; must not exist, or be empty."""
-    format: Literal["transformers", "nomic"] = "transformers"
+    format: Literal["transformers", "nomic", "timm"] = "transformers"
     """transformers: with modelling code of its own, any tower. nomic: for the code of the released Nomic Embed Vision,
-    EVA02 towers with map pooling, no projection and inner channels in multiples of 256."""
+    EVA02 towers with map pooling, no projection and inner channels in multiples of 256. timm: a model of timm, any
+    tower, with map pooling and projection in a file of their own."""
     text_name: Annotated[str | None, _HUB_NAME] = None
     """Hub name of the text tower, where the run named a local folder: the folder then says this name to everybody.
     Without it the text tower is known by its fingerprint alone."""
@@ -76,28 +80,36 @@ def export(loaded: LoadedTower, options: ExportConfig) -> str:
     exported = Exported(loaded.tower, loaded.logit_scale, loaded.text_tower | {"name": name or options.text_name})
     with atomic_folder(options.output) as draft:
         folder_format.write(exported, draft)
-        checked = _check(options.format, draft, loaded)
+        checked = _check(folder_format, draft, loaded)
         card = model_card(
             loaded,
             exported,
-            snippet=folder_format.SNIPPET,
+            snippet=_snippet(folder_format, loaded.tower),
             loaders=folder_format.LOADERS,
             checked=checked,
             license_name=options.license,
+            library="timm" if folder_format is timm_format else "transformers",
         )
         (draft / "README.md").write_bytes(card.encode("utf-8", "replace"))
     return checked
 
 
-def _check(name: str, draft: Path, loaded: LoadedTower) -> str:
-    if name == "nomic":
-        return "The lines above were not run by the export, which never runs code from the hub."
-    difference = compare_with_tower(transformers_format.SNIPPET, draft, loaded.tower)
-    import transformers  # not above: it takes seconds
+def _snippet(folder_format: Any, tower: VisionTower) -> str:
+    """Return the lines of the model card: timm's depend on the pooling."""
+    lines: str = timm_format.snippet(tower) if folder_format is timm_format else folder_format.SNIPPET
+    return lines
 
+
+def _check(folder_format: Any, draft: Path, loaded: LoadedTower) -> str:
+    package = folder_format.RUN_BY
+    if package is None:
+        return "The lines above were not run by the export, which never runs code from the hub."
+    difference = compare_with_tower(
+        _snippet(folder_format, loaded.tower), draft, loaded.tower, package=package, tolerance=folder_format.TOLERANCE
+    )
     return (
-        f"The export ran these lines with transformers {transformers.__version__} on a random image: the embedding "
-        f"differed from that of the trained tower by {difference:.0e} at most."
+        f"The export ran these lines with {package} {version(package)} on a random image: the embedding differed from "
+        f"that of the trained tower by {difference:.0e} at most."
     )
 
 

@@ -86,6 +86,7 @@ def model_card(
     loaders: str,
     checked: str,
     license_name: str | None,
+    library: str = "transformers",
 ) -> str:
     """Return the text of README.md.
 
@@ -96,6 +97,7 @@ def model_card(
         loaders: the software that the snippet needs.
         checked: a sentence: whether the snippet was run, and what it gave.
         license_name: the identifier of a licence for the card's metadata; None leaves it out.
+        library: what loads the folder, as the hub names it.
 
     Raises:
         ValueError: a file of figures next to the checkpoint is damaged.
@@ -103,7 +105,7 @@ def model_card(
     config, shape, described = loaded.config, loaded.tower.config, exported.text_tower
     assert described is not None  # every checkpoint has one
     recipe, name = described["recipe"], described["name"]
-    metadata = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "license": license_name}
+    metadata = {"library_name": library, "pipeline_tag": "image-feature-extraction", "license": license_name}
     after = [*recipe["layers"], *(["LayerNorm without weights, eps 1e-5"] if recipe["layer_norm"] else [])]
     return _CARD.format(
         metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False),
@@ -196,7 +198,7 @@ def _text_code(described: Mapping[str, Any]) -> str:
 With transformers 5, after the lines above:
 
 ```python
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({where})
 encoder = AutoModel.from_pretrained({where}).eval()

@@ -41,16 +41,24 @@ def run_export(tower, tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", ["transformers", "nomic"])
-def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("transformers", "preprocessor_config.json"),
+        ("nomic", "preprocessor_config.json"),
+        ("timm", "head.safetensors"),
+    ],
+)
+def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name, file):
     recipe = {"prefix": "passage: ", "layer_norm": False, "max_length": 16, "layers": ("Dense 32 to 64 Tanh",)}
     described = text_tower.describe("/home/alice/téxt", **recipe)
     status, out, err = run_export("--format", name, "--output", tmp_path / "new" / "out", described=described)
     assert (status, err) == (0, "") and "step 7" in out
     assert os.listdir(tmp_path / "new") == ["out"]
-    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(
-        os.listdir(tmp_path / "new" / "out")
-    )
+    assert {"README.md", "config.json", "model.safetensors", file} <= set(os.listdir(tmp_path / "new" / "out"))
+    card = (tmp_path / "new" / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"library_name: {'timm' if name == 'timm' else 'transformers'}\n" in card
+    assert ("The export ran these lines" in card) == (name != "nomic")
     read = read_exported(tmp_path / "new" / "out")
     assert torch.equal(read.tower(images(tower)), tower(images(tower))) and read.logit_scale == 20.0
     # A local folder has no name that means anything elsewhere: whoever measures says where theirs is.
