@@ -3,9 +3,10 @@
     python export.py --checkpoint runs/demo --format transformers --output exported/
 
 ``transformers`` holds every tower and brings its own modelling code: ``AutoModel.from_pretrained(folder,
-trust_remote_code=True)``. ``nomic`` is the folder of the released Nomic Embed Vision, for Nomic's own code, and holds
-what that code can compute. ``timm`` is a folder for ``timm.create_model``, with what follows timm's trunk in a file of
-its own. All have a model card, and evaluate.py reads all.
+trust_remote_code=True)``. ``onnx`` is that folder with graphs for onnxruntime. ``nomic`` is the folder of the released
+Nomic Embed Vision, for Nomic's own code, and holds what that code can compute. ``timm`` is a folder for
+``timm.create_model``, with what follows timm's trunk in a file of its own. All have a model card, and evaluate.py reads
+all.
 """
 
 import re
@@ -14,18 +15,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from textlock.data.atomic import atomic_folder, require_free
 from textlock.engine.trained import LoadedTower, load_tower
-from textlock.exports import nomic_format, timm_format, transformers_format
+from textlock.exports import nomic_format, onnx_format, timm_format, transformers_format
 from textlock.exports.card import model_card, public_name
 from textlock.exports.check import compare_with_tower
 from textlock.exports.folder import Exported
+from textlock.models.text import TextTower, make_text_tower
 from textlock.models.vision import VisionTower
 from textlock.settings import Bound, Settings, exit_with
 
-_FORMATS = {"transformers": transformers_format, "nomic": nomic_format, "timm": timm_format}
+_FORMATS = {"transformers": transformers_format, "nomic": nomic_format, "onnx": onnx_format, "timm": timm_format}
 
 _HUB_NAME = Bound(
     lambda name: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)), "be a name such as owner/name"
@@ -41,10 +44,20 @@ class ExportConfig(Settings):
     """A run folder, for its newest checkpoint, or one of its checkpoints."""
     output: Path
     """Folder to write; must not exist, or be empty."""
-    format: Literal["transformers", "nomic", "timm"] = "transformers"
-    """transformers: with modelling code of its own, any tower. nomic: for the code of the released Nomic Embed Vision,
-    EVA02 towers with map pooling, no projection and inner channels in multiples of 256. timm: a model of timm, any
-    tower, with map pooling and projection in a file of their own."""
+    format: Literal["transformers", "nomic", "onnx", "timm"] = "transformers"
+    """transformers: with modelling code of its own, any tower. onnx: that folder with a graph for onnxruntime beside
+    the weights. nomic: for the code of the released Nomic Embed Vision, EVA02 towers with map pooling, no projection
+    and inner channels in multiples of 256. timm: a model of timm, any tower, with map pooling and projection in a file
+    of their own."""
+    copy_text: bool = False
+    """onnx: the text tower too, as a graph with its tokenizer."""
+
+    def __post_init__(self) -> None:
+        """Also refuse a text tower that the format has no place for."""
+        super().__post_init__()
+        if self.copy_text and self.format != "onnx":
+            self.refuse("copy_text", "be left out: only --format onnx has a place for the text tower")
+
     text_name: Annotated[str | None, _HUB_NAME] = None
     """Hub name of the text tower, where the run named a local folder: the folder then says this name to everybody.
     Without it the text tower is known by its fingerprint alone."""
@@ -77,9 +90,15 @@ def export(loaded: LoadedTower, options: ExportConfig) -> str:
     name = public_name(loaded.text_tower)
     if name is not None and options.text_name is not None:
         options.refuse("text_name", f"be left out: the run names its text tower by the hub name {name}")
+    text_tower = _text_tower(loaded) if options.copy_text else None
     exported = Exported(loaded.tower, loaded.logit_scale, loaded.text_tower | {"name": name or options.text_name})
     with atomic_folder(options.output) as draft:
         folder_format.write(exported, draft)
+        text_snippet = None
+        if folder_format is onnx_format:
+            text_snippet = "" if text_tower is None else onnx_format.TEXT_SNIPPET
+        if text_tower is not None:
+            onnx_format.write_text(text_tower, draft)
         checked = _check(folder_format, draft, loaded)
         card = model_card(
             loaded,
@@ -88,14 +107,22 @@ def export(loaded: LoadedTower, options: ExportConfig) -> str:
             loaders=folder_format.LOADERS,
             checked=checked,
             license_name=options.license,
+            text_snippet=text_snippet,
             library="timm" if folder_format is timm_format else "transformers",
         )
         (draft / "README.md").write_bytes(card.encode("utf-8", "replace"))
     return checked
 
 
+def _text_tower(loaded: LoadedTower) -> TextTower:
+    text_tower = make_text_tower(loaded.config.text, torch.device("cpu"))
+    if difference := text_tower.describe().difference_from(loaded.text_tower):
+        raise ValueError(f"--copy-text: {loaded.config.text.name} is not the text tower of the run: {difference}")
+    return text_tower
+
+
 def _snippet(folder_format: Any, tower: VisionTower) -> str:
-    """Return the lines of the model card: timm's depend on the pooling."""
+    """Return the lines of the model card: timm's depend on the tower."""
     lines: str = timm_format.snippet(tower) if folder_format is timm_format else folder_format.SNIPPET
     return lines
 

@@ -80,6 +80,16 @@ def write(exported: Exported, folder: Path) -> None:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
 
 
+def build(tower: VisionTower) -> Any:
+    """Return the tower as the folder's own code computes it, a ``TextlockVisionModel``."""
+    from .configuration_textlock import TextlockVisionConfig  # not above: transformers takes seconds
+    from .modeling_textlock import TextlockVisionModel
+
+    model = TextlockVisionModel(TextlockVisionConfig(**shape_fields(tower)))
+    model.load_state_dict(tower.state_dict())
+    return model.eval()
+
+
 def shape_fields(tower: VisionTower) -> dict[str, Any]:
     """Return the fields that say what the tower computes; `read` builds it from them."""
     return {theirs: getattr(tower.config, ours) for ours, theirs in _FIELDS.items()} | {
