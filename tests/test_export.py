@@ -10,13 +10,14 @@ from safetensors import SafetensorError
 
 from textlock import export
 from textlock.demo.text_tower import write_random_text_tower
-from textlock.exports import folder, onnx_format, transformers_format
+from textlock.exports import folder, onnx_format, open_clip_format, transformers_format
 from textlock.exports.reading import read_exported, text_settings
 from textlock.models.text import TextConfig, build_text_tower
 
 from . import text_tower
 from .commands import run_here
 from .exports.towers import images, loaded, random_tower
+from .models.text_folders import write_encoder, write_sentence_folder
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_onnx_takes_the_text_tower_along(run_export, tmp_path, monkeypatch):
     flags = ("--format", "onnx", "--copy-text", "--output", tmp_path / "out")
     monkeypatch.setattr(export, "make_text_tower", lambda config, device: text)
     status, _, err = run_export(*flags)
-    assert status == 2 and "--copy-text: " in err and "is not the text tower of the run: " in err
+    assert status == 2 and "is no longer the text tower of the run: " in err
     assert not (tmp_path / "out").exists()
 
     status, out, err = run_export(*flags, described=text.describe())
@@ -116,6 +117,32 @@ def test_onnx_takes_the_text_tower_along(run_export, tmp_path, monkeypatch):
     assert onnx_format.SNIPPET in card and onnx_format.TEXT_SNIPPET in card and "AutoTokenizer" not in card
     status, _, err = run_export("--copy-text", "--output", tmp_path / "other")
     assert status == 2 and "--copy-text is True, must be left out: only --format onnx" in " ".join(err.split())
+
+
+def test_open_clip_needs_both_towers_and_names_the_text_tower_alone(tower, run_export, tmp_path, monkeypatch):
+    pytest.importorskip("open_clip")
+    encoder = write_encoder(tmp_path / "encoder", "bert")
+    text = build_text_tower(write_sentence_folder(tmp_path / "text", encoder), prefix="two dogs: ", max_length=12)
+    monkeypatch.setattr(export, "make_text_tower", lambda config, device: text)
+    flags = ("--format", "open_clip", "--output", tmp_path / "out")
+    status, _, err = run_export(*flags, described=text.describe())
+    assert status == 2 and "open_clip cannot hold this tower: its MLPs are SwiGLU" in err
+    vit = loaded(
+        random_tower("vit_base_patch16_224", "cls", text.embed_dim), tmp_path / "run", described=text.describe()
+    )
+    monkeypatch.setattr(export, "load_tower", lambda path: vit)
+    monkeypatch.setattr("sys.argv", ["export.py", "--checkpoint", "runs/x", *map(str, flags)])
+    with pytest.raises(SystemExit):
+        export.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("sys.argv", ["export.py", "--checkpoint", "runs/x", *map(str, flags), "--text-name", "me/text"])
+    export.main()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert open_clip_format.SNIPPET in card and "library_name: open_clip\n" in card and "with open_clip 3" in card
+    text_cfg = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    assert text_cfg["hf_model_name"] == "me/text"
+    place = str(tmp_path).encode()
+    assert all(place not in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
 def fail_to_save(*arguments, **names):
