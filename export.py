@@ -5,8 +5,8 @@
 ``transformers`` holds every tower and brings its own modelling code: ``AutoModel.from_pretrained(folder,
 trust_remote_code=True)``. ``onnx`` is that folder with graphs for onnxruntime. ``nomic`` is the folder of the released
 Nomic Embed Vision, for Nomic's own code, and holds what that code can compute. ``timm`` is a folder for
-``timm.create_model``, with what follows timm's trunk in a file of its own; ``open_clip`` the folder of ``transformers``
-with a CLIP of both towers. All have a model card, and evaluate.py reads all.
+``timm.create_model``, with what follows timm's trunk in a file of its own; ``open_clip`` a CLIP of both towers. All
+have a model card, and evaluate.py reads all.
 """
 
 import re
@@ -55,7 +55,7 @@ class ExportConfig(Settings):
     """transformers: with modelling code of its own, any tower. onnx: that folder with a graph for onnxruntime beside
     the weights. nomic: for the code of the released Nomic Embed Vision, EVA02 towers with map pooling, no projection
     and inner channels in multiples of 256. timm: a model of timm, any tower, with map pooling and projection in a file
-    of their own. open_clip: the transformers folder with a CLIP of image and text tower beside it: ViTs with class
+    of their own. open_clip: a CLIP of image and text tower: ViTs with class
     token, cls or mean pooling; text towers of BERT's kind, mean or cls, without layers behind."""
     copy_text: bool = False
     """onnx: the text tower too, as a graph with its tokenizer."""

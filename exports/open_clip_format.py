@@ -1,4 +1,4 @@
-"""Format ``open_clip``: the folder of ``transformers`` with a CLIP of both towers beside it, for open_clip.
+"""Format ``open_clip``: a CLIP of both towers for open_clip, with the image tower of this project beside it.
 
 open_clip_model.safetensors and open_clip_config.json are a ``CustomTextCLIP``: open_clip's own VisionTransformer, which
 has no EVA02, no RoPE, no registers and no such attention pooling, and its adapter for text encoders of transformers,
@@ -6,8 +6,9 @@ which pools by mean or class token, without layers behind. The text weights are 
 not, open_clip asks the hub for it by name. The tokenizer puts the prefix in front of every text but an
 empty one, which tokenizers has no normaliser for.
 
-A patch bias, which that VisionTransformer does not have, is in the positions of the patches. Read back by the weights
-of ``transformers``, which are kept to the bit.
+A patch bias, which that VisionTransformer does not have, is in the positions of the patches; model.safetensors and
+config.json keep the tower to the bit, and are what is read back. transformers, by which open_clip loads the tokenizer,
+would ask whether to run code if config.json named any, so there is none.
 """
 
 import importlib.util
@@ -26,10 +27,11 @@ from ..models.text import TextTower
 from ..models.text_folder import first_line, local_folder
 from ..models.vision import IMAGE_MEAN, IMAGE_STD, VisionTower
 from . import transformers_format
-from .folder import Exported, write_json, write_weights
+from .folder import CONFIG, Exported, write_json, write_weights
 
-WEIGHTS: Final = "open_clip_model.safetensors"
-CONFIG: Final = "open_clip_config.json"
+MODEL_TYPE: Final = "textlock_open_clip"
+MODEL: Final = "open_clip_model.safetensors"
+MODEL_CONFIG: Final = "open_clip_config.json"
 LOADERS: Final = "open_clip 3 or later (open-clip-torch), with transformers"
 TOLERANCE: Final = 1e-5
 
@@ -95,11 +97,22 @@ def require_text(described: Mapping[str, Any]) -> None:
 
 
 def write(exported: Exported, folder: Path) -> None:
-    """Write the folder of ``transformers`` into an existing folder; `write_model` does the rest.
+    """Write what is read back into an existing folder; `write_model` does the rest.
 
     Raises OSError when a file cannot be written.
     """
-    transformers_format.write(exported, folder)
+    fields = transformers_format.shape_fields(exported.tower) | {
+        "logit_scale": exported.logit_scale,
+        "model_type": MODEL_TYPE,
+        "text_tower": exported.text_tower,
+    }
+    write_weights(folder, exported.tower.state_dict())
+    write_json(folder / CONFIG, fields)
+
+
+def read(folder: Path, fields: Mapping[str, Any]) -> VisionTower:
+    """Read the image tower of a folder whose config.json has these fields, as that of ``transformers`` is read."""
+    return transformers_format.read(folder, fields)
 
 
 def write_model(exported: Exported, text: TextTower, folder: Path) -> tuple[float, float]:
@@ -148,7 +161,7 @@ def write_model(exported: Exported, text: TextTower, folder: Path) -> tuple[floa
         raise
     except Exception as error:  # whatever open_clip and transformers raise of an encoder that they cannot hold
         raise ValueError(f"open_clip cannot hold these towers: {first_line(error)}") from error
-    write_weights(folder, model.state_dict(), name=WEIGHTS)
+    write_weights(folder, model.state_dict(), name=MODEL)
     preprocessing = {
         "interpolation": "bicubic",
         "mean": list(IMAGE_MEAN),
@@ -157,7 +170,9 @@ def write_model(exported: Exported, text: TextTower, folder: Path) -> tuple[floa
         "size": tower.image_size,
         "std": list(IMAGE_STD),
     }
-    write_json(folder / CONFIG, {"model_cfg": configuration | {"custom_text": True}, "preprocess_cfg": preprocessing})
+    write_json(
+        folder / MODEL_CONFIG, {"model_cfg": configuration | {"custom_text": True}, "preprocess_cfg": preprocessing}
+    )
     _write_tokenizer(text, folder)
     return _compare(tower, text, folder, local)
 
