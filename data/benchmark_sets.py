@@ -35,10 +35,10 @@ from .tar import Problem, TarMember, TarSample, printable, read_samples
 SetKind = Literal["classification", "multilabel", "retrieval"]
 
 SPLIT = "test"
-_COUNT = f"{SPLIT}/nshards.txt"
+COUNT_FILE = f"{SPLIT}/nshards.txt"
 _CLASSES = "classnames.txt"
 _TEMPLATES = "zeroshot_classification_templates.txt"
-_TYPE = "dataset_type.txt"
+TYPE_FILE = "dataset_type.txt"
 # The first of these that a sample has is its image, as there.
 _IMAGES = ("webp", "png", "jpg", "jpeg")
 _FIELDS: dict[SetKind, Fields] = {
@@ -122,19 +122,19 @@ def read_layout(folder: Path) -> SetLayout:
         FileNotFoundError: a file of the layout is missing.
         ValueError: a file says something else than it must.
     """
-    text = _read_text(folder / _COUNT)
+    text = _read_text(folder / COUNT_FILE)
     if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(f"{folder / _COUNT} holds {text.strip()[:20]!r}: it must hold the number of shards")
+        raise ValueError(f"{folder / COUNT_FILE} holds {text.strip()[:20]!r}: it must hold the number of shards")
     shards = [folder / SPLIT / f"{number}.tar" for number in range(int(text))]
     for path in shards:
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {_COUNT} says that there are {len(shards)} shards")
+            raise FileNotFoundError(f"{path} is missing: {COUNT_FILE} says that there are {len(shards)} shards")
     kind = "classification"
-    if (folder / _TYPE).exists():
-        kind = _read_text(folder / _TYPE).strip().lower()
+    if (folder / TYPE_FILE).exists():
+        kind = _read_text(folder / TYPE_FILE).strip().lower()
         if kind not in get_args(SetKind):
             raise ValueError(
-                f"{folder / _TYPE} holds {kind[:20]!r}: it must hold one of {', '.join(get_args(SetKind))}"
+                f"{folder / TYPE_FILE} holds {kind[:20]!r}: it must hold one of {', '.join(get_args(SetKind))}"
             )
     if kind == "retrieval":
         return SetLayout(folder, "retrieval", shards, (), ())
