@@ -11,10 +11,10 @@ suite as its authors do.
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,9 @@ from textlock.exports.reading import read_exported, text_settings
 from textlock.models.text import TextConfig, TextTower, make_text_tower
 from textlock.models.vision import VisionTower
 from textlock.settings import Settings, at_least, exit_with
+
+if TYPE_CHECKING:
+    from textlock.evals.mteb import MtebEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ def evaluate(arguments: Arguments, world: World) -> None:
         batch_size=arguments.batch_size,
     )
     read_choices(evals)  # what is wrong with the data is said before anything is loaded
-    loaded, text_tower, encode_images = load_towers(arguments, world)
+    loaded, text_tower, encode_images = load_towers(arguments.checkpoint, arguments.text, world.device)
     evals = replace(evals, templates=arguments.templates or loaded.templates)
     suite = EvaluationSuite(text_tower, evals, image_size=loaded.tower.image_size, group=world.group)
     with torch.no_grad():
@@ -135,7 +138,7 @@ def evaluate_suite(arguments: Arguments, world: World) -> None:
             arguments.refuse(name, "be left out with --suite: each set has a file of its own")
     suite = SUITES[arguments.suite]
     run = SuiteRun(suite, find_sets(suite, arguments.data), arguments.allow_missing)
-    loaded, text_tower, encode_images = load_towers(arguments, world)
+    loaded, text_tower, encode_images = load_towers(arguments.checkpoint, arguments.text, world.device)
     output = arguments.output or arguments.checkpoint / f"evaluation-{arguments.suite}.json"
     identity = {
         "suite": arguments.suite,
@@ -201,27 +204,78 @@ def facts_of(arguments: Arguments, loaded: "Loaded", world: World) -> dict[str, 
     }
 
 
-def load_towers(arguments: Arguments, world: World) -> tuple["Loaded", TextTower, EncodeImages]:
-    """Load both towers on the device; the third value encodes uint8 images [b, S, S, 3] as unit rows [b, d].
+def load_towers(
+    checkpoint: Path, text_name: str | None, device: torch.device
+) -> tuple["Loaded", TextTower, EncodeImages]:
+    """Load both towers on a device; the third value encodes uint8 images [b, S, S, 3] as unit rows [b, d].
 
     Raises:
         ValueError: the text tower is another one than the image tower was trained against.
     """
-    loaded = load(arguments.checkpoint, arguments.text)
-    tower = loaded.tower.to(world.device).eval()
-    text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
-    text_tower = make_text_tower(text, world.device)
+    loaded = load(checkpoint, text_name)
+    tower = loaded.tower.to(device).eval()
+    text = loaded.text if text_name is None else replace(loaded.text, name=text_name)
+    text_tower = make_text_tower(text, device)
     difference = text_tower.describe().difference_from(loaded.text_tower) if loaded.text_tower else None
     if text_tower.embed_dim != tower.embed_dim:
         difference = f"its embeddings have {text_tower.embed_dim} dimensions and those of images {tower.embed_dim}"
     if difference:
         raise ValueError(
-            f"{arguments.checkpoint} was trained against another text tower than {text.name}: {difference}. Give the "
+            f"{checkpoint} was trained against another text tower than {text.name}: {difference}. Give the "
             "one it was trained against with --text."
         )
     print(f"text tower {text.name}: {text_tower.recipe}", file=sys.stderr)
-    autocast = autocast_for(world.device, "auto")
-    return loaded, text_tower, lambda images: image_rows(tower, images.to(world.device), autocast)
+    autocast = autocast_for(device, "auto")
+    return loaded, text_tower, lambda images: image_rows(tower, images.to(device), autocast)
+
+
+def mteb_encoder(
+    checkpoint: Path | str,
+    *,
+    text: str | None = None,
+    prompts: Mapping[str, str] | None = None,
+    max_length: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> "MtebEncoder":
+    """Return both towers as an encoder for ``mteb.evaluate``.
+
+    Args:
+        checkpoint: as ``--checkpoint``.
+        text: as ``--text``.
+        prompts: prefixes of texts, by the names that mteb gives prompts: query, document, a type of task, or a task.
+            All others have the prefix of captions in training. Nomic Embed Text's are search_query, search_document,
+            clustering and classification, each with a colon and a space.
+        max_length: tokens that are read of a text. None: those of captions in training.
+        device: as ``--device``.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint or text tower.
+        ValueError: mteb is not installed, or has no such prompts; or the text tower is another one than the image tower
+            was trained against.
+    """
+    try:
+        from textlock.evals.mteb import MtebEncoder
+    except ImportError as error:
+        raise ValueError('mteb is not installed: pip install "textlock[mteb]"') from error
+    here = join_world(device).device
+    loaded, text_tower, encode_images = load_towers(Path(checkpoint), text, here)
+    if max_length is not None:
+        text_tower = make_text_tower(replace(text_tower.config, max_length=max_length), here)
+    by_prefix = {text_tower.recipe.prefix: text_tower}
+    for prefix in (prompts or {}).values():
+        if prefix not in by_prefix:
+            by_prefix[prefix] = make_text_tower(replace(text_tower.config, prefix=prefix), here)
+    prompted = {name: by_prefix[prefix] for name, prefix in (prompts or {}).items()}
+    parts = [fingerprint(loaded.tower), text_tower.fingerprint()]
+    parts += [f"{name} {tower.fingerprint()}" for name, tower in sorted(prompted.items())]
+    return MtebEncoder(
+        encode_images,
+        text_tower,
+        loaded.tower.image_size,
+        name=f"textlock/{Path(checkpoint).resolve().name}",
+        revision=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+        prompted=prompted,
+    )
 
 
 @dataclass(frozen=True)

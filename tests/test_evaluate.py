@@ -3,11 +3,18 @@
 import json
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
+from textlock.data.images import eval_image
 from textlock.demo.text_tower import write_random_text_tower
+from textlock.engine.trained import load_tower
+from textlock.evaluate import mteb_encoder
+from textlock.models.text import build_text_tower
 
 from .commands import run_here
 from .conftest import records, run, torchrun
@@ -165,6 +172,7 @@ def test_a_suite_goes_on_where_it_was_stopped(trained, sets, tmp_path):
     assert status == 2 and "no figure of mnist" in err
 
 
+@pytest.mark.slow
 def test_a_suite_on_two_ranks_gives_the_figures_of_one(trained, sets, tmp_path):
     shutil.rmtree(sets / "wds_wilds-fmow_test")
     one, two = tmp_path / "one.json", tmp_path / "two.json"
@@ -207,3 +215,34 @@ def test_bad_input_of_a_suite_is_one_sentence_before_anything_is_loaded(trained,
         assert len(err.splitlines()) == 1
     status, _, err = evaluate_suite(trained, sets, suite="imagenet")
     assert status == 2 and "datacomp" in err and "clip-benchmark" in err
+
+
+def test_both_towers_as_an_encoder_of_mteb(small_world, trained):
+    pytest.importorskip("mteb")
+    encoder = mteb_encoder(trained, device="cpu")
+    assert encoder.mteb_model_meta.name == "textlock/run"
+    tower = build_text_tower(small_world.root / "text")
+    task = SimpleNamespace(name="any", type="STS", modalities=["text"])
+    texts = [{"text": ["a red circle", "two blue stars"]}]
+    assert torch.allclose(encoder.encode(texts, task_metadata=task), tower.encode(texts[0]["text"]), atol=1e-6)
+    picture = next((small_world.root / "data" / "classes").glob("*/*.jpg"))
+    image = load_tower(trained).tower.eval()(eval_image(picture.read_bytes(), 32)[None])
+    rows = encoder.encode([{"image": [Image.open(picture)]}], task_metadata=task)
+    assert torch.allclose(rows, torch.nn.functional.normalize(image.detach(), dim=-1), atol=1e-5)
+
+    # What decides the figures decides under which name mteb keeps them.
+    others = [mteb_encoder(trained, device="cpu", **{key: value}) for key, value in (
+        ("prompts", {"query": "red: "}), ("prompts", {"document": "red: "}), ("max_length", 9)
+    )]  # fmt: skip
+    assert len({it.mteb_model_meta.revision for it in (encoder, *others)}) == 4
+    assert mteb_encoder(trained, device="cpu").mteb_model_meta.revision == encoder.mteb_model_meta.revision
+    prefixed = build_text_tower(small_world.root / "text", prefix="red: ").encode(texts[0]["text"])
+    rows = others[0].encode(texts, task_metadata=task, prompt_type=SimpleNamespace(value="query"))
+    assert torch.allclose(rows, prefixed, atol=1e-6)
+    assert others[2].mteb_model_meta.max_tokens == 9
+
+
+def test_without_mteb_one_sentence_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "textlock.evals.mteb", None)
+    with pytest.raises(ValueError, match=r'^mteb is not installed: pip install "textlock\[mteb\]"$'):
+        mteb_encoder("nowhere")
