@@ -82,7 +82,7 @@ def train(config: Config, world: World) -> None:
         tower.to(world.device)
     dtype = text_dtype(world.device)
     objective = Objective(config.loss, texts=batch_size, width=text_tower.embed_dim, dtype=dtype, device=world.device)
-    optimizer = build_optimizer(tower, objective, config.optim)
+    optimizer = build_optimizer(tower, objective, config.optim, world_size=world.world_size)
     gradients = build_gradients(tower, objective, world.group if sharded else None)
     if checkpoint:
         checkpoint.require_text_tower(described_text)

@@ -166,7 +166,8 @@ class ModelConfig(Settings, section="model"):
     pooling: Pooling = "map"
     """How tokens become one embedding: the class token, the mean of the patches, or attention pooling."""
     weights: str | None = None
-    """Starting weights: a .safetensors file, a folder, a hub name, or None for random ones."""
+    """Starting weights: a .safetensors file, a folder, a hub name, or None for random ones. Other files, patches and
+    resolutions: python -m textlock.engine.starting_weights."""
     block: Annotated[Implementation, FREE_ON_RESUME] = "fused"
     """How the transformer blocks run: with this project's kernels (on a CPU, their references in torch); with torch's
     own operations; or with these under torch.compile, for GPUs that the kernels do not run on."""

@@ -4,7 +4,8 @@ Every format differs from ours only in names and in how tensors are packed: a te
 more of theirs, one after another. A `KeyMap` says which, and one function each applies it forwards and backwards. A
 key that is missing or left over is always an error that names it.
 
-Formats: ours, timm's Eva and VisionTransformer, and the released Nomic Embed Vision. Only safetensors files are read.
+Formats: ours, timm's Eva and VisionTransformer, and the released Nomic Embed Vision. Only safetensors files are read;
+engine/starting_weights.py makes them of others.
 """
 
 import re
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 # Our key -> the foreign keys whose rows make it up, in order; None means rows of zeros.
 KeyMap = dict[str, tuple[str | None, ...]]
 
-_WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+TORCH_FILE = "pytorch_model.bin"
+_CONVERT = "python -m textlock.engine.starting_weights"
 # Left at their random start when a file holds none of their keys.
 _OPTIONAL_PARTS = ("pool", "projection")
 # timm's classifier and the norm in front of it.
@@ -94,13 +97,16 @@ def load_weights(tower: nn.Module, source: str | Path) -> tuple[str, ...]:
     path = _find_weights(source)
     expected = tower.state_dict()
     try:
-        state = _in_our_keys(load_file(path), final_norm="norm.weight" in expected)
+        state = in_our_keys(load_file(path), final_norm="norm.weight" in expected)
         present_parts = {key.partition(".")[0] for key in state}
         kept_parts = {key.partition(".")[0] for key in expected}.intersection(_OPTIONAL_PARTS) - present_parts
         _require_keys(state, (key for key in expected if key.partition(".")[0] not in kept_parts))
         for key, value in state.items():
             if value.shape != expected[key].shape:
-                raise ValueError(f"{key} has shape {list(value.shape)} where {list(expected[key].shape)} is needed")
+                advice = f": {_CONVERT} resamples it" if key in ("patch_embed.weight", "position") else ""
+                raise ValueError(
+                    f"{key} has shape {list(value.shape)} where {list(expected[key].shape)} is needed{advice}"
+                )
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{path} does not fit this tower: {error}") from error
     tower.load_state_dict(state, strict=False)
@@ -110,25 +116,36 @@ def load_weights(tower: nn.Module, source: str | Path) -> tuple[str, ...]:
 def _find_weights(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
-        path = path / _WEIGHTS_FILE
+        there = (name for name in (WEIGHTS_FILE, TORCH_FILE) if (path / name).is_file())
+        path = path / next(there, WEIGHTS_FILE)
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a .safetensors file: no other format is read, because others can run code")
+            raise ValueError(f"{path} is not a .safetensors file: convert it by {_CONVERT} {path} --output FOLDER")
         return path
-    if path.suffix == ".safetensors" or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    if path.suffix == ".safetensors" or not is_hub_name(source):
         raise FileNotFoundError(
-            f"weights {path} not found: give a .safetensors file, a folder with {_WEIGHTS_FILE} or owner/name"
+            f"weights {path} not found: give a .safetensors file, a folder with {WEIGHTS_FILE} or owner/name"
         )
     try:
-        return Path(hf_hub_download(str(source), _WEIGHTS_FILE))
+        return Path(hf_hub_download(str(source), WEIGHTS_FILE))
     except OSError as error:  # the base of the hub client's errors: offline, no such repository, no access
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"{source} is no local path, and its {_WEIGHTS_FILE} could not be downloaded from the hub ({reason})"
+            f"{source} is no local path, and its {WEIGHTS_FILE} could not be downloaded from the hub ({reason}); where "
+            f"it has a {TORCH_FILE} instead, convert that: {_CONVERT} {source} --output FOLDER"
         ) from error
 
 
-def _in_our_keys(state_dict: dict[str, Tensor], *, final_norm: bool) -> dict[str, Tensor]:
+def is_hub_name(source: str | Path) -> bool:
+    """Return whether this has the form of a hub name, owner/name."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)))
+
+
+def in_our_keys(state_dict: dict[str, Tensor], *, final_norm: bool) -> dict[str, Tensor]:
+    """Return weights of any known format under this project's names.
+
+    ``final_norm`` as in `from_timm`. Raises ValueError where the format is unknown, or a key missing or unknown.
+    """
     if "embeddings.proj.weight" in state_dict:
         return from_nomic(state_dict)
     if "patch_embed.proj.weight" in state_dict:

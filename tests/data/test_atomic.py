@@ -1,4 +1,6 @@
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from textlock.data.atomic import atomic_file, atomic_folder, write_text_atomically
 
@@ -38,6 +40,15 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         "folder",
         "folder/a",
     ]
+
+
+def test_files_of_a_folder_are_for_those_who_may_read_it(tmp_path):
+    with atomic_folder(tmp_path / "folder") as draft:
+        save_file({"a": torch.zeros(2)}, draft / "model.safetensors")
+        (draft / "config.json").write_text("{}")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "folder").iterdir()} == {
+        (tmp_path / "folder").stat().st_mode & 0o666
+    }
 
 
 @pytest.mark.parametrize("mine", ["target", "target/mine"], ids=["a file", "a full folder"])

@@ -14,6 +14,7 @@ from textlock.data import cache, reader, stored_text
 from textlock.data.cache import CachedShards
 from textlock.data.captions import caption_id
 from textlock.data.embeddings import FOLDER_NAME, encode_shards
+from textlock.data.index import index_shards
 from textlock.data.loader import require_few_skipped
 from textlock.data.order import SampleOrder
 from textlock.data.sources import MAX_WEIGHT, Source, parse_folders, parse_sources
@@ -141,6 +142,18 @@ def test_a_weight_of_one_changes_nothing():
         fingerprint = other.sources.opened[0].index.fingerprint
         assert one.state()["fingerprint"] == other.state()["fingerprint"]
         assert one.state()["fingerprint"]["shards"] == fingerprint
+
+
+def test_shards_without_a_sample_are_said(tmp_path):
+    folder = write_shards(tmp_path / "some", [5, 5], {1: {"txt": b"one\ntwo"}, 2: {"txt": None}})
+    for number in range(6, 10):
+        (folder / f"0000{number}.tar").write_bytes(b"")
+    index_shards(folder)
+    with open_one(settings(folder)) as loader:
+        assert loader.sources.describe() == [
+            f"10 samples with 10 captions in {folder}, without 4 shards that hold none "
+            "(00006.tar, 00007.tar, 00008.tar, ...)"
+        ]
 
 
 def test_what_is_said_of_them():

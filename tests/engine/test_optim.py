@@ -48,6 +48,49 @@ def test_the_released_clipping_divides_the_threshold_by_the_world_size():
     assert OptimConfig(steps=1).clip_norm(16) == 1.0
 
 
+def test_twenty_steps_are_those_of_the_released_optimiser():
+    """Which gets gradients that are world-size times too large: AdamW sees them against its eps as well as the clip."""
+    world_size, scale = 2, 1e-6
+    config = OptimConfig(steps=20, warmup_steps=4, released_clipping=True, max_grad_norm=200 * scale)
+    tower, objective = build_vision_tower(MICRO, embed_dim=24), objective_of(LossConfig())
+    start = [parameter.detach().clone() for parameter in tower.parameters()]
+    ours = build_optimizer(tower, objective, config, world_size=world_size)
+    gradients = FlatGradients([*tower.parameters(), *objective.parameters()])
+    theirs = [nn.Parameter(values.clone()) for values in start]
+    adamw = torch.optim.AdamW(theirs, betas=config.betas, eps=config.eps, weight_decay=0.0)
+    clipped = 0
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        gradients.zero()
+        for mine, other in zip(tower.parameters(), theirs, strict=True):
+            # Some channels have gradients that are small against eps, as those of attention's key biases are.
+            drawn = torch.randn(mine.shape, generator=generator) * scale * (1e-3 if mine.ndim < 2 else 1.0)
+            mine.grad.add_(drawn)
+            other.grad = world_size * drawn
+        norm = gradients.clip(config.clip_norm(world_size))
+        norm_of_released = nn.utils.clip_grad_norm_(theirs, config.max_grad_norm)
+        assert norm_of_released == pytest.approx(world_size * norm.item(), rel=1e-5)
+        clipped += norm_of_released > config.max_grad_norm
+        for optimizer in (ours, adamw):
+            optim.set_learning_rate(optimizer, config, step, 20)
+            optimizer.step()
+    assert clipped == 20, "every step is clipped"
+    ends = nn.utils.parameters_to_vector(tower.parameters()).detach().double()
+    moved = ends - nn.utils.parameters_to_vector(start)
+    apart = ends - nn.utils.parameters_to_vector(theirs).detach()
+    assert apart.norm() < 4e-5 * moved.norm()
+
+
+def test_the_norm_of_many_gradients_is_not_too_small():
+    """Added one after the other in float32 they would give 6e-5 too little."""
+    parameters = [nn.Parameter(torch.zeros(size)) for size in (3_000_001, 7, 1_200_000)]
+    gradients = FlatGradients(parameters)
+    for number, parameter in enumerate(parameters):
+        parameter.grad.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    exact = math.sqrt(sum(float(parameter.grad.double().square().sum()) for parameter in parameters))
+    assert gradients.clip(1e9).item() == pytest.approx(exact, rel=2e-7)
+
+
 def test_weight_decay_reaches_matrices_only_and_knows_the_head():
     tower = build_vision_tower(MICRO, embed_dim=24)
     objective = objective_of(LossConfig(objective="sigmoid"))
