@@ -64,7 +64,8 @@ class Arguments(Settings):
     """Prompts of a class, with {} for its name; openai-80 or openai-7; or a file of prompts. Default: those of the
     run's config."""
     allow_missing: bool = False
-    """Give the figures although a class has no image that can be read, or more than 1 % of the images cannot be."""
+    """Give the figures although a class has no image that can be read, more than 1 % of the images cannot be, or a
+    shard of a set is damaged."""
     batch_size: Annotated[int, at_least(1)] = 256
     """Images per forward pass on one rank."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -147,12 +148,12 @@ def evaluate_suite(arguments: Arguments, world: World) -> None:
         "image size": loaded.tower.image_size,
         "precision": precision_of(world.device),
     }
-    results = _read_on_main(lambda: read_results(output, identity, facts_of(arguments, loaded, world)), world)
+    results = _read_on_main(lambda: read_results(output, identity), world)
     done = run.still_good(results)
     results.tasks = {key: results.tasks[key] for key in done}
     evaluator = Evaluator(encode_images, text_tower, loaded.tower.image_size, arguments.batch_size, world.group)
     for task, outcome in run.outcomes(done, evaluator.evaluate):
-        run.store(task, outcome, results)
+        run.store(task, outcome, results, facts_of(arguments, loaded, world))
         if world.is_main:
             results.write(output)
             print(f"{task.name}: {100 * outcome.figures[task.metrics[0]]:.2f} %", file=sys.stderr)

@@ -25,10 +25,9 @@ class Results:
 
     identity: dict[str, Any]
     """What decides the figures besides the sets: suite, weights, text tower, image size, precision."""
-    facts: dict[str, Any]
-    """What else is told: checkpoint, step, data, versions, commit, device."""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By the keys of the tasks: ``Outcome`` as a dict, ``folder`` of the set, and ``set``, its fingerprint."""
+    """By the keys of the tasks: ``Outcome`` as a dict, ``folder`` of the set, ``set``, its fingerprint, and
+    ``measured``, by what: step, versions, commit, device."""
     averages: dict[str, float] = field(default_factory=dict)
     """Those of which every task is there."""
 
@@ -41,21 +40,21 @@ class Results:
         write_text_atomically(path, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def read_results(path: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]) -> Results:
+def read_results(path: Path, identity: Mapping[str, Any]) -> Results:
     """Return what a file holds of the same identity; nothing yet where there is no file.
 
     Raises:
         ValueError: it holds figures of another identity, or is no such file.
     """
-    results = Results(dict(identity), dict(facts))
+    results = Results(dict(identity))
     if not path.exists():
         return results
     try:
         stored = json.loads(path.read_bytes())
         there, tasks = dict(stored["identity"]), dict(stored["tasks"])
         for key, task in tasks.items():
-            outcome = Outcome(**{name: value for name, value in task.items() if name not in ("set", "folder")})
-            results.tasks[key] = {**asdict(outcome), "folder": task["folder"], "set": task["set"]}
+            about = {name: task.pop(name) for name in ("folder", "set", "measured")}
+            results.tasks[key] = {**asdict(Outcome(**task)), **about}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no figures of a suite: give another --output, or remove it") from error
     different = [key for key in {**identity, **there} if identity.get(key) != there.get(key)]
@@ -90,10 +89,11 @@ class SuiteRun:
             and (self.allow_missing or not task["complaints"])
         ]
 
-    def store(self, task: Task, outcome: Outcome, results: Results) -> None:
-        """Add an outcome to the results."""
+    def store(self, task: Task, outcome: Outcome, results: Results, measured: Mapping[str, Any]) -> None:
+        """Add an outcome to the results; ``measured`` as there."""
         layout = self.layouts[task.key]
-        results.tasks[task.key] = {**asdict(outcome), "folder": str(layout.folder), "set": layout.fingerprint()}
+        about = {"folder": str(layout.folder), "set": layout.fingerprint(), "measured": dict(measured)}
+        results.tasks[task.key] = {**asdict(outcome), **about}
         results.averages = self.averages(results)
 
     def outcomes(
@@ -112,7 +112,9 @@ class SuiteRun:
             except (ValueError, OSError) as error:
                 self.without[task.key] = str(error)
                 continue
-            if outcome.complaints and not self.allow_missing:
+            if absent := [metric for metric in task.metrics if metric not in outcome.figures]:
+                self.without[task.key] = f"{self.layouts[task.key].folder} is too small for {absent[0]}"
+            elif outcome.complaints and not self.allow_missing:
                 said = "; ".join(outcome.complaints)
                 self.without[task.key] = f"{said}: mend it, or take the figure of the rest with --allow-missing"
             else:

@@ -147,7 +147,7 @@ def test_a_suite_goes_on_where_it_was_stopped(trained, sets, tmp_path):
     assert rows["MNIST"] == ["acc1", f"{mnist:.2f}", "-", "-", "12 images, 3 classes; the whole set has 10,000"]
     worst = min(group["share"] for group in written["tasks"]["geode"]["groups"].values())
     assert rows["GeoDE"][:2] == ["acc_wg", f"{100 * worst:.2f}"]
-    assert written["facts"]["step"] == 2 and written["identity"]["precision"] == "fp32"
+    assert written["tasks"]["mnist"]["measured"]["step"] == 2 and written["identity"]["precision"] == "fp32"
 
     # What is done is not measured again: these images are another colour now, in shards of the same size.
     shard = sets / "wds_mnist_test" / "test" / "0.tar"

@@ -350,9 +350,9 @@ def measured(task, share, complaints=()):
 
 def test_averages_and_the_table(tmp_path):
     suite = SUITES["datacomp"]
-    run, results = run_of(suite), Results({"suite": "datacomp"}, {})
+    run, results = run_of(suite), Results({"suite": "datacomp"})
     for number, task in enumerate(suite.tasks):
-        run.store(task, measured(task, number / 100), results)
+        run.store(task, measured(task, number / 100), results, {"step": 2})
     assert results.averages["Average"] == pytest.approx(np.mean([number / 100 for number in range(38)]))
     retrieval = [
         number / 100 for number, task in enumerate(suite.tasks) if task.name in ("Flickr", "MSCOCO", "WinoGAViL")
@@ -365,7 +365,7 @@ def test_averages_and_the_table(tmp_path):
     assert ["Average, reported of others: v1 56.7, CLIP ViT-B/16 56.3, Jina CLIP v1 52.2"] in lines
 
     results.write(tmp_path / "figures.json")
-    again = read_results(tmp_path / "figures.json", {"suite": "datacomp"}, {})
+    again = read_results(tmp_path / "figures.json", {"suite": "datacomp"})
     assert again.tasks == results.tasks and run.still_good(again) == [task.key for task in suite.tasks]
     del results.tasks["cifar10"], results.tasks["mnist"]
     results.averages = run.averages(results)
@@ -378,10 +378,10 @@ def test_averages_and_the_table(tmp_path):
 def test_stored_figures_stand_only_for_what_they_are_of(tmp_path):
     suite = SUITES["clip-benchmark"]
     run, path = run_of(suite), tmp_path / "figures.json"
-    results = Results({"image tower": "a", "precision": "fp32"}, {})
+    results = Results({"image tower": "a", "precision": "fp32"})
     tasks = {task.key: task for task in suite.tasks}
     for key, complaints in (("mnist", ()), ("cars", ("half of it is lost",)), ("stl10", ())):
-        run.store(tasks[key], measured(tasks[key], 0.5, complaints), results)
+        run.store(tasks[key], measured(tasks[key], 0.5, complaints), results, {})
     results.write(path)
     assert run.still_good(results) == ["mnist", "stl10"]
     assert run_of(suite, allow_missing=True).still_good(results) == ["mnist", "cars", "stl10"]
@@ -391,11 +391,11 @@ def test_stored_figures_stand_only_for_what_they_are_of(tmp_path):
     table = "\n".join(run.table(results))
     assert re.search(r"stl10 +acc1 .* measured in stl10, which is not under --data now", table)
     with pytest.raises(ValueError, match="holds figures of another image tower and another precision, and they"):
-        read_results(path, {"image tower": "b", "precision": "bf16"}, {})
+        read_results(path, {"image tower": "b", "precision": "bf16"})
     for content in ("no JSON", "[]", '{"identity": {}, "tasks": {"mnist": {}}}', json.dumps({"zero_shot_top1": 0.5})):
         path.write_text(content)
         with pytest.raises(ValueError, match="holds no figures of a suite: give another --output"):
-            read_results(path, {}, {})
+            read_results(path, {})
 
 
 def test_what_is_wrong_with_a_set_stops_no_other():
@@ -406,17 +406,23 @@ def test_what_is_wrong_with_a_set_stops_no_other():
         asked.append(task.key)
         if task.key == "mnist":
             raise ValueError("it is damaged")
+        if task.key == "gtsrb":
+            return Outcome({"acc5": 1.0}, {"images": 1})
         return measured(task, 0.5, ["one is lost"] if task.key == "cars" else [])
 
     found = [task.key for task, _ in run.outcomes(["stl10"], evaluate)]
     assert asked == [task.key for task in suite.tasks if task.key != "stl10"]
-    assert found == [key for key in asked if key not in ("mnist", "cars")]
+    assert found == [key for key in asked if key not in ("mnist", "cars", "gtsrb")]
     assert run.without == {
         "mnist": "it is damaged",
         "cars": "one is lost: mend it, or take the figure of the rest with --allow-missing",
+        "gtsrb": "gtsrb is too small for acc1",
     }
     allowed = run_of(suite, allow_missing=True)
-    assert "cars" in [task.key for task, _ in allowed.outcomes([], evaluate)] and [*allowed.without] == ["mnist"]
+    assert "cars" in [task.key for task, _ in allowed.outcomes([], evaluate)] and [*allowed.without] == [
+        "mnist",
+        "gtsrb",
+    ]
 
 
 def test_what_is_reported_is_of_the_papers_model():
