@@ -126,12 +126,13 @@ _DATACOMP = (
     Task("stl10", "STL-10", images=8000),
     Task("sun397", "SUN397", groups=(_VTAB,), images=108754),
     Task("vtab/svhn", "SVHN", groups=(_VTAB,), images=26032),
-    # DataComp reads these two from other copies; the images and captions are Karpathy's test splits in both.
+    # DataComp reads these two from copies of its own, of as many images as clip_benchmark's: Karpathy's test splits.
     Task("flickr30k", "Flickr", ("mean_recall@1",), "retrieval", (_RETRIEVAL,), 1000),
     Task("mscoco_captions", "MSCOCO", ("mean_recall@1",), "retrieval", (_RETRIEVAL,), 5000),
     Task("winogavil", "WinoGAViL", ("jaccard_score_10-12",), "winogavil", (_RETRIEVAL,), 3563),
     Task("wilds/iwildcam", "iWildCam", ("F1-macro_all",), images=42791),
     Task("wilds/camelyon17", "Camelyon17", images=85054),
+    # As there, every region that has an image counts, the one called Other too: its evaluator knows no names.
     Task(
         "wilds/fmow", "FMoW", ("acc_worst_region",), images=22108,
         group=Group("region", 0, "acc_worst_region"),

@@ -4,6 +4,7 @@ import io
 import json
 import re
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from textlock.evals.benchmark_metrics import group_accuracies, macro_f1, mean_av
 from textlock.evals.benchmark_report import Results, SuiteRun, read_results
 from textlock.evals.benchmark_suites import PAPER, SUITES, Group, Task
 from textlock.evals.benchmarks import Evaluator, Outcome, find_sets, read_winogavil
+from textlock.evaluate import Arguments
 
 from ..data.sets import captioned, labelled, multilabelled, npy, png, write_set, write_winogavil
 from ..data.zoo import encode, photo
@@ -318,6 +320,7 @@ def test_sets_are_found_by_the_names_that_peers_give_their_folders(tmp_path):
 
 
 def test_the_suites_are_those_of_their_authors():
+    assert {*SUITES} == {*get_args(get_args(Arguments.__annotations__["suite"])[0])}
     datacomp, clip_benchmark = SUITES["datacomp"], SUITES["clip-benchmark"]
     groups = {average.name: len(datacomp.tasks_of(average)) for average in datacomp.averages}
     assert groups == {"ImageNet dist. shifts": 6, "VTAB": 13, "Retrieval": 3, "Average": 38}
