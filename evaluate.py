@@ -138,7 +138,9 @@ def evaluate_suite(arguments: Arguments, world: World) -> None:
         if getattr(arguments, name):
             arguments.refuse(name, "be left out with --suite: each set has a file of its own")
     suite = SUITES[arguments.suite]
-    run = SuiteRun(suite, find_sets(suite, arguments.data), arguments.allow_missing)
+    layouts = find_sets(suite, arguments.data)
+    require_same({key: layout.fingerprint() for key, layout in layouts.items()}, arguments.data, world)
+    run = SuiteRun(suite, layouts, arguments.allow_missing)
     loaded, text_tower, encode_images = load_towers(arguments.checkpoint, arguments.text, world.device)
     output = arguments.output or arguments.checkpoint / f"evaluation-{arguments.suite}.json"
     identity = {
@@ -165,6 +167,17 @@ def evaluate_suite(arguments: Arguments, world: World) -> None:
     print(f"written to {output}", file=sys.stderr)
     if run.without:
         raise ValueError(f"no figure of {', '.join(run.without)}: the table says why")
+
+
+def require_same(sets: dict[str, str], root: Path, world: World) -> None:
+    """Raise ValueError on every rank where one of them has other sets, given by their fingerprints, under a root."""
+    if world.group is None:
+        return
+    found: list[Any] = [None] * world.world_size
+    dist.all_gather_object(found, sets, group=world.group)
+    keys = sorted({key for some in found for key in some if len({each.get(key) for each in found}) > 1})
+    if keys:
+        raise ValueError(f"{root} is not the same on all ranks ({', '.join(keys)}): give all of them the same files")
 
 
 def _read_on_main(read: Callable[[], Results], world: World) -> Results:

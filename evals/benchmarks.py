@@ -81,13 +81,12 @@ class Evaluator:
         """Measure a task on a set whose layout was read. All ranks must call, and get the same.
 
         Raises:
-            OSError: a shard cannot be read.
-            ValueError: the set lacks what the figure of the task is computed from, a label is outside the classes, no
-                image can be read, or an embedding is not finite.
+            ValueError: on all ranks alike: a shard cannot be read, the set lacks what the figure of the task is
+                computed from, a label is outside the classes, no image can be read, or an embedding is not finite.
         """
         if isinstance(layout, WinogavilLayout):
             return self._winogavil(layout)
-        found = read_set(layout)
+        found = self._read(layout)
         if task.group is not None and (found.metadata is None or found.metadata.shape[1] <= task.group.column):
             raise ValueError(
                 f"{layout.folder} does not say the {task.group.name} of every image (a row of numbers in .npy), which "
@@ -99,6 +98,28 @@ class Evaluator:
         return (
             self._multilabel(found, class_rows) if layout.kind == "multilabel" else self._class(task, found, class_rows)
         )
+
+    def _read(self, layout: SetLayout) -> BenchmarkSet:
+        """List the samples of a set; where a rank cannot, or finds others, all raise the same ValueError.
+
+        A rank that went on alone would give its numbers to the figures of another set.
+        """
+        found, answer = None, ("", 0)
+        try:
+            found = read_set(layout)
+            answer = "", len(found.images)
+        except (ValueError, OSError) as error:
+            answer = str(error), 0
+        answers: list[Any] = [answer]
+        if self.group is not None:
+            answers = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(answers, answer, group=self.group)
+        for fault, _ in answers:
+            if fault:
+                raise ValueError(fault)
+        if len({*answers}) > 1 or found is None:
+            raise ValueError(f"{layout.folder} has other images on another rank: give all ranks the same files")
+        return found
 
     def _share(self) -> dict[str, int]:
         rank, ranks = (0, 1) if self.group is None else (dist.get_rank(self.group), dist.get_world_size(self.group))

@@ -63,6 +63,19 @@ def evaluate_sets(root, group=None):
     }
 
 
+def refusals_of_unread_sets(root, rank, group):
+    """Evaluate a set that only rank 1 cannot read, and then another, as a suite does."""
+    evaluator = Evaluator(toy_encoder, ToyTower(), 2, batch_size=3, group=group)
+    layouts = find_sets(SUITES["datacomp"], root)
+    tasks = {task.key: task for task in SUITES["datacomp"].tasks}
+    if rank:
+        layouts["mnist"].shards[0] = root / "not there.tar"
+    try:
+        evaluator.evaluate(tasks["mnist"], layouts["mnist"])
+    except ValueError as error:
+        yield str(error), asdict(evaluator.evaluate(tasks["geode"], layouts["geode"]))
+
+
 def refusal_of(evaluation, *arguments):
     try:
         evaluation(*arguments, group=dist.group.WORLD)
@@ -81,7 +94,9 @@ def evaluate_as_rank(rank, folder):
         results[f"{count} classes"] = class_embeddings(ToyTower(), NAMES[:count], TEMPLATES, group=group).tolist()
     results["gathered"] = gather_ragged(torch.full((rank * 2, 3), rank), group).tolist()
 
-    results["sets"] = evaluate_sets(Path(folder) / "sets", group)
+    sets = Path(folder) / "sets"
+    results["sets"] = evaluate_sets(sets, group)
+    (results["unread"],) = refusals_of_unread_sets(sets, rank, group)
 
     def diverged(images):
         return toy_encoder(images) * (rank or float("nan"))
@@ -116,6 +131,8 @@ def test_two_ranks_give_the_result_of_one(tmp_path, monkeypatch):
             assert (figures, images, len(keys)) == (expected, *[(cut, 47 - cut)[rank]] * 2), case
         assert results.pop("diverged").startswith("5 of 10 image rows are not finite")
         assert results.pop("sets") == sets
+        unread, after = results.pop("unread")
+        assert unread.endswith("not there.tar is no file") and after == sets["geode"]
         assert results == {
             "7 classes": class_rows,
             "1 classes": class_rows[:1],
