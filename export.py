@@ -3,26 +3,30 @@
     python export.py --checkpoint runs/demo --format transformers --output exported/
 
 ``transformers`` holds every tower and brings its own modelling code: ``AutoModel.from_pretrained(folder,
-trust_remote_code=True)``. ``nomic`` is the folder of the released Nomic Embed Vision, for Nomic's own code, and holds
-what that code can compute. Both have a model card, and evaluate.py reads both.
+trust_remote_code=True)``. ``onnx`` is that folder with graphs for onnxruntime. ``nomic`` is the folder of the released
+Nomic Embed Vision, for Nomic's own code, and holds what that code can compute. All have a model card, and evaluate.py
+reads all.
 """
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
 from textlock.data.atomic import atomic_folder, require_free
 from textlock.engine.trained import LoadedTower, load_tower
-from textlock.exports import nomic_format, transformers_format
+from textlock.exports import nomic_format, onnx_format, transformers_format
 from textlock.exports.card import model_card, public_name
 from textlock.exports.check import compare_with_tower
 from textlock.exports.folder import Exported
+from textlock.models.text import TextTower, make_text_tower
 from textlock.settings import Bound, Settings, exit_with
 
-_FORMATS = {"transformers": transformers_format, "nomic": nomic_format}
+_FORMATS = {"transformers": transformers_format, "nomic": nomic_format, "onnx": onnx_format}
 
 _HUB_NAME = Bound(
     lambda name: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)), "be a name such as owner/name"
@@ -38,9 +42,19 @@ class ExportConfig(Settings):
     """A run folder, for its newest checkpoint, or one of its checkpoints."""
     output: Path
     """Folder to write; must not exist, or be empty."""
-    format: Literal["transformers", "nomic"] = "transformers"
-    """transformers: with modelling code of its own, any tower. nomic: for the code of the released Nomic Embed Vision,
-    EVA02 towers with map pooling, no projection and inner channels in multiples of 256."""
+    format: Literal["transformers", "nomic", "onnx"] = "transformers"
+    """transformers: with modelling code of its own, any tower. onnx: that folder with a graph for onnxruntime beside
+    the weights. nomic: for the code of the released Nomic Embed Vision, EVA02 towers with map pooling, no projection
+    and inner channels in multiples of 256."""
+    copy_text: bool = False
+    """onnx: the text tower too, as a graph with its tokenizer."""
+
+    def __post_init__(self) -> None:
+        """Also refuse a text tower that the format has no place for."""
+        super().__post_init__()
+        if self.copy_text and self.format != "onnx":
+            self.refuse("copy_text", "be left out: only --format onnx has a place for the text tower")
+
     text_name: Annotated[str | None, _HUB_NAME] = None
     """Hub name of the text tower, where the run named a local folder: the folder then says this name to everybody.
     Without it the text tower is known by its fingerprint alone."""
@@ -73,10 +87,16 @@ def export(loaded: LoadedTower, options: ExportConfig) -> str:
     name = public_name(loaded.text_tower)
     if name is not None and options.text_name is not None:
         options.refuse("text_name", f"be left out: the run names its text tower by the hub name {name}")
+    text_tower = _text_tower(loaded) if options.copy_text else None
     exported = Exported(loaded.tower, loaded.logit_scale, loaded.text_tower | {"name": name or options.text_name})
     with atomic_folder(options.output) as draft:
         folder_format.write(exported, draft)
-        checked = _check(options.format, draft, loaded)
+        text_snippet = None
+        if folder_format is onnx_format:
+            text_snippet = "" if text_tower is None else onnx_format.TEXT_SNIPPET
+        if text_tower is not None:
+            onnx_format.write_text(text_tower, draft)
+        checked = _check(folder_format, draft, loaded)
         card = model_card(
             loaded,
             exported,
@@ -84,20 +104,29 @@ def export(loaded: LoadedTower, options: ExportConfig) -> str:
             loaders=folder_format.LOADERS,
             checked=checked,
             license_name=options.license,
+            text_snippet=text_snippet,
         )
         (draft / "README.md").write_bytes(card.encode("utf-8", "replace"))
     return checked
 
 
-def _check(name: str, draft: Path, loaded: LoadedTower) -> str:
-    if name == "nomic":
-        return "The lines above were not run by the export, which never runs code from the hub."
-    difference = compare_with_tower(transformers_format.SNIPPET, draft, loaded.tower)
-    import transformers  # not above: it takes seconds
+def _text_tower(loaded: LoadedTower) -> TextTower:
+    text_tower = make_text_tower(loaded.config.text, torch.device("cpu"))
+    if difference := text_tower.describe().difference_from(loaded.text_tower):
+        raise ValueError(f"--copy-text: {loaded.config.text.name} is not the text tower of the run: {difference}")
+    return text_tower
 
+
+def _check(folder_format: Any, draft: Path, loaded: LoadedTower) -> str:
+    package = folder_format.RUN_BY
+    if package is None:
+        return "The lines above were not run by the export, which never runs code from the hub."
+    difference = compare_with_tower(
+        folder_format.SNIPPET, draft, loaded.tower, package=package, tolerance=folder_format.TOLERANCE
+    )
     return (
-        f"The export ran these lines with transformers {transformers.__version__} on a random image: the embedding "
-        f"differed from that of the trained tower by {difference:.0e} at most."
+        f"The export ran these lines with {package} {version(package)} on a random image: the embedding differed from "
+        f"that of the trained tower by {difference:.0e} at most."
     )
 
 

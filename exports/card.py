@@ -86,6 +86,7 @@ def model_card(
     loaders: str,
     checked: str,
     license_name: str | None,
+    text_snippet: str | None = None,
 ) -> str:
     """Return the text of README.md.
 
@@ -96,6 +97,8 @@ def model_card(
         loaders: the software that the snippet needs.
         checked: a sentence: whether the snippet was run, and what it gave.
         license_name: the identifier of a licence for the card's metadata; None leaves it out.
+        text_snippet: Python that embeds texts and goes on from ``snippet``; None: lines for transformers, where a
+            public name and transformers are enough.
 
     Raises:
         ValueError: a file of figures next to the checkpoint is damaged.
@@ -127,7 +130,7 @@ def model_card(
         pooling=" and ".join(recipe["pooling"]),
         after=", ".join([*after, "unit length"]),
         fingerprint=described["fingerprint"],
-        text_code=_text_code(described),
+        text_code=_text_code(described) if text_snippet is None else _fenced(text_snippet),
         mean=_numbers(IMAGE_MEAN),
         std=_numbers(IMAGE_STD),
         patch=shape.patch_size,
@@ -213,6 +216,10 @@ print(embeddings @ text.T)
 ```
 
 """
+
+
+def _fenced(snippet: str) -> str:
+    return f"After the lines above:\n\n```python\n{snippet}```\n\n" if snippet else ""
 
 
 def _figures(loaded: LoadedTower) -> str:

@@ -1,6 +1,7 @@
 """A written folder is loaded by the lines of its own model card and compared with the tower, before it is published."""
 
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,18 @@ from torch import Tensor
 from ..models.text_folder import first_line
 from ..models.vision import ModelConfig, VisionTower
 
-_TOLERANCE = 1e-6
 
-
-def compare_with_tower(snippet: str, folder: Path, tower: VisionTower) -> float:
+def compare_with_tower(snippet: str, folder: Path, tower: VisionTower, *, package: str, tolerance: float) -> float:
     """Run a model card's lines on a random image and return the largest difference of its embedding from the tower's.
 
-    Embeddings are of unit length. Allowed are 1e-6, or twice what float32 costs the tower itself on this image.
+    Embeddings are of unit length. Allowed are ``tolerance``, or twice what float32 costs the tower itself here.
 
     Args:
         snippet: names the folder "path/to/this/folder" and the image "photo.jpg", and leaves ``embeddings`` [1, d].
         folder: what was written.
         tower: what it was written from.
+        package: what the lines load the folder with, for the message.
+        tolerance: of each number of the embedding.
 
     Raises ValueError where the folder does not load or gives another embedding.
     """
@@ -36,21 +37,19 @@ def compare_with_tower(snippet: str, folder: Path, tower: VisionTower) -> float:
     with torch.no_grad():
         expected = F.normalize(plain(pixels), dim=-1)
         exact = F.normalize(plain.double()(pixels), dim=-1)
-    found = _run(snippet, folder, pixels[0])
+    found = _run(snippet, folder, pixels[0], package)
     difference = float((found - expected).abs().max())
-    allowed = max(_TOLERANCE, 2 * float((expected - exact).abs().max()))
+    allowed = max(tolerance, 2 * float((expected - exact).abs().max()))
     if not difference <= allowed:  # NaN is no number at all
         raise ValueError(
-            f"the written folder, loaded by transformers, differs by {difference:.1e} from the tower where "
+            f"the written folder, loaded by {package}, differs by {difference:.1e} from the tower where "
             f"{allowed:.1e} is allowed; nothing was kept"
         )
     return difference
 
 
-def _run(snippet: str, folder: Path, pixels: Tensor) -> Tensor:
-    import transformers  # not above: these take seconds
-
-    from ..models.text_encoder import quiet_transformers
+def _run(snippet: str, folder: Path, pixels: Tensor, package: str) -> Tensor:
+    from ..models.text_encoder import quiet_transformers  # not above: it takes seconds
 
     names: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -62,8 +61,7 @@ def _run(snippet: str, folder: Path, pixels: Tensor) -> Tensor:
                 exec(compile(lines, "README.md", "exec"), names)
         except Exception as error:  # whatever transformers and the file system raise
             raise ValueError(
-                f"transformers {transformers.__version__} cannot load the folder as it was written, so nothing was "
-                f"kept: {first_line(error)}"
+                f"{package} {version(package)} cannot load the folder as it was written, so nothing was kept: "
+                f"{first_line(error)}"
             ) from error
-    found: Tensor = names["embeddings"]
-    return found
+    return torch.as_tensor(names["embeddings"])

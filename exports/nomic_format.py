@@ -91,6 +91,7 @@ with torch.no_grad():
 embeddings = F.normalize(output.last_hidden_state[:, 0], dim=-1)
 """
 LOADERS: Final = "transformers below 5, such as 4.57, with einops: Nomic's code does not run with transformers 5"
+RUN_BY: Final = None
 
 
 def require(tower: VisionTower) -> None:

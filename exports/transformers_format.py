@@ -48,6 +48,8 @@ with torch.no_grad():
 embeddings = F.normalize(output.pooler_output, dim=-1)
 """
 LOADERS: Final = "transformers 4.57 or later, 5 included"
+RUN_BY: Final = "transformers"
+TOLERANCE: Final = 1e-6
 
 
 def require(tower: VisionTower) -> None:
@@ -60,19 +62,15 @@ def write(exported: Exported, folder: Path) -> None:
     Raises OSError when a file cannot be written.
     """
     tower = exported.tower
-    fields = {theirs: getattr(tower.config, ours) for ours, theirs in _FIELDS.items()}
-    fields |= {
+    fields = _shape(tower) | {
         "architectures": ["TextlockVisionModel"],
         "auto_map": {
             "AutoConfig": "configuration_textlock.TextlockVisionConfig",
             "AutoModel": "modeling_textlock.TextlockVisionModel",
         },
         "dtype": "float32",
-        "embedding_size": tower.embed_dim,
-        "layer_scale": tower.config.layer_scale is not None,
         "logit_scale": exported.logit_scale,
         "model_type": MODEL_TYPE,
-        "pooling": tower.pooling,
         "text_tower": exported.text_tower,
     }
     write_weights(folder, tower.state_dict())
@@ -80,6 +78,24 @@ def write(exported: Exported, folder: Path) -> None:
     write_processor(folder, tower.image_size)
     for name in _CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
+
+
+def build(tower: VisionTower) -> Any:
+    """Return the tower as the folder's own code computes it, a ``TextlockVisionModel``."""
+    from .configuration_textlock import TextlockVisionConfig  # not above: transformers takes seconds
+    from .modeling_textlock import TextlockVisionModel
+
+    model = TextlockVisionModel(TextlockVisionConfig(**_shape(tower)))
+    model.load_state_dict(tower.state_dict())
+    return model.eval()
+
+
+def _shape(tower: VisionTower) -> dict[str, Any]:
+    return {theirs: getattr(tower.config, ours) for ours, theirs in _FIELDS.items()} | {
+        "embedding_size": tower.embed_dim,
+        "layer_scale": tower.config.layer_scale is not None,
+        "pooling": tower.pooling,
+    }
 
 
 def read(folder: Path, fields: Mapping[str, Any]) -> VisionTower:

@@ -109,7 +109,7 @@ class TextTower:
 
     Args:
         config: the settings it was made by.
-        model: a transformers encoder.
+        model: a transformers encoder; it becomes ``encoder``.
         tokenizer: that of the encoder, from transformers.
         said: what the folder says of its recipe.
         layers: what comes after pooling.
@@ -138,7 +138,7 @@ class TextTower:
         self.revision = revision
         self.embed_dim = recipe.dimensions
         self.device = device
-        self._model = model.requires_grad_(False).eval().to(device)
+        self.encoder = model.requires_grad_(False).eval().to(device)
         self._layers = layers.to(device)
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_padding()
@@ -176,6 +176,12 @@ class TextTower:
         order = [index for batch in batches for index in batch]
         row_of = {distinct[index]: row for row, index in enumerate(order)}
         return rows[self._on_device(torch.tensor([row_of[text] for text in texts]))]
+
+    def padding_tokenizer(self) -> Tokenizer:
+        """Return a copy of the tokenizer that pads on the right: with it, prefix + text is cut and read as here."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.enable_padding(direction="right", pad_id=self._pad_token_id)
+        return tokenizer
 
     def fingerprint(self) -> str:
         """Sha256 (hex) of what the embeddings depend on, so that stored ones can be told from those of another tower.
@@ -233,12 +239,21 @@ class TextTower:
         # On a CPU this also switches off an autocast of the caller.
         on_gpu = self.device.type == "cuda"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu), sdpa_kernel(_ATTENTION):
-            hidden = self._model(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state  # [n, T, d]
+            hidden = self.encoder(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state  # [n, T, d]
         with torch.autocast(self.device.type, enabled=False):
-            rows = self._layers(pool(hidden, lengths, self.recipe.pooling, skipped=self._prefix_tokens))
-            if self.recipe.layer_norm:
-                rows = F.layer_norm(rows, rows.shape[-1:], eps=1e-5)
-            return F.normalize(rows[:, : self.embed_dim], dim=-1)
+            return self.embeddings_of(hidden, lengths)
+
+    def embeddings_of(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+        """Return the unit embeddings, float32 [n, embed_dim], of the encoder's last hidden states.
+
+        Args:
+            hidden: [n, T, d] of texts that are padded on the right.
+            lengths: [n] int, the tokens of each text, at least 1.
+        """
+        rows = self._layers(pool(hidden, lengths, self.recipe.pooling, skipped=self._prefix_tokens))
+        if self.recipe.layer_norm:
+            rows = F.layer_norm(rows, rows.shape[-1:], eps=1e-5)
+        return F.normalize(rows[:, : self.embed_dim], dim=-1)
 
 
 def make_text_tower(config: TextConfig, device: torch.device) -> TextTower:

@@ -183,7 +183,7 @@ def pool(hidden: Tensor, lengths: Tensor, modes: Sequence[Pooling], *, skipped: 
     first = torch.where(lengths > skipped, skipped, 0)  # [n]
     mask = (positions >= first[:, None]) & (positions < lengths[:, None])  # [n, T]
     weight = mask.unsqueeze(-1).float()  # [n, T, 1]
-    rows = torch.arange(len(hidden), device=hidden.device)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)  # no len(): an exported graph would keep this one
     pooled = []
     for mode in modes:
         if mode == "cls":

@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError
 
 from textlock import export
-from textlock.exports import folder, transformers_format
+from textlock.demo.text_tower import write_random_text_tower
+from textlock.exports import folder, onnx_format, transformers_format
 from textlock.exports.reading import read_exported, text_settings
-from textlock.models.text import TextConfig
+from textlock.models.text import TextConfig, build_text_tower
 
 from . import text_tower
 from .commands import run_here
@@ -41,7 +42,7 @@ def run_export(tower, tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", ["transformers", "nomic"])
+@pytest.mark.parametrize("name", ["transformers", "nomic", "onnx"])
 def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name):
     recipe = {"prefix": "passage: ", "layer_norm": False, "max_length": 16, "layers": ("Dense 32 to 64 Tanh",)}
     described = text_tower.describe("/home/alice/téxt", **recipe)
@@ -55,7 +56,7 @@ def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name
     assert torch.equal(read.tower(images(tower)), tower(images(tower))) and read.logit_scale == 20.0
     # A local folder has no name that means anything elsewhere: whoever measures says where theirs is.
     assert read.text_tower == json.loads(json.dumps(asdict(described) | {"name": None}))
-    assert all(b"alice" not in path.read_bytes() for path in (tmp_path / "new" / "out").iterdir())
+    assert all(b"alice" not in path.read_bytes() for path in (tmp_path / "new" / "out").rglob("*") if path.is_file())
     with pytest.raises(ValueError, match="whose place it does not tell: give --text"):
         text_settings(read.text_tower, tmp_path, None)
     assert text_settings(read.text_tower, tmp_path, "/bob/text") == TextConfig(
@@ -88,6 +89,24 @@ def test_bad_flags_are_one_sentence(run_export, tmp_path, flags, message):
     status, _, err = run_export("--output", tmp_path / "out", *flags)
     assert status == 2 and message in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_onnx_takes_the_text_tower_along(run_export, tmp_path, monkeypatch):
+    write_random_text_tower(tmp_path / "text", ["a photo of a red bus"], width=64)
+    text = build_text_tower(tmp_path / "text", prefix="search_query: ", max_length=9)
+    flags = ("--format", "onnx", "--copy-text", "--output", tmp_path / "out")
+    monkeypatch.setattr(export, "make_text_tower", lambda config, device: text)
+    status, _, err = run_export(*flags)
+    assert status == 2 and "--copy-text: " in err and "is not the text tower of the run: " in err
+    assert not (tmp_path / "out").exists()
+
+    status, out, err = run_export(*flags, described=text.describe())
+    assert (status, err) == (0, "") and "The export ran these lines with onnxruntime 1" in out
+    assert sorted(os.listdir(tmp_path / "out" / "onnx")) == ["model.onnx", "text_model.onnx", "tokenizer.json"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert onnx_format.SNIPPET in card and onnx_format.TEXT_SNIPPET in card and "AutoTokenizer" not in card
+    status, _, err = run_export("--copy-text", "--output", tmp_path / "other")
+    assert status == 2 and "--copy-text is True, must be left out: only --format onnx" in " ".join(err.split())
 
 
 def fail_to_save(*arguments, **names):

@@ -78,7 +78,8 @@ def test_every_dependency_is_pinned_by_the_constraints_and_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == textlock.__version__
     extras = [
-        project["optional-dependencies"][name] for name in ("gpu", "test", "bench", "mteb", "peers", "tensorboard")
+        project["optional-dependencies"][name]
+        for name in ("gpu", "test", "bench", "mteb", "onnx", "peers", "tensorboard")
     ]
 
     def names(requirements):

@@ -132,9 +132,9 @@ def test_bucketing_pads_less_than_a_tenth(lengths):
 def test_encode_uses_the_buckets(tower_folder, monkeypatch):
     tower = nomic_tower(tower_folder)
     shapes = []
-    run = tower._model.forward
+    run = tower.encoder.forward
     monkeypatch.setattr(
-        tower._model, "forward", lambda **inputs: (shapes.append(inputs["input_ids"].shape), run(**inputs))[1]
+        tower.encoder, "forward", lambda **inputs: (shapes.append(inputs["input_ids"].shape), run(**inputs))[1]
     )
     captions = [f"{'dog ' * (1 + number % 40)}{number}" for number in range(300)]
     tower.encode(captions)
@@ -185,7 +185,7 @@ def test_the_tower_is_frozen(tower_folder):
         rows = tower.encode(CAPTIONS)
     assert not rows.requires_grad
     assert not rows.is_inference(), "inference tensors cannot be saved for the loss's backward"
-    assert not any(parameter.requires_grad for parameter in tower._model.parameters())
+    assert not any(parameter.requires_grad for parameter in tower.encoder.parameters())
 
 
 def test_an_autocast_of_the_caller_changes_nothing(tower_folder):
@@ -284,7 +284,7 @@ def test_sharded_half_precision_weights_load_in_float32(editable):
     save_file(weights, editable / "model.safetensors", metadata={"format": "pt"})
     whole = nomic_tower(editable)
     rows, fingerprint = whole.encode(CAPTIONS), whole.fingerprint()
-    assert {parameter.dtype for parameter in whole._model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in whole.encoder.parameters()} == {torch.float32}
 
     (editable / "model.safetensors").unlink()
     files = {}
