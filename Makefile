@@ -57,7 +57,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[gpu,test,bench,onnx,peers,tensorboard]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[gpu,test,bench,mteb,onnx,peers,tensorboard]'
 	rm -rf $(VENV)/triton-3.6
 	$(RUN) -m pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
 	touch $@

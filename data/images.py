@@ -435,7 +435,24 @@ def eval_image(payload: bytes, image_size: int) -> torch.Tensor:
     Raises:
         BadImage: the image cannot be decoded.
     """
-    image = _decode_evaluation_image(payload)
+    return _central_square(_decode_evaluation_image(payload), image_size)
+
+
+def eval_picture(picture: Image.Image, image_size: int) -> torch.Tensor:
+    """Return what ``eval_image`` does of an image that Pillow has opened.
+
+    Raises:
+        BadImage: the image is too large, or cannot be decoded.
+    """
+    _check_pixels(*picture.size)
+    try:
+        image = _to_rgb(picture)
+    except Exception as error:  # as of damaged files, above
+        raise BadImage("damaged", f"the image does not decode: {error}") from error
+    return _central_square(image, image_size)
+
+
+def _central_square(image: UInt8Array, image_size: int) -> torch.Tensor:
     height, width = image.shape[:2]
     short = min(height, width)
     if max(height, width) > _BANNER * short:

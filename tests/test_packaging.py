@@ -77,7 +77,10 @@ def test_rooms_are_namespace_folders():
 def test_every_dependency_is_pinned_by_the_constraints_and_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == textlock.__version__
-    extras = [project["optional-dependencies"][name] for name in ("gpu", "test", "bench", "peers", "tensorboard")]
+    extras = [
+        project["optional-dependencies"][name]
+        for name in ("gpu", "test", "bench", "mteb", "onnx", "peers", "tensorboard")
+    ]
 
     def names(requirements):
         return {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in requirements}

@@ -1,5 +1,6 @@
 """Every command and every Python line of the README, run on a small world."""
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from textlock.bench.readme import pages
 from textlock.exports.reading import read_exported
 
 from .conftest import ONE_THREAD, ROOT
+from .data.sets import labelled, write_set
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -65,6 +67,12 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
         lines.append(f"{name}\ta {picture.parent.name.replace('_', ' ')}")
     (tmp_path / "captions.tsv").write_text("\n".join(lines) + "\n")
 
+    names = sorted(path.name for path in photos.iterdir())
+    entries = [{"filename": name, "split": "test", "sentences": [{"raw": f"photo {name}"}]} for name in names[:9]]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
+    shutil.copytree(photos, tmp_path / "flickr30k-images")
+    write_set(tmp_path / "evalsets" / "wds_cifar10_test", labelled(9, 3), classes=("circle", "star", "square"))
+
     small = [*SMALL, "--text.name", str(small_world.root / "text")]
     ran = []
     for command in COMMANDS:
@@ -95,7 +103,11 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
             case _:
                 pytest.fail(f"README has a command this test does not know: {command}")
         ran.append(command[1])
-    assert ran == [*["-m"] * 6, "train.py", "--nnodes", "evaluate.py", "export.py"]
+    assert ran == [*["-m"] * 6, "train.py", "--nnodes", "evaluate.py", "-m", "evaluate.py", "export.py"]
+    assert json.loads((tmp_path / "runs/mine/evaluation-datacomp.json").read_text())["tasks"].keys() == {
+        "cifar10",
+        "flickr30k",
+    }
 
     assert read_exported(tmp_path / "exported").tower.embed_dim == 64
 
