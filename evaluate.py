@@ -10,21 +10,16 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from textlock.data.atomic import write_text_atomically
 from textlock.engine.distributed import World, join_world
 from textlock.engine.provenance import commit, device_name, versions
-from textlock.engine.step import autocast_for, image_rows
-from textlock.engine.trained import load_tower
 from textlock.evals.counts import describe_count
 from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite, read_choices
-from textlock.exports.reading import read_exported, text_settings
-from textlock.models.text import TextConfig, make_text_tower
-from textlock.models.vision import VisionTower
+from textlock.exports.loaded import load_towers
 from textlock.settings import Settings, at_least, exit_with
 
 
@@ -84,24 +79,11 @@ def evaluate(arguments: Arguments, world: World) -> None:
         batch_size=arguments.batch_size,
     )
     read_choices(evals)  # what is wrong with the data is said before anything is loaded
-    loaded = load(arguments.checkpoint, arguments.text)
-    tower = loaded.tower.to(world.device).eval()
-    text = loaded.text if arguments.text is None else replace(loaded.text, name=arguments.text)
-    text_tower = make_text_tower(text, world.device)
-    difference = text_tower.describe().difference_from(loaded.text_tower) if loaded.text_tower else None
-    if text_tower.embed_dim != tower.embed_dim:
-        difference = f"its embeddings have {text_tower.embed_dim} dimensions and those of images {tower.embed_dim}"
-    if difference:
-        raise ValueError(
-            f"{arguments.checkpoint} was trained against another text tower than {text.name}: {difference}. Give the "
-            "one it was trained against with --text."
-        )
-    print(f"text tower {text.name}: {text_tower.recipe}", file=sys.stderr)
+    towers = load_towers(arguments.checkpoint, arguments.text, world.device)
+    loaded = towers.loaded
     evals = replace(evals, templates=arguments.templates or loaded.templates)
-    suite = EvaluationSuite(text_tower, evals, image_size=tower.image_size, group=world.group)
-    autocast = autocast_for(world.device, "auto")
-    with torch.no_grad():
-        figures = suite.run(lambda images: image_rows(tower, images.to(world.device), autocast))
+    suite = EvaluationSuite(towers.text, evals, image_size=loaded.tower.image_size, group=world.group)
+    figures = suite.run(towers.encode_images)
     complaints = suite.complaints()
     if complaints and not arguments.allow_missing:
         raise ValueError(f"{'; '.join(complaints)}: mend them, or take the figures of the others with --allow-missing")
@@ -126,28 +108,6 @@ def evaluate(arguments: Arguments, world: World) -> None:
     output = arguments.output or arguments.checkpoint / "evaluation.json"
     write_text_atomically(output, json.dumps(results, indent=1) + "\n")
     print(f"written to {output}", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a checkpoint or an exported folder says of itself."""
-
-    tower: VisionTower
-    text: TextConfig
-    text_tower: dict[str, Any] | None
-    """The `TextTowerDescription` it was trained against; None of the released Nomic Embed Vision."""
-    templates: tuple[str, ...]
-    step: int | None
-
-
-def load(checkpoint: Path, text_name: str | None) -> Loaded:
-    """Read a run folder, one of its checkpoints, or an exported folder, whose text tower may need a name."""
-    if (checkpoint / "config.json").is_file():
-        exported = read_exported(checkpoint)
-        text = text_settings(exported.text_tower, checkpoint, text_name)
-        return Loaded(exported.tower, text, exported.text_tower, EvalConfig().templates, None)
-    found = load_tower(checkpoint)
-    return Loaded(found.tower, found.config.text, found.text_tower, found.config.evals.templates, found.step)
 
 
 if __name__ == "__main__":
