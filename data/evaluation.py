@@ -75,7 +75,7 @@ def iterate_shards(
 
     samples = range(rank * len(index) // world_size, (rank + 1) * len(index) // world_size)
     position = samples.start
-    for good, skipped in _load_batches(load, samples, batch_size, workers):
+    for good, skipped in load_batches(load, samples, batch_size, workers):
         images = [image for image, _, _ in good]
         position += len(good) + skipped.total()
         yield CaptionedBatch(
@@ -159,13 +159,13 @@ def iterate_class_folder(
             raise BadSample("unreadable", f"{path}: {error}") from error
 
     part = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
-    for good, skipped in _load_batches(load, part, batch_size, workers):
+    for good, skipped in load_batches(load, part, batch_size, workers):
         images = [image for image, _ in good]
         labels = torch.tensor([label for _, label in good], dtype=torch.int64)
         yield ClassBatch(_stacked(images, image_size), labels, dict(skipped))
 
 
-def _load_batches(
+def load_batches(
     load: Callable[[S], T], items: Sequence[S], batch_size: int, workers: int
 ) -> Iterator[tuple[list[T], Counter[str]]]:
     """Yield (loaded items, how many of which kind were left out) for every ``batch_size`` items.
