@@ -74,7 +74,7 @@ def _samples(folder: Path) -> Pictures:
             problems.append(f"captions of sample {sample} ({fault.kind}): {fault}")
 
     def name(sample: int) -> str:
-        return f"{index.shard_names[index.shard_of(sample)]}: {reader.read(sample).key}"
+        return f"{reader.read(sample).key} in {index.shard_names[index.shard_of(sample)]}"
 
     return Pictures(folder, identities, captions, problems, name, lambda sample: reader.read(sample).image)
 

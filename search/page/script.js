@@ -70,7 +70,7 @@ async function search(ask, question, picture) {
     status.textContent = `The numbers are cosines. Found in ${Math.round(1000 * found.seconds)} ms.`;
   } catch (error) {
     if (number !== latest) return;
-    by("results").hidden = true;
+    by("results").hidden = shown.hidden = true;
     status.className = "wrong";
     status.textContent = error instanceof TypeError ? "explore.py has ended: start it again." : error.message;
   }
@@ -95,6 +95,8 @@ function show(question) {
 function go(question) {
   history.pushState(null, "", "#" + new URLSearchParams(question));
   show(question);
+  // What was pressed among the results goes with them: the keyboard goes on above the new ones.
+  if (document.activeElement.closest("main")) by("question").focus({preventScroll: true});
   scrollTo(0, 0);
 }
 function searchFile(chosen) {
