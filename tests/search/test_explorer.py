@@ -1,6 +1,7 @@
 """Embeddings that are kept, and what is found with them."""
 
 import signal
+import threading
 
 import pytest
 import torch
@@ -64,6 +65,52 @@ def test_new_and_changed_images_are_embedded_and_deleted_ones_dropped(folder, tm
     (part,) = parts(tmp_path)
     stored, rows = cache._read_part(part, 64)
     assert sorted(stored) == sorted(find_pictures(folder).identities) and len(rows) == 9
+
+
+def test_deleted_images_are_dropped_where_nothing_is_new(folder, tmp_path):
+    explorer(folder, tmp_path)
+    (folder / "0.jpg").unlink()
+    counting = Counting()
+    assert len(explorer(folder, tmp_path, counting).places) == 8 and counting.images == 0
+    (part,) = parts(tmp_path)
+    assert len(cache._read_part(part, 64)[0]) == 8
+
+
+def test_an_interrupt_keeps_what_there_is(folder, tmp_path):
+    counting = Counting()
+    encode = counting.towers.encode_images
+
+    def interrupted(images):
+        if counting.images >= 4:
+            raise KeyboardInterrupt
+        return encode(images)
+
+    object.__setattr__(counting.towers, "encode_images", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        explorer(folder, tmp_path, counting)
+    counting = Counting()
+    assert len(explorer(folder, tmp_path, counting).places) == 9 and counting.images == 5
+
+
+def test_of_two_processes_one_waits_for_the_other(tmp_path):
+    """And computes nothing that the other has."""
+    folder, identities = tmp_path / "cache", [bytes([number]) * 16 for number in range(3)]
+    started, waiting = threading.Event(), threading.Event()
+
+    def embed(missing):
+        started.set()
+        assert waiting.wait(30)
+        yield missing, torch.eye(3)
+
+    def never(missing):
+        pytest.fail("it was there")
+
+    first = threading.Thread(target=cache.cached_embeddings, args=(folder, identities, 3, embed, waiting.set))
+    first.start()
+    assert started.wait(30)
+    places, rows = cache.cached_embeddings(folder, identities, 3, never, waiting.set)
+    first.join()
+    assert places.tolist() == [0, 1, 2] and torch.equal(rows, torch.eye(3))
 
 
 def test_another_image_tower_or_text_tower_embeds_again(folder, tmp_path):
