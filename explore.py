@@ -43,7 +43,8 @@ class Arguments(Settings):
     text: str | None = None
     """Text tower, a folder or hub name. Default: the one the run was trained against."""
     cache: Path = Path(DEFAULT_CACHE_DIR) / "explore"
-    """Folder in which embeddings are kept. They are computed again for images that change, and for other towers."""
+    """Folder in which embeddings are kept. They are computed again for images that change and for other towers, and the
+    folder may be deleted at any time."""
     port: Annotated[int, at_least(0), at_most(65535)] = 7861
     """Port of the page; 0 takes a free one."""
     batch_size: Annotated[int, at_least(1)] = 64
