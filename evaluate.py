@@ -16,23 +16,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import torch.distributed as dist
 import tyro
 
 from textlock.data.atomic import write_text_atomically
 from textlock.engine.distributed import World, join_world
 from textlock.engine.provenance import commit, device_name, versions
-from textlock.engine.step import autocast_for, image_rows, precision_of
-from textlock.engine.trained import load_tower
+from textlock.engine.step import precision_of
 from textlock.evals.benchmark_report import Results, SuiteRun, read_results
 from textlock.evals.benchmark_suites import SUITES
 from textlock.evals.benchmarks import Evaluator, find_sets
 from textlock.evals.counts import describe_count
-from textlock.evals.suite import PROMPTS, EncodeImages, EvalConfig, EvaluationSuite, read_choices
-from textlock.exports.reading import read_exported, text_settings
-from textlock.models.text import TextConfig, TextTower, make_text_tower
-from textlock.models.vision import VisionTower
+from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite, read_choices
+from textlock.exports.loaded import Loaded, image_fingerprint, load_towers
+from textlock.models.text import make_text_tower
 from textlock.settings import Settings, at_least, exit_with
 
 if TYPE_CHECKING:
@@ -105,11 +102,11 @@ def evaluate(arguments: Arguments, world: World) -> None:
         batch_size=arguments.batch_size,
     )
     read_choices(evals)  # what is wrong with the data is said before anything is loaded
-    loaded, text_tower, encode_images = load_towers(arguments.checkpoint, arguments.text, world.device)
+    towers = load_towers(arguments.checkpoint, arguments.text, world.device)
+    loaded = towers.loaded
     evals = replace(evals, templates=arguments.templates or loaded.templates)
-    suite = EvaluationSuite(text_tower, evals, image_size=loaded.tower.image_size, group=world.group)
-    with torch.no_grad():
-        figures = suite.run(encode_images)
+    suite = EvaluationSuite(towers.text, evals, image_size=loaded.tower.image_size, group=world.group)
+    figures = suite.run(towers.encode_images)
     complaints = suite.complaints()
     if complaints and not arguments.allow_missing:
         raise ValueError(f"{'; '.join(complaints)}: mend them, or take the figures of the others with --allow-missing")
@@ -141,19 +138,20 @@ def evaluate_suite(arguments: Arguments, world: World) -> None:
     layouts = find_sets(suite, arguments.data)
     require_same({key: layout.fingerprint() for key, layout in layouts.items()}, arguments.data, world)
     run = SuiteRun(suite, layouts, arguments.allow_missing)
-    loaded, text_tower, encode_images = load_towers(arguments.checkpoint, arguments.text, world.device)
+    towers = load_towers(arguments.checkpoint, arguments.text, world.device)
+    loaded = towers.loaded
     output = arguments.output or arguments.checkpoint / f"evaluation-{arguments.suite}.json"
     identity = {
         "suite": arguments.suite,
-        "image tower": fingerprint(loaded.tower),
-        "text tower": text_tower.fingerprint(),
+        "image tower": image_fingerprint(loaded.tower),
+        "text tower": towers.text.fingerprint(),
         "image size": loaded.tower.image_size,
         "precision": precision_of(world.device),
     }
     results = _read_on_main(lambda: read_results(output, identity), world)
     done = run.still_good(results)
     results.tasks = {key: results.tasks[key] for key in done}
-    evaluator = Evaluator(encode_images, text_tower, loaded.tower.image_size, arguments.batch_size, world.group)
+    evaluator = Evaluator(towers.encode_images, towers.text, loaded.tower.image_size, arguments.batch_size, world.group)
     for task, outcome in run.outcomes(done, evaluator.evaluate):
         run.store(task, outcome, results, facts_of(arguments, loaded, world))
         if world.is_main:
@@ -197,16 +195,7 @@ def _read_on_main(read: Callable[[], Results], world: World) -> Results:
     return box[0]
 
 
-def fingerprint(tower: VisionTower) -> str:
-    """Return the sha256 (hex) of the weights of an image tower on the CPU or a GPU."""
-    digest = hashlib.sha256()
-    for name, tensor in tower.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def facts_of(arguments: Arguments, loaded: "Loaded", world: World) -> dict[str, Any]:
+def facts_of(arguments: Arguments, loaded: Loaded, world: World) -> dict[str, Any]:
     """Return what is told of every evaluation besides its figures."""
     return {
         "checkpoint": str(arguments.checkpoint),
@@ -216,31 +205,6 @@ def facts_of(arguments: Arguments, loaded: "Loaded", world: World) -> dict[str, 
         "commit": commit(),
         "device": device_name(world.device),
     }
-
-
-def load_towers(
-    checkpoint: Path, text_name: str | None, device: torch.device
-) -> tuple["Loaded", TextTower, EncodeImages]:
-    """Load both towers on a device; the third value encodes uint8 images [b, S, S, 3] as unit rows [b, d].
-
-    Raises:
-        ValueError: the text tower is another one than the image tower was trained against.
-    """
-    loaded = load(checkpoint, text_name)
-    tower = loaded.tower.to(device).eval()
-    text = loaded.text if text_name is None else replace(loaded.text, name=text_name)
-    text_tower = make_text_tower(text, device)
-    difference = text_tower.describe().difference_from(loaded.text_tower) if loaded.text_tower else None
-    if text_tower.embed_dim != tower.embed_dim:
-        difference = f"its embeddings have {text_tower.embed_dim} dimensions and those of images {tower.embed_dim}"
-    if difference:
-        raise ValueError(
-            f"{checkpoint} was trained against another text tower than {text.name}: {difference}. Give the "
-            "one it was trained against with --text."
-        )
-    print(f"text tower {text.name}: {text_tower.recipe}", file=sys.stderr)
-    autocast = autocast_for(device, "auto")
-    return loaded, text_tower, lambda images: image_rows(tower, images.to(device), autocast)
 
 
 def mteb_encoder(
@@ -272,7 +236,8 @@ def mteb_encoder(
     except ImportError as error:
         raise ValueError('mteb is not installed: pip install "textlock[mteb]"') from error
     here = join_world(device).device
-    loaded, text_tower, encode_images = load_towers(Path(checkpoint), text, here)
+    towers = load_towers(Path(checkpoint), text, here)
+    loaded, text_tower = towers.loaded, towers.text
     if max_length is not None:
         text_tower = make_text_tower(replace(text_tower.config, max_length=max_length), here)
     by_prefix = {text_tower.recipe.prefix: text_tower}
@@ -280,38 +245,16 @@ def mteb_encoder(
         if prefix not in by_prefix:
             by_prefix[prefix] = make_text_tower(replace(text_tower.config, prefix=prefix), here)
     prompted = {name: by_prefix[prefix] for name, prefix in (prompts or {}).items()}
-    parts = [fingerprint(loaded.tower), text_tower.fingerprint()]
+    parts = [image_fingerprint(loaded.tower), text_tower.fingerprint()]
     parts += [f"{name} {tower.fingerprint()}" for name, tower in sorted(prompted.items())]
     return MtebEncoder(
-        encode_images,
+        towers.encode_images,
         text_tower,
         loaded.tower.image_size,
         name=f"textlock/{Path(checkpoint).resolve().name}",
         revision=hashlib.sha256("\n".join(parts).encode()).hexdigest(),
         prompted=prompted,
     )
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What a checkpoint or an exported folder says of itself."""
-
-    tower: VisionTower
-    text: TextConfig
-    text_tower: dict[str, Any] | None
-    """The `TextTowerDescription` it was trained against; None of the released Nomic Embed Vision."""
-    templates: tuple[str, ...]
-    step: int | None
-
-
-def load(checkpoint: Path, text_name: str | None) -> Loaded:
-    """Read a run folder, one of its checkpoints, or an exported folder, whose text tower may need a name."""
-    if (checkpoint / "config.json").is_file():
-        exported = read_exported(checkpoint)
-        text = text_settings(exported.text_tower, checkpoint, text_name)
-        return Loaded(exported.tower, text, exported.text_tower, EvalConfig().templates, None)
-    found = load_tower(checkpoint)
-    return Loaded(found.tower, found.config.text, found.text_tower, found.config.evals.templates, found.step)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def iterate_shards(
 
     samples = range(rank * len(index) // world_size, (rank + 1) * len(index) // world_size)
     position = samples.start
-    for good, skipped in _load_batches(load, samples, batch_size, workers):
+    for good, skipped in load_batches(load, samples, batch_size, workers):
         images = [image for image, _, _ in good]
         position += len(good) + skipped.total()
         yield CaptionedBatch(
@@ -217,12 +217,12 @@ def _place_batches(
     workers: int,
 ) -> Iterator[PlacedBatch]:
     part = range(rank * count // world_size, (rank + 1) * count // world_size)
-    for good, skipped in _load_batches(load, part, batch_size, workers):
+    for good, skipped in load_batches(load, part, batch_size, workers):
         images = [image for image, _ in good]
         yield PlacedBatch(_stacked(images, image_size), [place for _, place in good], dict(skipped))
 
 
-def _load_batches(
+def load_batches(
     load: Callable[[S], T], items: Sequence[S], batch_size: int, workers: int
 ) -> Iterator[tuple[list[T], Counter[str]]]:
     """Yield (loaded items, how many of which kind were left out) for every ``batch_size`` items.

@@ -373,6 +373,22 @@ def _decode_evaluation_image(payload: bytes) -> UInt8Array:
     return 255 - rgb if is_negative else rgb
 
 
+def thumbnail(payload: bytes, side: int) -> UInt8Array:
+    """Return the whole image, as ``eval_image`` decodes it, uint8 [h, w, 3] with no side above ``side``; none grows.
+
+    Raises:
+        BadImage: the image cannot be decoded.
+    """
+    image = _decode_evaluation_image(payload)
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    if longest <= side:
+        return image
+    small = torch.empty(max(1, height * side // longest), max(1, width * side // longest), 3, dtype=torch.uint8)
+    crop_and_resize(image, CropWindow(0, 0, height, width), small)
+    return small.numpy()
+
+
 def crop_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return the uniform numbers in [0, 1) of the random crop at each position, shape [n, 10 tries, 4].
 

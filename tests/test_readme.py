@@ -54,7 +54,7 @@ def run(command, folder):
 @pytest.mark.slow
 def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
     """In a copy of the scripts, with pictures and captions where the page says they are."""
-    for name in ("configs", "train.py", "evaluate.py", "export.py"):
+    for name in ("configs", "train.py", "evaluate.py", "explore.py", "export.py"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     shutil.copytree(small_world.root / "data" / "heldout", tmp_path / "heldout")
@@ -98,12 +98,26 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
                 run([*launch, *rest, *small], tmp_path)
             case ["python", "-m", "textlock.data.embeddings", shards, "--tower", _]:
                 run([sys.executable, *command[1:3], shards, "--tower", str(small_world.root / "text")], tmp_path)
+            case ["python", "explore.py", *rest]:
+                # The page is served until Ctrl-C, which tests/test_explore.py presses.
+                asked = [] if "--query" in rest else ["--query", "a picture"]
+                run([sys.executable, *command[1:], *asked, "--cache", "cache"], tmp_path)
             case ["python", *rest]:
                 run([sys.executable, *rest], tmp_path)
             case _:
                 pytest.fail(f"README has a command this test does not know: {command}")
         ran.append(command[1])
-    assert ran == [*["-m"] * 6, "train.py", "--nnodes", "evaluate.py", "-m", "evaluate.py", "export.py"]
+    assert ran == [
+        *["-m"] * 6,
+        "train.py",
+        "--nnodes",
+        "evaluate.py",
+        "-m",
+        "evaluate.py",
+        "explore.py",
+        "explore.py",
+        "export.py",
+    ]
     assert json.loads((tmp_path / "runs/mine/evaluation-datacomp.json").read_text())["tasks"].keys() == {
         "cifar10",
         "flickr30k",
