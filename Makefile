@@ -32,8 +32,8 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p textlock.kernels -p textlock.models -p textlock.data -p textlock.engine -p textlock.evals \
-		-p textlock.exports -p textlock.demo -p textlock.bench -m textlock.settings -m textlock.train \
-		-m textlock.evaluate -m textlock.export
+		-p textlock.exports -p textlock.search -p textlock.demo -p textlock.bench -m textlock.settings -m textlock.train \
+		-m textlock.evaluate -m textlock.export -m textlock.explore
 
 # A machine with a GPU may have everything but a package registry: without .venv its own Python is used as it is.
 HERE := $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
@@ -57,7 +57,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[gpu,test,bench,onnx,peers,tensorboard]'
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[gpu,test,bench,mteb,onnx,peers,tensorboard]'
 	rm -rf $(VENV)/triton-3.6
 	$(RUN) -m pip install --quiet --no-deps --target $(VENV)/triton-3.6 triton==3.6.0
 	touch $@

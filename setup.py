@@ -6,12 +6,12 @@ the distribution of that name that transformers imports; a namespace folder neve
 
 from setuptools import find_namespace_packages, setup
 
-ROOMS = ("kernels*", "models*", "data*", "engine*", "exports*", "evals*", "demo*", "bench*")
+ROOMS = ("kernels*", "models*", "data*", "engine*", "exports*", "search*", "evals*", "demo*", "bench*")
 
 setup(
     package_dir={"textlock": "."},
     packages=[f"textlock.{room}" for room in find_namespace_packages(include=ROOMS) if "." not in room],
-    package_data={"textlock.engine": ["page/*"]},
+    package_data={"textlock.engine": ["page/*"], "textlock.search": ["page/*"]},
     # Naming the modules, not the package, keeps setup.py and other root files out of the wheel.
-    py_modules=["textlock.train", "textlock.evaluate", "textlock.export", "textlock.settings"],
+    py_modules=["textlock.train", "textlock.evaluate", "textlock.export", "textlock.explore", "textlock.settings"],
 )

@@ -11,12 +11,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .captions import unique_keys
 
 FILE_COLUMNS = ("file", "filepath", "filename")
 CAPTION_COLUMNS = ("caption", "title", "text")
+
+
+class CaptionRows(Protocol):
+    """What says which image has which caption."""
+
+    @property
+    def path(self) -> Path:
+        """The file it is read from, for messages."""
+
+    def rows(self, is_image: Callable[[str], bool]) -> Iterator[tuple[int, str, str]]:
+        """Yield (number, file, caption) of every caption; ``where`` says what the number counts."""
+
+    def where(self, number: int) -> str:
+        """Return the place of a caption in the file, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +44,10 @@ class CaptionsFile:
     """Column of the image files; None for the one of FILE_COLUMNS that is there."""
     caption_column: str | None = None
     """Column of the captions; None for the one of CAPTION_COLUMNS that is there."""
+
+    def where(self, number: int) -> str:
+        """Return the place of a line in words."""
+        return f"{self.path} line {number}"
 
     def rows(self, is_image: Callable[[str], bool]) -> Iterator[tuple[int, str, str]]:
         """Yield (line number, file, caption) of every row.
@@ -48,7 +66,7 @@ class CaptionsFile:
             raise ValueError(f"{self.path}: the captions file must be .tsv, .csv or .jsonl")
         try:
             for line, row in _json_lines(self.path) if suffix == ".jsonl" else self._table(suffix, is_image):
-                where = f"{self.path} line {line}"
+                where = self.where(line)
                 file = _column(row, self.file_column, FILE_COLUMNS, "--file-column", where)
                 column = _column(row, self.caption_column, CAPTION_COLUMNS, "--caption-column", where)
                 name, caption = row[file], row[column]

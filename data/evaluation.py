@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from .benchmark_sets import BenchmarkSet
 from .images import EVALUATION_EXTENSIONS, MAX_IMAGE_BYTES, BadSample, eval_image
 from .index import open_index
 from .reader import ShardReader, require_captions
@@ -50,6 +51,36 @@ class CaptionedBatch:
     """Bad samples left out."""
 
 
+@dataclass(frozen=True)
+class PlacedBatch:
+    """A batch of images that are told by their places."""
+
+    images: torch.Tensor
+    """uint8 [b, S, S, 3]."""
+    places: list[int]
+    """Which of all images they are, counted from 0."""
+    skipped_by_kind: dict[str, int]
+    """Bad images left out."""
+
+
+def iterate_set(
+    found: BenchmarkSet, image_size: int, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2
+) -> Iterator[PlacedBatch]:
+    """Yield this rank's contiguous part of the images of a set, each once, as evaluated (``eval_image``).
+
+    Bad images are left out, named in the log and counted; where all of a part are bad, its batch is empty.
+    """
+
+    def load(place: int) -> tuple[torch.Tensor, int]:
+        try:
+            return eval_image(found.read_image(place), image_size), place
+        except BadSample as fault:
+            image = found.images[place]
+            raise BadSample(fault.kind, f"{image.shard}: {image.key}: {fault}") from fault
+
+    yield from _place_batches(load, len(found.images), image_size, batch_size, rank, world_size, workers)
+
+
 def iterate_shards(
     shards: Path | str, image_size: int, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2
 ) -> Iterator[CaptionedBatch]:
@@ -75,7 +106,7 @@ def iterate_shards(
 
     samples = range(rank * len(index) // world_size, (rank + 1) * len(index) // world_size)
     position = samples.start
-    for good, skipped in _load_batches(load, samples, batch_size, workers):
+    for good, skipped in load_batches(load, samples, batch_size, workers):
         images = [image for image, _, _ in good]
         position += len(good) + skipped.total()
         yield CaptionedBatch(
@@ -145,27 +176,53 @@ def iterate_class_folder(
     Bad images are left out, named in the log and counted in ``ClassBatch.skipped_by_kind``; where all of a part are
     bad, its batch is empty.
     """
-    files = folder.files
+    labels = [label for _, label in folder.files]
+    files = [path for path, _ in folder.files]
+    for batch in iterate_files(
+        files, image_size, batch_size=batch_size, rank=rank, world_size=world_size, workers=workers
+    ):
+        of_batch = torch.tensor([labels[place] for place in batch.places], dtype=torch.int64)
+        yield ClassBatch(batch.images, of_batch, batch.skipped_by_kind)
 
-    def load(file: tuple[Path, int]) -> tuple[torch.Tensor, int]:
-        path, label = file
+
+def iterate_files(
+    files: Sequence[Path], image_size: int, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 2
+) -> Iterator[PlacedBatch]:
+    """Yield this rank's contiguous part of image files, each once, as evaluated (``eval_image``).
+
+    Bad images are left out, named in the log and counted; where all of a part are bad, its batch is empty.
+    """
+
+    def load(place: int) -> tuple[torch.Tensor, int]:
+        path = files[place]
         try:
             if path.stat().st_size > MAX_IMAGE_BYTES:
                 raise BadSample("too-large", f"the image has more than {MAX_IMAGE_BYTES:,} bytes")
-            return eval_image(path.read_bytes(), image_size), label
+            return eval_image(path.read_bytes(), image_size), place
         except BadSample as fault:
             raise BadSample(fault.kind, f"{path}: {fault}") from fault
         except OSError as error:
             raise BadSample("unreadable", f"{path}: {error}") from error
 
-    part = files[rank * len(files) // world_size : (rank + 1) * len(files) // world_size]
-    for good, skipped in _load_batches(load, part, batch_size, workers):
+    yield from _place_batches(load, len(files), image_size, batch_size, rank, world_size, workers)
+
+
+def _place_batches(
+    load: Callable[[int], tuple[torch.Tensor, int]],
+    count: int,
+    image_size: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    workers: int,
+) -> Iterator[PlacedBatch]:
+    part = range(rank * count // world_size, (rank + 1) * count // world_size)
+    for good, skipped in load_batches(load, part, batch_size, workers):
         images = [image for image, _ in good]
-        labels = torch.tensor([label for _, label in good], dtype=torch.int64)
-        yield ClassBatch(_stacked(images, image_size), labels, dict(skipped))
+        yield PlacedBatch(_stacked(images, image_size), [place for _, place in good], dict(skipped))
 
 
-def _load_batches(
+def load_batches(
     load: Callable[[S], T], items: Sequence[S], batch_size: int, workers: int
 ) -> Iterator[tuple[list[T], Counter[str]]]:
     """Yield (loaded items, how many of which kind were left out) for every ``batch_size`` items.

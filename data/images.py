@@ -373,6 +373,22 @@ def _decode_evaluation_image(payload: bytes) -> UInt8Array:
     return 255 - rgb if is_negative else rgb
 
 
+def thumbnail(payload: bytes, side: int) -> UInt8Array:
+    """Return the whole image, as ``eval_image`` decodes it, uint8 [h, w, 3] with no side above ``side``; none grows.
+
+    Raises:
+        BadImage: the image cannot be decoded.
+    """
+    image = _decode_evaluation_image(payload)
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    if longest <= side:
+        return image
+    small = torch.empty(max(1, height * side // longest), max(1, width * side // longest), 3, dtype=torch.uint8)
+    crop_and_resize(image, CropWindow(0, 0, height, width), small)
+    return small.numpy()
+
+
 def crop_draws(seed: int, epoch: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Return the uniform numbers in [0, 1) of the random crop at each position, shape [n, 10 tries, 4].
 
@@ -435,7 +451,24 @@ def eval_image(payload: bytes, image_size: int) -> torch.Tensor:
     Raises:
         BadImage: the image cannot be decoded.
     """
-    image = _decode_evaluation_image(payload)
+    return _central_square(_decode_evaluation_image(payload), image_size)
+
+
+def eval_picture(picture: Image.Image, image_size: int) -> torch.Tensor:
+    """Return what ``eval_image`` does of an image that Pillow has opened.
+
+    Raises:
+        BadImage: the image is too large, or cannot be decoded.
+    """
+    _check_pixels(*picture.size)
+    try:
+        image = _to_rgb(picture)
+    except Exception as error:  # as of damaged files, above
+        raise BadImage("damaged", f"the image does not decode: {error}") from error
+    return _central_square(image, image_size)
+
+
+def _central_square(image: UInt8Array, image_size: int) -> torch.Tensor:
     height, width = image.shape[:2]
     short = min(height, width)
     if max(height, width) > _BANNER * short:

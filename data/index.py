@@ -85,6 +85,7 @@ class ShardIndex:
     fingerprint: str  # sha256, in hex: the same for equal shards wherever and whenever they are copied
     left_out: list[str] = field(default_factory=list)  # shards without a sample
     folder: Path | None = None  # of the index file, where it is in one
+    shard_digests: list[bytes] = field(default_factory=list)  # sha256 of each shard; none of an index in memory alone
     remote: CachedShards | None = None  # how the shards are opened, when they are not files in a folder
 
     def __len__(self) -> int:
@@ -617,6 +618,7 @@ def _map_index(
         fingerprint=header.fingerprint.hex(),
         left_out=[entry.name for entry in entries if not entry.samples],
         folder=folder,
+        shard_digests=[entry.sha256 for entry in used],
         remote=remote,
     )
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from .atomic import atomic_folder
 from .captions import Fields, one_line, without_blanks
-from .captions_file import CaptionsFile
+from .captions_file import CaptionRows
 from .images import (
     MAX_IMAGE_BYTES,
     MAX_JPEG_SIDE,
@@ -95,10 +95,11 @@ def _is_progressive(payload: bytes) -> bool:
 
 def pack_shards(
     images: Path,
-    captions: CaptionsFile,
+    captions: CaptionRows,
     output: Path,
     *,
     samples_per_shard: int = 1000,
+    shard_digits: int = 5,
     skip_bad: bool = False,
     reencoding: Reencoding | None = None,
     workers: int = 1,
@@ -109,7 +110,8 @@ def pack_shards(
     ``key.txt``; line breaks inside a caption become spaces. Image bytes are copied as they are unless
     there is a ``reencoding``; ``workers`` threads read, check and re-encode. Each sample is ``key.jpg`` (or png, webp),
     ``key.txt`` and ``key.json`` with key, caption (a list where there are several), width, height, file and sha256. The
-    shards of the same input are the same bytes. The rows are held in memory meanwhile.
+    shards of the same input are the same bytes; their names are numbers of at least ``shard_digits`` digits. The rows
+    are held in memory meanwhile.
 
     Raises:
         FileNotFoundError: the captions file, the folder or a named image does not exist.
@@ -122,7 +124,7 @@ def pack_shards(
         raise FileNotFoundError(f"no folder {images}: name the folder of the images")
     with atomic_folder(output) as draft:
         samples = _load_images(_read_rows(images, captions), reencoding, workers)
-        report = _write_shards(samples, captions.path, draft, samples_per_shard, skip_bad)
+        report = _write_shards(samples, captions, draft, samples_per_shard, shard_digits, skip_bad)
         indexed = index_shards(draft)
     return replace(report, captions=indexed.captions, cut=indexed.cut)
 
@@ -190,7 +192,7 @@ class _ShardRepacking:
 class _Named:
     """An image that a captions file names, and the captions of its rows."""
 
-    line: int  # of its first row
+    line: int  # of its first row, or what else ``CaptionRows.where`` counts
     path: Path
     captions: list[tuple[int, str]] = field(default_factory=list)  # (line, text)
 
@@ -204,7 +206,7 @@ class _Loaded:
     image: tuple[bytes, ImageHeader] | BadSample
 
 
-def _read_rows(images: Path, captions: CaptionsFile) -> dict[str, _Named]:
+def _read_rows(images: Path, captions: CaptionRows) -> dict[str, _Named]:
     """Return the images that a captions file names, by their names there, in the order of their first rows."""
     named: dict[str, _Named] = {}
     by_path: dict[Path, _Named] = {}  # a.jpg and ./a.jpg are one image
@@ -216,7 +218,7 @@ def _read_rows(images: Path, captions: CaptionsFile) -> dict[str, _Named]:
         return Path(path).is_relative_to(root) and os.path.isfile(path)
 
     for line, name, caption in captions.rows(is_image):
-        path = _image_path(images, name, f"{captions.path} line {line}")
+        path = _image_path(images, name, captions.where(line))
         image = by_path.get(path)
         if image is None:
             image = by_path[path] = named[name] = _Named(line, path)
@@ -245,7 +247,12 @@ def _load_images(named: dict[str, _Named], reencoding: Reencoding | None, worker
 
 
 def _write_shards(
-    samples: Iterator[_Loaded], source: Path, folder: Path, samples_per_shard: int, skip_bad: bool
+    samples: Iterator[_Loaded],
+    source: CaptionRows,
+    folder: Path,
+    samples_per_shard: int,
+    shard_digits: int,
+    skip_bad: bool,
 ) -> PackReport:
     digits = max(4, len(str(samples_per_shard - 1)))
     skipped: list[Problem] = []
@@ -254,9 +261,9 @@ def _write_shards(
     def leave_out(name: str, line: int, fault: BadSample) -> None:
         if not skip_bad:
             raise ValueError(
-                f"{source} line {line}: {name}: {fault}; mend it, or leave such samples out with --skip-bad"
+                f"{source.where(line)}: {name}: {fault}; mend it, or leave such samples out with --skip-bad"
             ) from fault
-        skipped.append(Problem(source.name, name, fault.kind, str(fault)))
+        skipped.append(Problem(source.path.name, name, fault.kind, str(fault)))
 
     tar: tarfile.TarFile | None = None
     try:
@@ -280,7 +287,7 @@ def _write_shards(
             if place == 0:
                 _close_shard(tar)
                 # USTAR and fixed times and owners: equal input gives equal bytes.
-                tar = tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+                tar = tarfile.open(folder / f"{shard:0{shard_digits}d}.tar", "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
             assert tar is not None
             _add_sample(tar, f"{shard:05d}{place:0{digits}d}", sample.name, *sample.image, texts)
             written += 1
@@ -290,7 +297,7 @@ def _write_shards(
         if tar is not None:
             tar.close()
     if not written:
-        raise ValueError(f"{source} names no usable image: there is nothing to pack")
+        raise ValueError(f"{source.path} names no usable image: there is nothing to pack")
     return PackReport(-(-written // samples_per_shard), written, skipped, rows, in_marks)
 
 

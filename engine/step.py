@@ -54,10 +54,15 @@ def image_rows(
     return F.normalize(embeddings.float(), dim=-1)
 
 
+def precision_of(device: torch.device) -> Literal["bf16", "fp32"]:
+    """Return what the precision auto is on a device: bf16 on a GPU and fp32 on a CPU."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 def autocast_for(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> torch.autocast:
-    """Return the context in which the image tower computes; auto is bf16 on a GPU and fp32 on a CPU."""
+    """Return the context in which the image tower computes; auto as in ``precision_of``."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
+        precision = precision_of(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

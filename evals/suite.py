@@ -16,7 +16,7 @@ from ..data.evaluation import ClassBatch, ClassFolders, iterate_class_folder, it
 from ..data.index import open_index
 from ..models.text import TextTower
 from ..settings import NOT_EMPTY, Bound, Settings, at_least
-from .counts import list_kinds
+from .counts import too_many_skipped
 from .retrieval import RetrievalRows, evaluate_retrieval
 from .zero_shot import class_embeddings, evaluate_zero_shot
 
@@ -31,8 +31,6 @@ PROMPTS: Final = Bound(
     lambda template: "{}" in template or template in TEMPLATE_SETS or Path(template).is_file(),
     f"hold {{}} where the class name goes, be {' or '.join(TEMPLATE_SETS)}, or a file of prompts",
 )
-# More of an evaluation may not be left out without a word.
-_MAX_SKIPPED_FRACTION = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,10 +266,7 @@ class EvaluationSuite:
             if unread := self._unread.get(kind):
                 more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
                 said.append(f"{kind}: no image of class {', '.join(unread[:3])}{more} can be read")
-            skipped = sum(count["skipped"].values())
-            if skipped > _MAX_SKIPPED_FRACTION * (count["images"] + skipped):
-                kinds = list_kinds(count["skipped"])
-                said.append(f"{kind}: {skipped} of {count['images'] + skipped} images cannot be read ({kinds})")
+            said += [f"{kind}: {complaint}" for complaint in too_many_skipped(count)]
         return said
 
     def _gathered(self, count: "_Count") -> "_Count":

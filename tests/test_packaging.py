@@ -29,12 +29,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert made.returncode == 0, made.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    rooms = ("kernels", "models", "data", "engine", "exports", "evals", "demo", "bench")
+    rooms = ("kernels", "models", "data", "engine", "exports", "search", "evals", "demo", "bench")
     expected = {Path("textlock") / path.relative_to(ROOT) for room in rooms for path in (ROOT / room).glob("*.py")}
     expected |= {
-        Path("textlock") / name for name in ("__init__.py", "train.py", "evaluate.py", "export.py", "settings.py")
+        Path("textlock") / f"{name}.py" for name in ("__init__", "train", "evaluate", "export", "explore", "settings")
     }
-    expected |= {Path("textlock/engine/page") / name for name in ("page.html", "style.css", "script.js")}
+    page = ("page.html", "style.css", "script.js")
+    expected |= {Path("textlock") / room / "page" / name for room in ("engine", "search") for name in page}
     assert names == expected
 
     with zipfile.ZipFile(wheel) as archive:
@@ -77,7 +78,10 @@ def test_rooms_are_namespace_folders():
 def test_every_dependency_is_pinned_by_the_constraints_and_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == textlock.__version__
-    extras = [project["optional-dependencies"][name] for name in ("gpu", "test", "bench", "peers", "tensorboard")]
+    extras = [
+        project["optional-dependencies"][name]
+        for name in ("gpu", "test", "bench", "mteb", "onnx", "peers", "tensorboard")
+    ]
 
     def names(requirements):
         return {re.match(r"[\w-]+", line)[0].lower().replace("_", "-") for line in requirements}

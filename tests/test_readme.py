@@ -1,5 +1,6 @@
 """Every command and every Python line of the README, run on a small world."""
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from textlock.bench.readme import pages
 from textlock.exports.reading import read_exported
 
 from .conftest import ONE_THREAD, ROOT
+from .data.sets import labelled, write_set
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -52,7 +54,7 @@ def run(command, folder):
 @pytest.mark.slow
 def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
     """In a copy of the scripts, with pictures and captions where the page says they are."""
-    for name in ("configs", "train.py", "evaluate.py", "export.py"):
+    for name in ("configs", "train.py", "evaluate.py", "explore.py", "export.py"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     shutil.copytree(small_world.root / "data" / "heldout", tmp_path / "heldout")
@@ -64,6 +66,12 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
         shutil.copy(picture, photos / name)
         lines.append(f"{name}\ta {picture.parent.name.replace('_', ' ')}")
     (tmp_path / "captions.tsv").write_text("\n".join(lines) + "\n")
+
+    names = sorted(path.name for path in photos.iterdir())
+    entries = [{"filename": name, "split": "test", "sentences": [{"raw": f"photo {name}"}]} for name in names[:9]]
+    (tmp_path / "dataset_flickr30k.json").write_text(json.dumps({"images": entries}))
+    shutil.copytree(photos, tmp_path / "flickr30k-images")
+    write_set(tmp_path / "evalsets" / "wds_cifar10_test", labelled(9, 3), classes=("circle", "star", "square"))
 
     small = [*SMALL, "--text.name", str(small_world.root / "text")]
     ran = []
@@ -90,12 +98,30 @@ def test_the_commands_run_in_the_order_of_the_page(small_world, tmp_path):
                 run([*launch, *rest, *small], tmp_path)
             case ["python", "-m", "textlock.data.embeddings", shards, "--tower", _]:
                 run([sys.executable, *command[1:3], shards, "--tower", str(small_world.root / "text")], tmp_path)
+            case ["python", "explore.py", *rest]:
+                # The page is served until Ctrl-C, which tests/test_explore.py presses.
+                asked = [] if "--query" in rest else ["--query", "a picture"]
+                run([sys.executable, *command[1:], *asked, "--cache", "cache"], tmp_path)
             case ["python", *rest]:
                 run([sys.executable, *rest], tmp_path)
             case _:
                 pytest.fail(f"README has a command this test does not know: {command}")
         ran.append(command[1])
-    assert ran == [*["-m"] * 6, "train.py", "--nnodes", "evaluate.py", "export.py"]
+    assert ran == [
+        *["-m"] * 6,
+        "train.py",
+        "--nnodes",
+        "evaluate.py",
+        "-m",
+        "evaluate.py",
+        "explore.py",
+        "explore.py",
+        "export.py",
+    ]
+    assert json.loads((tmp_path / "runs/mine/evaluation-datacomp.json").read_text())["tasks"].keys() == {
+        "cifar10",
+        "flickr30k",
+    }
 
     assert read_exported(tmp_path / "exported").tower.embed_dim == 64
 
