@@ -4,8 +4,9 @@
 
 ``transformers`` holds every tower and brings its own modelling code: ``AutoModel.from_pretrained(folder,
 trust_remote_code=True)``. ``onnx`` is that folder with graphs for onnxruntime. ``nomic`` is the folder of the released
-Nomic Embed Vision, for Nomic's own code, and holds what that code can compute. All have a model card, and evaluate.py
-reads all.
+Nomic Embed Vision, for Nomic's own code, and holds what that code can compute. ``timm`` is a folder for
+``timm.create_model``, with what follows timm's trunk in a file of its own; ``open_clip`` a CLIP of both towers. All
+have a model card, and evaluate.py reads all.
 """
 
 import re
@@ -19,14 +20,22 @@ import tyro
 
 from textlock.data.atomic import atomic_folder, require_free
 from textlock.engine.trained import LoadedTower, load_tower
-from textlock.exports import nomic_format, onnx_format, transformers_format
+from textlock.exports import nomic_format, onnx_format, open_clip_format, timm_format, transformers_format
 from textlock.exports.card import model_card, public_name
 from textlock.exports.check import compare_with_tower
 from textlock.exports.folder import Exported
 from textlock.models.text import TextTower, make_text_tower
+from textlock.models.vision import VisionTower
 from textlock.settings import Bound, Settings, exit_with
 
-_FORMATS = {"transformers": transformers_format, "nomic": nomic_format, "onnx": onnx_format}
+_FORMATS = {
+    "transformers": transformers_format,
+    "nomic": nomic_format,
+    "onnx": onnx_format,
+    "open_clip": open_clip_format,
+    "timm": timm_format,
+}
+_LIBRARIES = {"open_clip": "open_clip", "timm": "timm"}
 
 _HUB_NAME = Bound(
     lambda name: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)), "be a name such as owner/name"
@@ -42,10 +51,12 @@ class ExportConfig(Settings):
     """A run folder, for its newest checkpoint, or one of its checkpoints."""
     output: Path
     """Folder to write; must not exist, or be empty."""
-    format: Literal["transformers", "nomic", "onnx"] = "transformers"
+    format: Literal["transformers", "nomic", "onnx", "open_clip", "timm"] = "transformers"
     """transformers: with modelling code of its own, any tower. onnx: that folder with a graph for onnxruntime beside
     the weights. nomic: for the code of the released Nomic Embed Vision, EVA02 towers with map pooling, no projection
-    and inner channels in multiples of 256."""
+    and inner channels in multiples of 256. timm: a model of timm, any tower, with map pooling and projection in a file
+    of their own. open_clip: a CLIP of image and text tower: ViTs with class
+    token, cls or mean pooling; text towers of BERT's kind, mean or cls, without layers behind."""
     copy_text: bool = False
     """onnx: the text tower too, as a graph with its tokenizer."""
 
@@ -87,24 +98,34 @@ def export(loaded: LoadedTower, options: ExportConfig) -> str:
     name = public_name(loaded.text_tower)
     if name is not None and options.text_name is not None:
         options.refuse("text_name", f"be left out: the run names its text tower by the hub name {name}")
-    text_tower = _text_tower(loaded) if options.copy_text else None
-    exported = Exported(loaded.tower, loaded.logit_scale, loaded.text_tower | {"name": name or options.text_name})
+    described = loaded.text_tower | {"name": name or options.text_name}
+    if folder_format is open_clip_format:
+        open_clip_format.require_text(described)
+    needs_text = options.copy_text or folder_format is open_clip_format
+    text_tower = _text_tower(loaded) if needs_text else None
+    exported = Exported(loaded.tower, loaded.logit_scale, described)
     with atomic_folder(options.output) as draft:
         folder_format.write(exported, draft)
         text_snippet = None
         if folder_format is onnx_format:
             text_snippet = "" if text_tower is None else onnx_format.TEXT_SNIPPET
-        if text_tower is not None:
-            onnx_format.write_text(text_tower, draft)
-        checked = _check(folder_format, draft, loaded)
+            if text_tower is not None:
+                onnx_format.write_text(text_tower, draft)
+        if folder_format is open_clip_format:
+            assert text_tower is not None
+            text_snippet = ""  # its lines embed texts themselves
+            checked = _said_of_open_clip(*open_clip_format.write_model(exported, text_tower, draft))
+        else:
+            checked = _check(folder_format, draft, loaded)
         card = model_card(
             loaded,
             exported,
-            snippet=folder_format.SNIPPET,
+            snippet=_snippet(folder_format, loaded.tower),
             loaders=folder_format.LOADERS,
             checked=checked,
             license_name=options.license,
             text_snippet=text_snippet,
+            library=_LIBRARIES.get(options.format, "transformers"),
         )
         (draft / "README.md").write_bytes(card.encode("utf-8", "replace"))
     return checked
@@ -113,8 +134,21 @@ def export(loaded: LoadedTower, options: ExportConfig) -> str:
 def _text_tower(loaded: LoadedTower) -> TextTower:
     text_tower = make_text_tower(loaded.config.text, torch.device("cpu"))
     if difference := text_tower.describe().difference_from(loaded.text_tower):
-        raise ValueError(f"--copy-text: {loaded.config.text.name} is not the text tower of the run: {difference}")
+        raise ValueError(f"{loaded.config.text.name} is no longer the text tower of the run: {difference}")
     return text_tower
+
+
+def _snippet(folder_format: Any, tower: VisionTower) -> str:
+    """Return the lines of the model card: timm's depend on the tower."""
+    lines: str = timm_format.snippet(tower) if folder_format is timm_format else folder_format.SNIPPET
+    return lines
+
+
+def _said_of_open_clip(images: float, texts: float) -> str:
+    return (
+        f"The export loaded the folder with open_clip {version('open_clip_torch')}: embeddings of random images "
+        f"differed from those of the trained tower by {images:.0e} at most, those of texts by {texts:.0e}."
+    )
 
 
 def _check(folder_format: Any, draft: Path, loaded: LoadedTower) -> str:
@@ -122,7 +156,7 @@ def _check(folder_format: Any, draft: Path, loaded: LoadedTower) -> str:
     if package is None:
         return "The lines above were not run by the export, which never runs code from the hub."
     difference = compare_with_tower(
-        folder_format.SNIPPET, draft, loaded.tower, package=package, tolerance=folder_format.TOLERANCE
+        _snippet(folder_format, loaded.tower), draft, loaded.tower, package=package, tolerance=folder_format.TOLERANCE
     )
     return (
         f"The export ran these lines with {package} {version(package)} on a random image: the embedding differed from "

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..data.atomic import atomic_folder, require_free
 from ..models.vision import ModelConfig, VisionConfig, VisionTower
-from ..models.weights import TORCH_FILE, WEIGHTS_FILE, in_our_keys, is_hub_name, load_weights
+from ..models.weights import TORCH_FILE, WEIGHTS_FILE, head_beside, in_our_keys, is_hub_name, load_weights
 from ..settings import Settings, exit_with
 
 # Where training code keeps the weights in what it saves.
@@ -64,6 +64,8 @@ def convert(options: Options) -> str:
     path = _find(options.source)
     try:
         weights = in_our_keys(_read(path), final_norm=shape.final_norm)
+        if path.suffix == ".safetensors":
+            weights |= {key: value.float() for key, value in head_beside(path).items()}
         changes = _resample(weights, shape)
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{path} does not fit {options.model}: {error}") from error

@@ -87,6 +87,7 @@ def model_card(
     checked: str,
     license_name: str | None,
     text_snippet: str | None = None,
+    library: str = "transformers",
 ) -> str:
     """Return the text of README.md.
 
@@ -99,6 +100,7 @@ def model_card(
         license_name: the identifier of a licence for the card's metadata; None leaves it out.
         text_snippet: Python that embeds texts and goes on from ``snippet``; None: lines for transformers, where a
             public name and transformers are enough.
+        library: what loads the folder, as the hub names it.
 
     Raises:
         ValueError: a file of figures next to the checkpoint is damaged.
@@ -106,7 +108,7 @@ def model_card(
     config, shape, described = loaded.config, loaded.tower.config, exported.text_tower
     assert described is not None  # every checkpoint has one
     recipe, name = described["recipe"], described["name"]
-    metadata = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "license": license_name}
+    metadata = {"library_name": library, "pipeline_tag": "image-feature-extraction", "license": license_name}
     after = [*recipe["layers"], *(["LayerNorm without weights, eps 1e-5"] if recipe["layer_norm"] else [])]
     return _CARD.format(
         metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False),
@@ -199,7 +201,7 @@ def _text_code(described: Mapping[str, Any]) -> str:
 With transformers 5, after the lines above:
 
 ```python
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained({where})
 encoder = AutoModel.from_pretrained({where}).eval()

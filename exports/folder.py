@@ -30,16 +30,24 @@ class Exported:
     released Nomic Embed Vision."""
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write model.safetensors in float32, with the mark without which transformers refuses it.
+def write_weights(folder: Path, weights: Mapping[str, Tensor], *, name: str = WEIGHTS, head: str | None = None) -> None:
+    """Write weights in float32, with the mark without which transformers refuses them.
+
+    Args:
+        folder: an existing one.
+        weights: by name.
+        name: of the file.
+        head: the file beside it that holds the rest of the tower, see models/weights.py.
 
     Raises OSError when it cannot be written.
     """
+    path = folder / name
+    metadata = {"format": "pt"} if head is None else {"format": "pt", "head": head}
     tensors = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in weights.items()}
     try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:  # also of a full disk
-        raise OSError(f"{folder / WEIGHTS} could not be written: {first_line(error)}") from error
+        raise OSError(f"{path} could not be written: {first_line(error)}") from error
 
 
 def write_processor(folder: Path, size: int) -> None:

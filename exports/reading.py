@@ -5,10 +5,12 @@ from typing import Any
 
 from ..models.text import TextConfig, TextTowerDescription
 from ..models.text_folder import read_json
-from . import nomic_format, transformers_format
+from . import nomic_format, open_clip_format, timm_format, transformers_format
 from .folder import CONFIG, Exported
 
-_READERS = {module.MODEL_TYPE: module.read for module in (transformers_format, nomic_format)}
+_READERS = {
+    module.MODEL_TYPE: module.read for module in (transformers_format, nomic_format, open_clip_format, timm_format)
+}
 
 
 def read_exported(folder: Path) -> Exported:

@@ -62,7 +62,7 @@ def write(exported: Exported, folder: Path) -> None:
     Raises OSError when a file cannot be written.
     """
     tower = exported.tower
-    fields = _shape(tower) | {
+    fields = shape_fields(tower) | {
         "architectures": ["TextlockVisionModel"],
         "auto_map": {
             "AutoConfig": "configuration_textlock.TextlockVisionConfig",
@@ -85,12 +85,13 @@ def build(tower: VisionTower) -> Any:
     from .configuration_textlock import TextlockVisionConfig  # not above: transformers takes seconds
     from .modeling_textlock import TextlockVisionModel
 
-    model = TextlockVisionModel(TextlockVisionConfig(**_shape(tower)))
+    model = TextlockVisionModel(TextlockVisionConfig(**shape_fields(tower)))
     model.load_state_dict(tower.state_dict())
     return model.eval()
 
 
-def _shape(tower: VisionTower) -> dict[str, Any]:
+def shape_fields(tower: VisionTower) -> dict[str, Any]:
+    """Return the fields that say what the tower computes; `read` builds it from them."""
     return {theirs: getattr(tower.config, ours) for ours, theirs in _FIELDS.items()} | {
         "embedding_size": tower.embed_dim,
         "layer_scale": tower.config.layer_scale is not None,

@@ -48,7 +48,7 @@ Keep = Literal["all", "no-mlp", "lean", "block"]
 Implementation = Literal["fused", "plain", "compile"]
 
 # The released EVA02 towers use 1e-6 in the LayerNorms of a block and PyTorch's default inside the MLP.
-_SUB_NORM_EPS = 1e-5
+SUB_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class FeedForward(nn.Module):
             self.gate_up = nn.Linear(shape.width, 2 * shape.hidden)
         else:
             self.fc1 = nn.Linear(shape.width, shape.hidden)
-        self.norm = nn.LayerNorm(shape.hidden, eps=_SUB_NORM_EPS) if shape.sub_norm else None
+        self.norm = nn.LayerNorm(shape.hidden, eps=SUB_NORM_EPS) if shape.sub_norm else None
         self.fc2 = nn.Linear(shape.hidden, shape.width)
 
     @property
@@ -355,7 +355,7 @@ class _Pieces(NamedTuple):
     def hidden(self, first: Tensor) -> Swiglu:
         if not self.settings.gated:
             return Swiglu(gelu(first), None, None)
-        return swiglu_norm(first, self.vectors.sub_norm_weight, self.vectors.sub_norm_bias, _SUB_NORM_EPS)
+        return swiglu_norm(first, self.vectors.sub_norm_weight, self.vectors.sub_norm_bias, SUB_NORM_EPS)
 
     def hidden_backward(self, d_h: Tensor, first: Tensor, mean: Tensor | None, rstd: Tensor | None) -> SwigluGradients:
         if not self.settings.gated:

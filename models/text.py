@@ -183,6 +183,11 @@ class TextTower:
         tokenizer.enable_padding(direction="right", pad_id=self._pad_token_id)
         return tokenizer
 
+    @property
+    def encoder_folder(self) -> Path:
+        """Folder of the encoder's configuration and weights, which may lie inside that of the tower."""
+        return self._said.encoder
+
     def fingerprint(self) -> str:
         """Sha256 (hex) of what the embeddings depend on, so that stored ones can be told from those of another tower.
 

@@ -9,12 +9,12 @@ engine/starting_weights.py makes them of others.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,10 +22,13 @@ from torch import Tensor, nn
 KeyMap = dict[str, tuple[str | None, ...]]
 
 WEIGHTS_FILE = "model.safetensors"
+# Beside weights of a format that has no place for a tower's own head: pool and projection, in this project's keys. The
+# metadata of such weights names it.
+HEAD_FILE = "head.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 _CONVERT = "python -m textlock.engine.starting_weights"
 # Left at their random start when a file holds none of their keys.
-_OPTIONAL_PARTS = ("pool", "projection")
+OPTIONAL_PARTS = ("pool", "projection")
 # timm's classifier and the norm in front of it.
 _TIMM_CLASSIFIER = ("head.", "fc_norm.")
 
@@ -52,6 +55,32 @@ def from_timm(state_dict: Mapping[str, Tensor], *, final_norm: bool = True) -> d
     return _pack(trunk, _timm_keys(trunk))
 
 
+def to_timm(state_dict: Mapping[str, Tensor], *, patch_size: int) -> dict[str, Tensor]:
+    """Translate the trunk of a tower to timm's keys, those with one bias for queries, keys and values.
+
+    Args:
+        state_dict: a tower's; its head (``pool``, ``projection``) is left out.
+        patch_size: side of a patch in pixels.
+    """
+    trunk = {key: value for key, value in state_dict.items() if key.partition(".")[0] not in OPTIONAL_PARTS}
+    shown = {f"blocks.{_count_layers(trunk, 'blocks') - 1}.", "blocks.0.attn.qkv.bias"}
+    for ours, theirs in (
+        ("class_token", "cls_token"),
+        ("register_tokens", "reg_token"),
+        ("position", "pos_embed"),
+        ("norm.weight", "norm.weight"),
+        ("blocks.0.mlp.gate_up.weight", "blocks.0.mlp.fc1_g.weight"),
+        ("blocks.0.mlp.norm.weight", "blocks.0.mlp.norm.weight"),
+        ("blocks.0.scale1", "blocks.0.gamma_1"),
+    ):
+        if ours in trunk:
+            shown.add(theirs)
+    released = _unpack(trunk, _timm_keys(shown))
+    patches = released["patch_embed.proj.weight"]
+    released["patch_embed.proj.weight"] = patches.unflatten(1, (3, patch_size, patch_size))
+    return released
+
+
 def from_nomic(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Translate the released Nomic Embed Vision, with or without its head.
 
@@ -70,13 +99,7 @@ def to_nomic(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     has_head = any(key.startswith("pool.") for key in state_dict)
     keys = _nomic_keys(_count_layers(state_dict, "blocks"), has_head=has_head)
-    _require_keys(state_dict, keys)
-    released = {}
-    for ours, theirs in keys.items():
-        for name, rows in zip(theirs, state_dict[ours].chunk(len(theirs)), strict=True):
-            assert name is not None  # this format has every bias
-            released[name] = rows.clone()
-    return released
+    return _unpack(state_dict, keys)
 
 
 def load_weights(tower: nn.Module, source: str | Path) -> tuple[str, ...]:
@@ -98,8 +121,9 @@ def load_weights(tower: nn.Module, source: str | Path) -> tuple[str, ...]:
     expected = tower.state_dict()
     try:
         state = in_our_keys(load_file(path), final_norm="norm.weight" in expected)
+        state |= head_beside(path)
         present_parts = {key.partition(".")[0] for key in state}
-        kept_parts = {key.partition(".")[0] for key in expected}.intersection(_OPTIONAL_PARTS) - present_parts
+        kept_parts = {key.partition(".")[0] for key in expected}.intersection(OPTIONAL_PARTS) - present_parts
         _require_keys(state, (key for key in expected if key.partition(".")[0] not in kept_parts))
         for key, value in state.items():
             if value.shape != expected[key].shape:
@@ -134,6 +158,21 @@ def _find_weights(source: str | Path) -> Path:
             f"{source} is no local path, and its {WEIGHTS_FILE} could not be downloaded from the hub ({reason}); where "
             f"it has a {TORCH_FILE} instead, convert that: {_CONVERT} {source} --output FOLDER"
         ) from error
+
+
+def head_beside(path: Path) -> dict[str, Tensor]:
+    """Return what a .safetensors file says is in a file of its own beside it, under this project's names.
+
+    Raises ValueError where that file is missing, SafetensorError where one is damaged.
+    """
+    with safe_open(path, "pt") as file:
+        name = (file.metadata() or {}).get("head")
+    if name != HEAD_FILE:
+        return {}
+    head = path.with_name(HEAD_FILE)
+    if not head.is_file():
+        raise ValueError(f"{HEAD_FILE}, the rest of the tower, is not beside it: give a folder that holds both")
+    return load_file(head)
 
 
 def is_hub_name(source: str | Path) -> bool:
@@ -190,7 +229,7 @@ def _nomic_keys(depth: int, *, has_head: bool) -> KeyMap:
     return keys
 
 
-def _timm_keys(state_dict: Mapping[str, Tensor]) -> KeyMap:
+def _timm_keys(state_dict: Collection[str]) -> KeyMap:
     """Key map for the variant that the file's own first block and top-level keys show."""
     keys: KeyMap = {}
     for ours, theirs in (("class_token", "cls_token"), ("register_tokens", "reg_token"), ("position", "pos_embed")):
@@ -246,6 +285,17 @@ def _pack(state_dict: Mapping[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
         filler = torch.zeros_like(next(part for part in parts if part is not None))
         packed[ours] = torch.cat([filler if part is None else part for part in parts])
     return packed
+
+
+def _unpack(state_dict: Mapping[str, Tensor], keys: KeyMap) -> dict[str, Tensor]:
+    """Undo `_pack`, each tensor in its own memory."""
+    _require_keys(state_dict, keys)
+    released = {}
+    for ours, theirs in keys.items():
+        for name, rows in zip(theirs, state_dict[ours].chunk(len(theirs)), strict=True):
+            assert name is not None  # the formats that are written have every bias
+            released[name] = rows.clone()
+    return released
 
 
 def _require_keys(state_dict: Iterable[str], expected: Iterable[str]) -> None:

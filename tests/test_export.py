@@ -10,13 +10,14 @@ from safetensors import SafetensorError
 
 from textlock import export
 from textlock.demo.text_tower import write_random_text_tower
-from textlock.exports import folder, onnx_format, transformers_format
+from textlock.exports import folder, onnx_format, open_clip_format, transformers_format
 from textlock.exports.reading import read_exported, text_settings
 from textlock.models.text import TextConfig, build_text_tower
 
 from . import text_tower
 from .commands import run_here
 from .exports.towers import images, loaded, random_tower
+from .models.text_folders import write_encoder, write_sentence_folder
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +43,25 @@ def run_export(tower, tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", ["transformers", "nomic", "onnx"])
-def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("transformers", "modeling_textlock.py"),
+        ("nomic", "preprocessor_config.json"),
+        ("onnx", "preprocessor_config.json"),
+        ("timm", "head.safetensors"),
+    ],
+)
+def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name, file):
     recipe = {"prefix": "passage: ", "layer_norm": False, "max_length": 16, "layers": ("Dense 32 to 64 Tanh",)}
     described = text_tower.describe("/home/alice/téxt", **recipe)
     status, out, err = run_export("--format", name, "--output", tmp_path / "new" / "out", described=described)
     assert (status, err) == (0, "") and "step 7" in out
     assert os.listdir(tmp_path / "new") == ["out"]
-    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(
-        os.listdir(tmp_path / "new" / "out")
-    )
+    assert {"README.md", "config.json", "model.safetensors", file} <= set(os.listdir(tmp_path / "new" / "out"))
+    card = (tmp_path / "new" / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"library_name: {'timm' if name == 'timm' else 'transformers'}\n" in card
+    assert ("The export ran these lines" in card) == (name != "nomic")
     read = read_exported(tmp_path / "new" / "out")
     assert torch.equal(read.tower(images(tower)), tower(images(tower))) and read.logit_scale == 20.0
     # A local folder has no name that means anything elsewhere: whoever measures says where theirs is.
@@ -97,7 +107,7 @@ def test_onnx_takes_the_text_tower_along(run_export, tmp_path, monkeypatch):
     flags = ("--format", "onnx", "--copy-text", "--output", tmp_path / "out")
     monkeypatch.setattr(export, "make_text_tower", lambda config, device: text)
     status, _, err = run_export(*flags)
-    assert status == 2 and "--copy-text: " in err and "is not the text tower of the run: " in err
+    assert status == 2 and "is no longer the text tower of the run: " in err
     assert not (tmp_path / "out").exists()
 
     status, out, err = run_export(*flags, described=text.describe())
@@ -107,6 +117,32 @@ def test_onnx_takes_the_text_tower_along(run_export, tmp_path, monkeypatch):
     assert onnx_format.SNIPPET in card and onnx_format.TEXT_SNIPPET in card and "AutoTokenizer" not in card
     status, _, err = run_export("--copy-text", "--output", tmp_path / "other")
     assert status == 2 and "--copy-text is True, must be left out: only --format onnx" in " ".join(err.split())
+
+
+def test_open_clip_needs_both_towers_and_names_the_text_tower_alone(tower, run_export, tmp_path, monkeypatch):
+    pytest.importorskip("open_clip")
+    encoder = write_encoder(tmp_path / "encoder", "bert")
+    text = build_text_tower(write_sentence_folder(tmp_path / "text", encoder), prefix="two dogs: ", max_length=12)
+    monkeypatch.setattr(export, "make_text_tower", lambda config, device: text)
+    flags = ("--format", "open_clip", "--output", tmp_path / "out")
+    status, _, err = run_export(*flags, described=text.describe())
+    assert status == 2 and "open_clip cannot hold this tower: its MLPs are SwiGLU" in err
+    vit = loaded(
+        random_tower("vit_base_patch16_224", "cls", text.embed_dim), tmp_path / "run", described=text.describe()
+    )
+    monkeypatch.setattr(export, "load_tower", lambda path: vit)
+    monkeypatch.setattr("sys.argv", ["export.py", "--checkpoint", "runs/x", *map(str, flags)])
+    with pytest.raises(SystemExit):
+        export.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("sys.argv", ["export.py", "--checkpoint", "runs/x", *map(str, flags), "--text-name", "me/text"])
+    export.main()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert open_clip_format.SNIPPET in card and "library_name: open_clip\n" in card and "with open_clip 3" in card
+    text_cfg = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    assert text_cfg["hf_model_name"] == "me/text"
+    place = str(tmp_path).encode()
+    assert all(place not in path.read_bytes() for path in (tmp_path / "out").iterdir())
 
 
 def fail_to_save(*arguments, **names):

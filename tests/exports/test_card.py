@@ -139,7 +139,7 @@ def test_its_lines_make_the_text_embeddings(tower, tmp_path, pooling, layer_norm
     )
     described = replace(text.describe(), revision=None)
     card = card_of(loaded(tower, tmp_path, described=described))
-    (lines,) = re.findall(r"```python\n(from transformers import AutoTokenizer.*?)```", card, re.DOTALL)
+    (lines,) = re.findall(r"```python\n(from transformers import AutoModel, AutoTokenizer.*?)```", card, re.DOTALL)
     names = {"embeddings": torch.zeros(1, 48)}
-    exec(f"import torch\nimport torch.nn.functional as F\nfrom transformers import AutoModel\n{lines}", names)
+    exec(f"import torch\nimport torch.nn.functional as F\n{lines}", names)
     torch.testing.assert_close(names["text"], text.encode(texts), rtol=0, atol=1e-6)
