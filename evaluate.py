@@ -22,7 +22,7 @@ from textlock.engine.step import autocast_for, image_rows
 from textlock.engine.trained import load_tower
 from textlock.evals.counts import describe_count
 from textlock.evals.suite import PROMPTS, EvalConfig, EvaluationSuite, read_choices
-from textlock.exports.reading import read_exported, text_settings
+from textlock.exports.reading import is_exported, read_exported, text_settings
 from textlock.models.text import TextConfig, make_text_tower
 from textlock.models.vision import VisionTower
 from textlock.settings import Settings, at_least, exit_with
@@ -142,7 +142,7 @@ class Loaded:
 
 def load(checkpoint: Path, text_name: str | None) -> Loaded:
     """Read a run folder, one of its checkpoints, or an exported folder, whose text tower may need a name."""
-    if (checkpoint / "config.json").is_file():
+    if is_exported(checkpoint):
         exported = read_exported(checkpoint)
         text = text_settings(exported.text_tower, checkpoint, text_name)
         return Loaded(exported.tower, text, exported.text_tower, EvalConfig().templates, None)

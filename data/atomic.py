@@ -57,7 +57,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Make a draft of ``folder`` and yield it; it is renamed when the block ends and deleted if the block raises.
 
-    The files directly in it are synced before the rename, and whoever may read the folder may read them. The draft of
+    The files in it are synced before the rename, and whoever may read the folder may read them. The draft of
     an earlier, killed process is removed.
 
     Raises:
@@ -72,7 +72,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     try:
         yield draft
         readers = draft.stat().st_mode & 0o666
-        for path in draft.iterdir():
+        for path in draft.rglob("*"):
             if path.is_file():
                 path.chmod(readers)  # safetensors makes files that nobody but their owner can read
             _sync(path)

@@ -85,6 +85,7 @@ def model_card(
     snippet: str,
     loaders: str,
     checked: str,
+    library: str,
     license_name: str | None,
 ) -> str:
     """Return the text of README.md.
@@ -95,6 +96,7 @@ def model_card(
         snippet: Python that embeds an image.
         loaders: the software that the snippet needs.
         checked: a sentence: whether the snippet was run, and what it gave.
+        library: the name of that software on the hub; where it is sentence-transformers, the snippet embeds texts, too.
         license_name: the identifier of a licence for the card's metadata; None leaves it out.
 
     Raises:
@@ -103,7 +105,9 @@ def model_card(
     config, shape, described = loaded.config, loaded.tower.config, exported.text_tower
     assert described is not None  # every checkpoint has one
     recipe, name = described["recipe"], described["name"]
-    metadata = {"library_name": "transformers", "pipeline_tag": "image-feature-extraction", "license": license_name}
+    texts_too = library == "sentence-transformers"
+    pipeline = "sentence-similarity" if texts_too else "image-feature-extraction"
+    metadata = {"library_name": library, "pipeline_tag": pipeline, "license": license_name}
     after = [*recipe["layers"], *(["LayerNorm without weights, eps 1e-5"] if recipe["layer_norm"] else [])]
     return _CARD.format(
         metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False),
@@ -116,7 +120,8 @@ def model_card(
         loaders=loaders,
         checked=checked,
         text_name=(
-            "a local folder of whoever trained this, with the fingerprint below"
+            ("in the folder text/" if texts_too else "a local folder of whoever trained this")
+            + ", with the fingerprint below"
             if name is None
             else _code(name) + (f", commit `{described['revision']}`" if described["revision"] else "")
         ),
@@ -127,7 +132,7 @@ def model_card(
         pooling=" and ".join(recipe["pooling"]),
         after=", ".join([*after, "unit length"]),
         fingerprint=described["fingerprint"],
-        text_code=_text_code(described),
+        text_code="" if texts_too else _text_code(described),
         mean=_numbers(IMAGE_MEAN),
         std=_numbers(IMAGE_STD),
         patch=shape.patch_size,

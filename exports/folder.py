@@ -1,7 +1,7 @@
 """What every exported folder has: weights in safetensors, a configuration, an image processor."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,9 @@ from ..models.vision import IMAGE_MEAN, IMAGE_STD, VisionTower
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
+# Where the format sentence-transformers has the image tower, and the text tower where it is copied.
+IMAGE_FOLDER: Final = "image"
+TEXT_FOLDER: Final = "text"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,6 @@ def write_processor(folder: Path, size: int) -> None:
     write_json(folder / "preprocessor_config.json", fields)
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write an object as JSON, its keys sorted."""
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write an object or a list as JSON, its keys sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -90,6 +90,7 @@ with torch.no_grad():
     output = model(**processor([Image.open("photo.jpg")], return_tensors="pt"))
 embeddings = F.normalize(output.last_hidden_state[:, 0], dim=-1)
 """
+LIBRARY: Final = "transformers"
 LOADERS: Final = "transformers below 5, such as 4.57, with einops: Nomic's code does not run with transformers 5"
 
 

@@ -47,6 +47,7 @@ with torch.no_grad():
     output = model(**processor([Image.open("photo.jpg")], return_tensors="pt"))
 embeddings = F.normalize(output.pooler_output, dim=-1)
 """
+LIBRARY: Final = "transformers"
 LOADERS: Final = "transformers 4.57 or later, 5 included"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,13 +10,15 @@ import torch
 from safetensors import SafetensorError
 
 from textlock import export
+from textlock.demo.text_tower import write_random_text_tower
+from textlock.evaluate import load
 from textlock.exports import folder, transformers_format
 from textlock.exports.reading import read_exported, text_settings
-from textlock.models.text import TextConfig
+from textlock.models.text import TextConfig, build_text_tower, make_text_tower
 
 from . import text_tower
 from .commands import run_here
-from .exports.towers import images, loaded, random_tower
+from .exports.towers import images, loaded, random_tower, unit
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +68,27 @@ def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name
         text_settings({"name": "x"}, tmp_path, None)
 
 
+def test_texts_and_images_in_one_folder(tower, run_export, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    captions = ["a red bicycle", "a bowl of soup on the table"]
+    write_random_text_tower(tmp_path / "alice" / "text", captions, width=64, heads=1)
+    text = build_text_tower(tmp_path / "alice" / "text", prefix="find: ")
+    described = replace(text.describe(), name=str(tmp_path / "alice" / "text"))
+    flags = ("--format", "sentence-transformers", "--output", tmp_path / "out")
+    status, _, err = run_export(*flags, described=described)
+    assert status == 2 and "the folder text as its text tower, which nobody else has: give --text-name with" in err
+    assert not (tmp_path / "out").exists()
+    assert run_export(*flags, "--copy-text", described=described)[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n---\n")
+    assert "in the folder text/, with the fingerprint" in card and "AutoTokenizer" not in card and "alice" not in card
+    assert re.search(r"ran these lines with sentence-transformers 6\S+ on the CPU and .* by \de-0[789] at most", card)
+    loaded_again = load(tmp_path / "out", None)  # as evaluate.py does
+    assert torch.equal(unit(loaded_again.tower, images(tower)), unit(tower, images(tower)))
+    rows = make_text_tower(loaded_again.text, torch.device("cpu")).encode(captions)
+    assert torch.equal(rows, text.encode(captions))
+
+
 def test_the_name_of_the_text_tower_is_that_of_the_hub_or_the_one_given(run_export, tmp_path):
     flags = ("--text-name", "owner/téxt", "--license", "apache-2.0")
     assert run_export("--output", tmp_path / "out", *flags)[0] == 0
@@ -80,6 +104,7 @@ def test_the_name_of_the_text_tower_is_that_of_the_hub_or_the_one_given(run_expo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--copy-text",), "--copy-text is True, must be left out: only --format sentence-transformers holds"),
         (("--license", "Apache 2.0"), "--license is 'Apache 2.0', must be an identifier such as apache-2.0"),
         (("--text-name", "/home/alice/text"), "--text-name is '/home/alice/text', must be a name such as owner/name"),
     ],

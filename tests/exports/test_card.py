@@ -34,6 +34,7 @@ def card_of(checkpoint, *, license_name=None, **text):
         snippet="pass\n",
         loaders="transformers 4.57 or later",
         checked="Checked.",
+        library="transformers",
         license_name=license_name,
     )
 
