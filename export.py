@@ -22,6 +22,7 @@ from textlock.exports import nomic_format, sentence_transformers_format, transfo
 from textlock.exports.card import model_card, public_name
 from textlock.exports.check import compare_with_tower, compare_with_towers
 from textlock.exports.folder import Exported
+from textlock.exports.push import is_repository_name, push, require_token
 from textlock.models.text import TextTower
 from textlock.settings import Bound, Settings, exit_with
 
@@ -34,6 +35,7 @@ _FORMATS = {
 _HUB_NAME = Bound(
     lambda name: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)), "be a name such as owner/name"
 )
+_REPOSITORY = Bound(is_repository_name, "be the name of a model on the hub, owner/name")
 _LICENCE = Bound(lambda name: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name)), "be an identifier such as apache-2.0")
 
 
@@ -57,6 +59,11 @@ class ExportConfig(Settings):
     folder names the text tower by its hub name and commit."""
     license: Annotated[str | None, _LICENCE] = None
     """Licence of the weights for the model card, an identifier such as apache-2.0. Without it the card names none."""
+    push: Annotated[str | None, _REPOSITORY] = None
+    """Upload the folder as the model owner/name of the hub, which is made when there is none, with the token of
+    hf auth login or HF_TOKEN. Files that are there already and not in the folder stay."""
+    private: bool = False
+    """With push: nobody but the owner may read it."""
 
 
 def main() -> None:
@@ -65,12 +72,22 @@ def main() -> None:
     try:
         if options.copy_text and options.format != "sentence-transformers":
             options.refuse("copy_text", "be left out: only --format sentence-transformers holds a text tower")
+        if options.private and options.push is None:
+            options.refuse("private", "be left out without --push")
         require_free(options.output)
+        if options.push is not None:
+            require_token()
         loaded = load_tower(options.checkpoint)
         sentence = export(loaded, options)
     except (ValueError, OSError) as error:
         exit_with(error)
     print(f"wrote {options.output} from step {loaded.step} of {options.checkpoint}. {sentence}")
+    if options.push is not None:
+        try:
+            address = push(options.output, options.push, private=options.private)
+        except ValueError as error:
+            exit_with(error)
+        print(f"uploaded to {address}")
 
 
 def export(loaded: LoadedTower, options: ExportConfig) -> str:

@@ -11,9 +11,10 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# All that is read of a hub model: configurations, tokenizer, and the weights of the encoder and of what comes after; and
-# the terms under which a copy may go on.
-_WANTED = ["*.json", "*.txt", "LICENSE*", "NOTICE*", *(f"{folder}model*.safetensors" for folder in ("", "0_Transformer/", "[1-9]_*/"))]
+# All that is taken of a hub model: configurations, tokenizer, the weights of the encoder and of what comes after, and
+# the terms under which a copy is passed on.
+_WEIGHTS = (f"{folder}model*.safetensors" for folder in ("", "0_Transformer/", "[1-9]_*/"))
+_WANTED = ["*.json", "*.txt", "LICENSE*", "NOTICE*", *_WEIGHTS]
 
 
 def local_folder(path_or_name: str | Path, *, revision: str | None = None) -> Path:

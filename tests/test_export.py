@@ -4,15 +4,17 @@ import json
 import os
 import re
 from dataclasses import asdict, replace
+from unittest.mock import call, create_autospec
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
 from textlock import export
 from textlock.demo.text_tower import write_random_text_tower
 from textlock.evaluate import load
-from textlock.exports import folder, transformers_format
+from textlock.exports import folder, push, transformers_format
 from textlock.exports.reading import read_exported, text_settings
 from textlock.models.text import TextConfig, build_text_tower, make_text_tower
 
@@ -104,6 +106,9 @@ def test_the_name_of_the_text_tower_is_that_of_the_hub_or_the_one_given(run_expo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--push", "name"), "--push is 'name', must be the name of a model on the hub, owner/name"),
+        (("--push", "owner/na--me"), "--push is 'owner/na--me', must be the name of a model on the hub, owner/name"),
+        (("--private",), "--private is True, must be left out without --push"),
         (("--copy-text",), "--copy-text is True, must be left out: only --format sentence-transformers holds"),
         (("--license", "Apache 2.0"), "--license is 'Apache 2.0', must be an identifier such as apache-2.0"),
         (("--text-name", "/home/alice/text"), "--text-name is '/home/alice/text', must be a name such as owner/name"),
@@ -142,6 +147,73 @@ def test_what_fails_leaves_nothing(run_export, tmp_path, monkeypatch, module, na
     with pytest.raises(ValueError, match=message):
         raise ValueError(err)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand in for the hub's client, with its own signatures: one of its calls may fail."""
+
+    def connect(*, fails=None, is_private=True):
+        client = create_autospec(HfApi, instance=True)
+        client.create_repo.return_value = "https://hub/owner/name"
+        client.repo_info.return_value.private = is_private
+        if fails is not None:
+            getattr(client, fails).side_effect = ConnectionError("no route to host\nin two lines")
+        monkeypatch.setattr(push, "HfApi", lambda: client)
+        monkeypatch.setattr(push, "get_token", lambda: "hf_token")
+        return client
+
+    return connect
+
+
+@pytest.mark.parametrize("name", ["transformers", "nomic"])
+@pytest.mark.parametrize("private", [True, False])
+def test_a_finished_folder_is_uploaded(run_export, hub, tmp_path, name, private):
+    client = hub()
+    flags = ("--format", name, "--output", tmp_path / "out", "--push", "owner/name", *["--private"] * private)
+    status, out, err = run_export(*flags)
+    assert (status, err) == (0, "") and out.endswith("uploaded to https://hub/owner/name\n")
+    about = "Upload an export of textlock"
+    assert client.method_calls == [
+        call.create_repo("owner/name", private=True if private else None, exist_ok=True),
+        *[call.repo_info("owner/name")] * private,
+        call.upload_folder(repo_id="owner/name", folder_path=tmp_path / "out", commit_message=about),
+    ]
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("fails", ["create_repo", "repo_info", "upload_folder"])
+def test_a_folder_stays_when_its_upload_fails(tower, run_export, hub, tmp_path, fails):
+    hub(fails=fails)
+    status, out, err = run_export("--output", tmp_path / "out", "--push", "owner/name", "--private")
+    assert status == 2 and "wrote " in out and "uploaded" not in out
+    kept = f"error: {tmp_path / 'out'} was written whole and is kept, but not uploaded to owner/name: no route"
+    assert err.startswith(kept) and err.endswith(f"hf upload owner/name {tmp_path / 'out'} --private\n")
+    assert err.count("\n") == 1
+    assert torch.equal(read_exported(tmp_path / "out").tower(images(tower)), tower(images(tower)))
+
+
+def test_what_is_to_be_private_is_not_uploaded_to_a_public_model(run_export, hub, tmp_path):
+    client = hub(is_private=False)
+    status, _, err = run_export("--output", tmp_path / "out", "--push", "owner/name", "--private")
+    assert status == 2 and "not uploaded to owner/name: that model exists and is public; make it private" in err
+    assert not client.upload_folder.called
+
+
+def test_nothing_is_written_or_asked_without_a_token(run_export, hub, tmp_path, monkeypatch):
+    client = hub()
+    monkeypatch.setattr(push, "get_token", lambda: None)
+    status, _, err = run_export("--output", tmp_path / "out", "--push", "owner/name")
+    assert status == 2 and err.count("\n") == 1
+    assert "--push needs a token of the hub that may write: run hf auth login, or set HF_TOKEN" in err
+    assert os.listdir(tmp_path) == [] and client.method_calls == []
+
+
+def test_nothing_is_uploaded_that_failed_its_check(run_export, hub, tmp_path, monkeypatch):
+    client = hub()
+    monkeypatch.setattr(transformers_format, "write_weights", write_another_weight)
+    assert run_export("--output", tmp_path / "out", "--push", "owner/name")[0] == 2
+    assert client.method_calls == []
 
 
 def test_a_folder_with_something_in_it_is_kept_and_a_run_without_checkpoint_is_said(tmp_path):
