@@ -3,43 +3,52 @@
     python export.py --checkpoint runs/demo --format transformers --output exported/
 
 ``transformers`` holds every tower and brings its own modelling code: ``AutoModel.from_pretrained(folder,
-trust_remote_code=True)``. ``onnx`` is that folder with graphs for onnxruntime. ``nomic`` is the folder of the released
-Nomic Embed Vision, for Nomic's own code, and holds what that code can compute. ``timm`` is a folder for
-``timm.create_model``, with what follows timm's trunk in a file of its own; ``open_clip`` a CLIP of both towers. All
-have a model card, and evaluate.py reads all.
+trust_remote_code=True)``. ``sentence-transformers`` embeds texts, too: ``SentenceTransformer(folder,
+trust_remote_code=True).encode``. ``onnx`` is the folder of transformers with graphs for onnxruntime. ``timm`` is a
+folder for ``timm.create_model``, with what follows timm's trunk in a file of its own; ``open_clip`` a CLIP of both
+towers; ``nomic`` the folder of the released Nomic Embed Vision, for Nomic's own code. All have a model card, and
+evaluate.py reads all.
 """
 
 import re
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from textlock.data.atomic import atomic_folder, require_free
 from textlock.engine.trained import LoadedTower, load_tower
-from textlock.exports import nomic_format, onnx_format, open_clip_format, timm_format, transformers_format
-from textlock.exports.card import model_card, public_name
-from textlock.exports.check import compare_with_tower
-from textlock.exports.folder import Exported
-from textlock.models.text import TextTower, make_text_tower
-from textlock.models.vision import VisionTower
+from textlock.exports import (
+    nomic_format,
+    onnx_format,
+    open_clip_format,
+    sentence_transformers_format,
+    timm_format,
+    transformers_format,
+)
+from textlock.exports.card import last_part, model_card, public_name
+from textlock.exports.folder import Exported, Texts
+from textlock.exports.push import is_repository_name, push, require_token
+from textlock.exports.text import find_text_tower
 from textlock.settings import Bound, Settings, exit_with
 
-_FORMATS = {
+_FORMATS: dict[str, Any] = {
     "transformers": transformers_format,
-    "nomic": nomic_format,
+    "sentence-transformers": sentence_transformers_format,
     "onnx": onnx_format,
-    "open_clip": open_clip_format,
     "timm": timm_format,
+    "open_clip": open_clip_format,
+    "nomic": nomic_format,
 }
-_LIBRARIES = {"open_clip": "open_clip", "timm": "timm"}
+# Whose folders need the text tower, and whose may hold it.
+_WITH_TEXTS = (sentence_transformers_format, open_clip_format)
+_COPIES_TEXTS = (sentence_transformers_format, onnx_format)
 
 _HUB_NAME = Bound(
     lambda name: bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)), "be a name such as owner/name"
 )
+_REPOSITORY = Bound(is_repository_name, "be the name of a model on the hub, owner/name")
 _LICENCE = Bound(lambda name: bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", name)), "be an identifier such as apache-2.0")
 
 
@@ -51,26 +60,33 @@ class ExportConfig(Settings):
     """A run folder, for its newest checkpoint, or one of its checkpoints."""
     output: Path
     """Folder to write; must not exist, or be empty."""
-    format: Literal["transformers", "nomic", "onnx", "open_clip", "timm"] = "transformers"
-    """transformers: with modelling code of its own, any tower. onnx: that folder with a graph for onnxruntime beside
-    the weights. nomic: for the code of the released Nomic Embed Vision, EVA02 towers with map pooling, no projection
-    and inner channels in multiples of 256. timm: a model of timm, any tower, with map pooling and projection in a file
-    of their own. open_clip: a CLIP of image and text tower: ViTs with class
-    token, cls or mean pooling; text towers of BERT's kind, mean or cls, without layers behind."""
-    copy_text: bool = False
-    """onnx: the text tower too, as a graph with its tokenizer."""
-
-    def __post_init__(self) -> None:
-        """Also refuse a text tower that the format has no place for."""
-        super().__post_init__()
-        if self.copy_text and self.format != "onnx":
-            self.refuse("copy_text", "be left out: only --format onnx has a place for the text tower")
-
+    format: Literal["transformers", "sentence-transformers", "onnx", "timm", "open_clip", "nomic"] = "transformers"
+    """transformers: any tower, with modelling code of its own. sentence-transformers: the same and the text tower, for
+    texts and images in one space. onnx: as transformers, with graphs for onnxruntime. timm: any tower, with map pooling
+    and projection in a file of their own. open_clip: a CLIP of both towers: ViTs with class token, cls or mean pooling;
+    text towers of BERT's kind, mean or cls, without layers behind. nomic: for the code of the released Nomic Embed
+    Vision, EVA02 towers with map pooling, no projection and inner channels in multiples of 256."""
     text_name: Annotated[str | None, _HUB_NAME] = None
     """Hub name of the text tower, where the run named a local folder: the folder then says this name to everybody.
     Without it the text tower is known by its fingerprint alone."""
+    copy_text: bool = False
+    """The text tower goes into the folder, too. sentence-transformers: its files; else the folder names it by hub name
+    and commit. onnx: its graph and tokenizer."""
     license: Annotated[str | None, _LICENCE] = None
     """Licence of the weights for the model card, an identifier such as apache-2.0. Without it the card names none."""
+    push: Annotated[str | None, _REPOSITORY] = None
+    """Upload the folder as the model owner/name of the hub, which is made when there is none, with the token of
+    hf auth login or HF_TOKEN. Files that are there already and not in the folder stay."""
+    private: bool = False
+    """With push: nobody but the owner may read it."""
+
+    def __post_init__(self) -> None:
+        """Also refuse what the format or the rest has no place for."""
+        super().__post_init__()
+        if self.copy_text and _FORMATS[self.format] not in _COPIES_TEXTS:
+            self.refuse("copy_text", "be left out: only --format sentence-transformers and onnx hold a text tower")
+        if self.private and self.push is None:
+            self.refuse("private", "be left out without --push")
 
 
 def main() -> None:
@@ -78,90 +94,72 @@ def main() -> None:
     options = tyro.cli(ExportConfig)
     try:
         require_free(options.output)
+        if options.push is not None:
+            require_token()
         loaded = load_tower(options.checkpoint)
         sentence = export(loaded, options)
     except (ValueError, OSError) as error:
         exit_with(error)
     print(f"wrote {options.output} from step {loaded.step} of {options.checkpoint}. {sentence}")
+    if options.push is not None:
+        try:
+            address = push(options.output, options.push, private=options.private)
+        except ValueError as error:
+            exit_with(error)
+        print(f"uploaded to {address}")
 
 
 def export(loaded: LoadedTower, options: ExportConfig) -> str:
     """Write the folder, which appears whole and checked or not at all; return a sentence on what was checked.
 
     Raises:
-        ValueError: the format cannot hold this tower, ``options.output`` is not empty, figures next to the checkpoint
+        FileNotFoundError: the text tower is needed and not there.
+        ValueError: the format cannot hold these towers, ``options.output`` is not empty, figures next to the checkpoint
             are damaged, or the written folder failed its check.
         OSError: a file cannot be written.
     """
     folder_format = _FORMATS[options.format]
-    folder_format.require(loaded.tower)
-    name = public_name(loaded.text_tower)
-    if name is not None and options.text_name is not None:
-        options.refuse("text_name", f"be left out: the run names its text tower by the hub name {name}")
-    described = loaded.text_tower | {"name": name or options.text_name}
-    if folder_format is open_clip_format:
-        open_clip_format.require_text(described)
-    needs_text = options.copy_text or folder_format is open_clip_format
-    text_tower = _text_tower(loaded) if needs_text else None
+    hub = public_name(loaded.text_tower)
+    if hub is not None and options.text_name is not None:
+        options.refuse("text_name", f"be left out: the run names its text tower by the hub name {hub}")
+    described = loaded.text_tower | {"name": hub or options.text_name}
     exported = Exported(loaded.tower, loaded.logit_scale, described)
+    folder_format.require(exported)
+    texts = _find_texts(loaded, options, hub)
+    if texts is not None and not texts.copied:
+        described["revision"] = texts.tower.revision or described["revision"]  # the hub's, found under --text-name
     with atomic_folder(options.output) as draft:
-        folder_format.write(exported, draft)
-        text_snippet = None
-        if folder_format is onnx_format:
-            text_snippet = "" if text_tower is None else onnx_format.TEXT_SNIPPET
-            if text_tower is not None:
-                onnx_format.write_text(text_tower, draft)
-        if folder_format is open_clip_format:
-            assert text_tower is not None
-            text_snippet = ""  # its lines embed texts themselves
-            checked = _said_of_open_clip(*open_clip_format.write_model(exported, text_tower, draft))
-        else:
-            checked = _check(folder_format, draft, loaded)
+        folder_format.write(exported, draft, texts)
+        checked: str = folder_format.check(exported, draft, texts)
+        snippet, text_snippet = folder_format.snippets(exported, texts)
         card = model_card(
             loaded,
             exported,
-            snippet=_snippet(folder_format, loaded.tower),
+            snippet=snippet,
             loaders=folder_format.LOADERS,
-            checked=checked,
-            license_name=options.license,
             text_snippet=text_snippet,
-            library=_LIBRARIES.get(options.format, "transformers"),
+            checked=checked,
+            library=folder_format.LIBRARY,
+            license_name=options.license,
         )
         (draft / "README.md").write_bytes(card.encode("utf-8", "replace"))
     return checked
 
 
-def _text_tower(loaded: LoadedTower) -> TextTower:
-    text_tower = make_text_tower(loaded.config.text, torch.device("cpu"))
-    if difference := text_tower.describe().difference_from(loaded.text_tower):
-        raise ValueError(f"{loaded.config.text.name} is no longer the text tower of the run: {difference}")
-    return text_tower
-
-
-def _snippet(folder_format: Any, tower: VisionTower) -> str:
-    """Return the lines of the model card: timm's depend on the tower."""
-    lines: str = timm_format.snippet(tower) if folder_format is timm_format else folder_format.SNIPPET
-    return lines
-
-
-def _said_of_open_clip(images: float, texts: float) -> str:
-    return (
-        f"The export loaded the folder with open_clip {version('open_clip_torch')}: embeddings of random images "
-        f"differed from those of the trained tower by {images:.0e} at most, those of texts by {texts:.0e}."
-    )
-
-
-def _check(folder_format: Any, draft: Path, loaded: LoadedTower) -> str:
-    package = folder_format.RUN_BY
-    if package is None:
-        return "The lines above were not run by the export, which never runs code from the hub."
-    difference = compare_with_tower(
-        _snippet(folder_format, loaded.tower), draft, loaded.tower, package=package, tolerance=folder_format.TOLERANCE
-    )
-    return (
-        f"The export ran these lines with {package} {version(package)} on a random image: the embedding differed from "
-        f"that of the trained tower by {difference:.0e} at most."
-    )
+def _find_texts(loaded: LoadedTower, options: ExportConfig, hub: str | None) -> Texts | None:
+    """Return the text tower where the folder holds or names it; ``hub`` is its name there, None of a local folder."""
+    folder_format = _FORMATS[options.format]
+    if folder_format not in _WITH_TEXTS and not options.copy_text:
+        return None
+    if folder_format is sentence_transformers_format and not options.copy_text:
+        # Others fetch it by that name: it must be there.
+        hub = hub or options.text_name
+        if hub is None:
+            raise ValueError(
+                f"the run named the folder {last_part(loaded.text_tower['name'])} as its text tower, which nobody else "
+                "has: give --text-name with its name on the hub, or --copy-text"
+            )
+    return Texts(find_text_tower(loaded.text_tower, hub), options.copy_text)
 
 
 if __name__ == "__main__":

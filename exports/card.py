@@ -84,10 +84,10 @@ def model_card(
     *,
     snippet: str,
     loaders: str,
+    text_snippet: str | None,
     checked: str,
+    library: str,
     license_name: str | None,
-    text_snippet: str | None = None,
-    library: str = "transformers",
 ) -> str:
     """Return the text of README.md.
 
@@ -96,11 +96,11 @@ def model_card(
         exported: what is written of it.
         snippet: Python that embeds an image.
         loaders: the software that the snippet needs.
+        text_snippet: Python that embeds texts and goes on from ``snippet``; empty where that embeds texts, too; None:
+            lines for transformers, where a public name and transformers are enough.
         checked: a sentence: whether the snippet was run, and what it gave.
-        license_name: the identifier of a licence for the card's metadata; None leaves it out.
-        text_snippet: Python that embeds texts and goes on from ``snippet``; None: lines for transformers, where a
-            public name and transformers are enough.
         library: what loads the folder, as the hub names it.
+        license_name: the identifier of a licence for the card's metadata; None leaves it out.
 
     Raises:
         ValueError: a file of figures next to the checkpoint is damaged.
@@ -108,7 +108,9 @@ def model_card(
     config, shape, described = loaded.config, loaded.tower.config, exported.text_tower
     assert described is not None  # every checkpoint has one
     recipe, name = described["recipe"], described["name"]
-    metadata = {"library_name": library, "pipeline_tag": "image-feature-extraction", "license": license_name}
+    texts_too = library == "sentence-transformers"
+    pipeline = "sentence-similarity" if texts_too else "image-feature-extraction"
+    metadata = {"library_name": library, "pipeline_tag": pipeline, "license": license_name}
     after = [*recipe["layers"], *(["LayerNorm without weights, eps 1e-5"] if recipe["layer_norm"] else [])]
     return _CARD.format(
         metadata=yaml.safe_dump({key: value for key, value in metadata.items() if value}, sort_keys=False),
@@ -121,7 +123,8 @@ def model_card(
         loaders=loaders,
         checked=checked,
         text_name=(
-            "a local folder of whoever trained this, with the fingerprint below"
+            ("in the folder text/" if texts_too else "a local folder of whoever trained this")
+            + ", with the fingerprint below"
             if name is None
             else _code(name) + (f", commit `{described['revision']}`" if described["revision"] else "")
         ),

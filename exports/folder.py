@@ -1,7 +1,15 @@
-"""What every exported folder has: weights in safetensors, a configuration, an image processor."""
+"""What every exported folder has: weights in safetensors, a configuration, an image processor.
+
+A format is a module of functions. ``require`` raises ValueError for what it cannot hold, before anything slow is
+loaded. ``write`` writes the files of an `Exported` into an existing folder, with `Texts` where it takes them. ``check``
+loads that folder by the format's own library, compares embeddings with the towers', and returns a sentence on it.
+``snippets`` are the lines of the model card for images and for texts; None for the latter are those for transformers,
+and none at all where the first embed texts, too. ``read`` gives back the tower. LIBRARY is what loads the folder, as
+the hub names it, and LOADERS the software that the lines need.
+"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,11 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..models.text import TextTower
 from ..models.text_folder import first_line
 from ..models.vision import IMAGE_MEAN, IMAGE_STD, VisionTower
 
 WEIGHTS: Final = "model.safetensors"
 CONFIG: Final = "config.json"
+# Where the format sentence-transformers has the image tower, and the text tower where it is copied.
+IMAGE_FOLDER: Final = "image"
+TEXT_FOLDER: Final = "text"
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,15 @@ class Exported:
     text_tower: dict[str, Any] | None
     """The `TextTowerDescription` it was trained against, its name None where that was a local folder; None of the
     released Nomic Embed Vision."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The text tower that a folder holds or names."""
+
+    tower: TextTower
+    copied: bool
+    """Whether all that it needs goes into the folder; else the folder names it by its hub name and commit."""
 
 
 def write_weights(folder: Path, weights: Mapping[str, Tensor], *, name: str = WEIGHTS, head: str | None = None) -> None:
@@ -73,6 +94,6 @@ def write_processor(folder: Path, size: int) -> None:
     write_json(folder / "preprocessor_config.json", fields)
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write an object as JSON, its keys sorted."""
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write an object or a list as JSON, its keys sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

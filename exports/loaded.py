@@ -16,8 +16,7 @@ from ..engine.trained import load_tower
 from ..evals.suite import EvalConfig
 from ..models.text import TextConfig, TextTower, make_text_tower
 from ..models.vision import VisionTower
-from .folder import CONFIG
-from .reading import read_exported, text_settings
+from .reading import is_exported, read_exported, text_settings
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def load(checkpoint: Path, text_name: str | None) -> Loaded:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or does not say which text tower it was trained against.
     """
-    if (checkpoint / CONFIG).is_file():
+    if is_exported(checkpoint):
         exported = read_exported(checkpoint)
         text = text_settings(exported.text_tower, checkpoint, text_name)
         return Loaded(exported.tower, text, exported.text_tower, EvalConfig().templates, None)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..models.vision import ModelConfig, VisionConfig, VisionTower
 from ..models.weights import load_weights, to_nomic
-from .folder import CONFIG, WEIGHTS, Exported, write_json, write_processor, write_weights
+from .folder import CONFIG, WEIGHTS, Exported, Texts, write_json, write_processor, write_weights
 
 MODEL_TYPE: Final = "nomic_bert"
 # Nomic's code rounds the inner width of its MLPs up to a multiple of this.
@@ -90,13 +90,13 @@ with torch.no_grad():
     output = model(**processor([Image.open("photo.jpg")], return_tensors="pt"))
 embeddings = F.normalize(output.last_hidden_state[:, 0], dim=-1)
 """
+LIBRARY: Final = "transformers"
 LOADERS: Final = "transformers below 5, such as 4.57, with einops: Nomic's code does not run with transformers 5"
-RUN_BY: Final = None
 
 
-def require(tower: VisionTower) -> None:
+def require(exported: Exported) -> None:
     """Raise ValueError for a tower that Nomic's code cannot hold."""
-    config = tower.config
+    tower, config = exported.tower, exported.tower.config
     reasons = []
     if _read_fields(_released_fields(config)) != config:
         reasons.append("it is no EVA02 tower")
@@ -110,7 +110,7 @@ def require(tower: VisionTower) -> None:
         raise ValueError(f"Nomic's code cannot hold this tower: {', '.join(reasons)}; use --format transformers")
 
 
-def write(exported: Exported, folder: Path) -> None:
+def write(exported: Exported, folder: Path, texts: Texts | None = None) -> None:
     """Write weights, configuration and image processor into an existing folder.
 
     Raises:
@@ -118,11 +118,21 @@ def write(exported: Exported, folder: Path) -> None:
         ValueError: the format cannot hold the tower.
     """
     tower = exported.tower
-    require(tower)
+    require(exported)
     said = {"logit_scale": exported.logit_scale, "text_tower": exported.text_tower}
     write_weights(folder, to_nomic(tower.state_dict()))
     write_json(folder / CONFIG, _released_fields(tower.config) | said)
     write_processor(folder, tower.image_size)
+
+
+def check(exported: Exported, folder: Path, texts: Texts | None = None) -> str:
+    """Say that nothing was checked."""
+    return "The lines above were not run by the export, which never runs code from the hub."
+
+
+def snippets(exported: Exported, texts: Texts | None = None) -> tuple[str, str | None]:
+    """Return the lines of the model card for images, and for texts those of transformers."""
+    return SNIPPET, None
 
 
 def read(folder: Path, fields: Mapping[str, Any]) -> VisionTower:

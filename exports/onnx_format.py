@@ -22,13 +22,14 @@ from ..models.text import TextTower
 from ..models.text_folder import first_line
 from ..models.vision import VisionTower
 from . import transformers_format
-from .folder import Exported
+from .check import compare_with_tower
+from .folder import Exported, Texts
 
 GRAPH: Final = "onnx/model.onnx"
 TEXT_GRAPH: Final = "onnx/text_model.onnx"
 TOKENIZER: Final = "onnx/tokenizer.json"
 OPSET: Final = 18
-TOLERANCE: Final = 1e-5
+_TOLERANCE: Final = 1e-5
 
 SNIPPET: Final = """\
 import json
@@ -59,8 +60,8 @@ tokens = {
 (texts,) = onnxruntime.InferenceSession(folder + "/onnx/text_model.onnx").run(None, tokens)
 print(embeddings @ texts.T)
 """
+LIBRARY: Final = "transformers"  # of the hub's names, the one for the folder that the graphs are in
 LOADERS: Final = "onnxruntime, numpy and pillow"
-RUN_BY: Final = "onnxruntime"
 
 
 # Of several lengths: the longest is cut, one word has the fewest tokens.
@@ -91,15 +92,15 @@ class _Texts(nn.Module):
         return self.tower.embeddings_of(hidden, attention_mask.sum(dim=1))
 
 
-def require(tower: VisionTower) -> None:
+def require(exported: Exported) -> None:
     """Raise ValueError where what writes and checks the graphs is not installed. Every tower is accepted."""
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"--format onnx needs {', '.join(missing)}: pip install --editable '.[onnx]'")
 
 
-def write(exported: Exported, folder: Path) -> None:
-    """Write the folder of ``transformers`` and the graph of the images into an existing folder.
+def write(exported: Exported, folder: Path, texts: Texts | None = None) -> None:
+    """Write the folder of ``transformers`` and the graphs into an existing folder; of texts where there are any.
 
     Raises:
         OSError: a file cannot be written.
@@ -112,15 +113,22 @@ def write(exported: Exported, folder: Path) -> None:
     _write_graph(
         folder / GRAPH, _Images(exported.tower), {"pixel_values": pixels}, {"pixel_values": pixels[:1]}, {0: "batch"}
     )
+    if texts is not None:
+        _write_texts(texts.tower, folder)
 
 
-def write_text(tower: TextTower, folder: Path) -> None:
-    """Write the graph of the texts and its tokenizer next to that of the images.
+def check(exported: Exported, folder: Path, texts: Texts | None = None) -> str:
+    """Run the card's lines on the folder and say what they gave; raises ValueError where that is something else."""
+    return compare_with_tower(SNIPPET, folder, exported.tower, package="onnxruntime", tolerance=_TOLERANCE)
 
-    Raises:
-        OSError: a file cannot be written.
-        ValueError: the graph cannot be made, as of encoders that it has no form for, or gives other embeddings.
-    """
+
+def snippets(exported: Exported, texts: Texts | None = None) -> tuple[str, str | None]:
+    """Return the lines of the model card for images, and for texts where the folder has their graph."""
+    return SNIPPET, "" if texts is None else TEXT_SNIPPET
+
+
+def _write_texts(tower: TextTower, folder: Path) -> None:
+    """Write the graph of the texts and its tokenizer next to that of the images."""
     tokenizer = tower.padding_tokenizer()
     tokenizer.save(str(folder / TOKENIZER))
     encodings = tokenizer.encode_batch([tower.recipe.prefix + text for text in _TEXTS])
@@ -165,9 +173,9 @@ def _write_graph(
             expected = module(**some).numpy()
         (found,) = session.run(None, {name: values.numpy() for name, values in some.items()})
         difference = float(np.abs(found - expected).max())
-        if not difference <= TOLERANCE:  # NaN is no number at all
+        if not difference <= _TOLERANCE:  # NaN is no number at all
             raise ValueError(
-                f"{path.name} gives embeddings that differ by {difference:.1e} from the tower's where {TOLERANCE:.0e} "
+                f"{path.name} gives embeddings that differ by {difference:.1e} from the tower's where {_TOLERANCE:.0e} "
                 "is allowed"
             )
 

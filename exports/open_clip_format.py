@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,13 +28,15 @@ from ..models.text import TextTower
 from ..models.text_folder import first_line, local_folder
 from ..models.vision import IMAGE_MEAN, IMAGE_STD, VisionTower
 from . import transformers_format
-from .folder import CONFIG, Exported, write_json, write_weights
+from .check import require_near
+from .folder import CONFIG, Exported, Texts, write_json, write_weights
 
 MODEL_TYPE: Final = "textlock_open_clip"
 MODEL: Final = "open_clip_model.safetensors"
 MODEL_CONFIG: Final = "open_clip_config.json"
+LIBRARY: Final = "open_clip"
 LOADERS: Final = "open_clip 3 or later (open-clip-torch), with transformers"
-TOLERANCE: Final = 1e-5
+_TOLERANCE: Final = 1e-5
 
 SNIPPET: Final = """\
 import open_clip
@@ -55,9 +58,9 @@ _ARCHITECTURES: Final = ("bert", "roberta", "xlm-roberta")
 _TEXTS: Final = ["a red bicycle", "two dogs on a beach at dusk, one of them wet", "soup " * 200]
 
 
-def require(tower: VisionTower) -> None:
-    """Raise ValueError for a tower that open_clip cannot compute, or where open_clip is not installed."""
-    config = tower.config
+def require(exported: Exported) -> None:
+    """Raise ValueError for towers that open_clip cannot compute, or where open_clip is not installed."""
+    tower, config = exported.tower, exported.tower.config
     reasons = []
     if config.gated or config.sub_norm:
         reasons.append("its MLPs are SwiGLU")
@@ -73,13 +76,12 @@ def require(tower: VisionTower) -> None:
         raise ValueError(f"open_clip cannot hold this tower: {', '.join(reasons)}; use --format transformers")
     if importlib.util.find_spec("open_clip") is None:
         raise ValueError("--format open_clip needs open-clip-torch: pip install --editable '.[open-clip]'")
+    assert exported.text_tower is not None  # every checkpoint has one
+    _require_text(exported.text_tower)
 
 
-def require_text(described: Mapping[str, Any]) -> None:
-    """Raise ValueError where open_clip cannot make the embeddings of a stored `TextTowerDescription`.
-
-    Its name is the one to publish.
-    """
+def _require_text(described: Mapping[str, Any]) -> None:
+    """Raise ValueError where open_clip cannot make the embeddings of a stored `TextTowerDescription`."""
     recipe = described["recipe"]
     reasons = []
     if list(recipe["pooling"]) not in [[pooling] for pooling in _POOLERS]:
@@ -96,11 +98,14 @@ def require_text(described: Mapping[str, Any]) -> None:
         raise ValueError("open_clip asks the hub for the configuration of the text tower: give its --text-name")
 
 
-def write(exported: Exported, folder: Path) -> None:
-    """Write what is read back into an existing folder; `write_model` does the rest.
+def write(exported: Exported, folder: Path, texts: Texts | None) -> None:
+    """Write what is read back, and open_clip's model, configuration and tokenizer, into an existing folder.
 
-    Raises OSError when a file cannot be written.
+    Raises:
+        OSError: a file cannot be written.
+        ValueError: the text tower is of an architecture that open_clip does not know.
     """
+    assert texts is not None  # export.py gives them to this format
     fields = transformers_format.shape_fields(exported.tower) | {
         "logit_scale": exported.logit_scale,
         "model_type": MODEL_TYPE,
@@ -108,6 +113,7 @@ def write(exported: Exported, folder: Path) -> None:
     }
     write_weights(folder, exported.tower.state_dict())
     write_json(folder / CONFIG, fields)
+    _write_model(exported, texts.tower, folder)
 
 
 def read(folder: Path, fields: Mapping[str, Any]) -> VisionTower:
@@ -115,22 +121,7 @@ def read(folder: Path, fields: Mapping[str, Any]) -> VisionTower:
     return transformers_format.read(folder, fields)
 
 
-def write_model(exported: Exported, text: TextTower, folder: Path) -> tuple[float, float]:
-    """Write open_clip's model, configuration and tokenizer into that folder, load them by open_clip and compare.
-
-    Args:
-        exported: the image tower, and under which name the hub knows the text tower.
-        text: the text tower itself.
-        folder: what `write` wrote.
-
-    Returns:
-        The largest differences of the unit embeddings of random images and of texts from the towers'.
-
-    Raises:
-        OSError: a file cannot be written.
-        ValueError: the text tower is of an architecture that open_clip does not know, or open_clip cannot load what was
-            written, or computes something else than the towers.
-    """
+def _write_model(exported: Exported, text: TextTower, folder: Path) -> None:
     import open_clip  # not above: it takes seconds, and not everybody has it
 
     tower, described = exported.tower, exported.text_tower
@@ -147,9 +138,8 @@ def write_model(exported: Exported, text: TextTower, folder: Path) -> tuple[floa
             "it, where open_clip does not look; use --format transformers"
         )
     configuration = _configuration(tower, text, described["name"])
-    local = configuration["text_cfg"] | {"hf_model_name": str(text.encoder_folder)}
     try:
-        model = open_clip.model.CustomTextCLIP(**configuration | {"text_cfg": local})
+        model = open_clip.model.CustomTextCLIP(**configuration | {"text_cfg": _local(configuration, text)})
         model.visual.load_state_dict(_visual(tower))
         encoder = {key: value for key, value in text.encoder.state_dict().items() if not key.startswith("pooler.")}
         model.text.transformer.load_state_dict(encoder)
@@ -174,7 +164,11 @@ def write_model(exported: Exported, text: TextTower, folder: Path) -> tuple[floa
         folder / MODEL_CONFIG, {"model_cfg": configuration | {"custom_text": True}, "preprocess_cfg": preprocessing}
     )
     _write_tokenizer(text, folder)
-    return _compare(tower, text, folder, local)
+
+
+def _local(configuration: Mapping[str, Any], text: TextTower) -> dict[str, Any]:
+    """Return the configuration of the texts with the encoder's folder here in place of its name on the hub."""
+    return configuration["text_cfg"] | {"hf_model_name": str(text.encoder_folder)}
 
 
 def _configuration(tower: VisionTower, text: TextTower, name: str) -> dict[str, Any]:
@@ -258,26 +252,35 @@ def _write_tokenizer(text: TextTower, folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def _compare(tower: VisionTower, text: TextTower, folder: Path, text_cfg: Mapping[str, Any]) -> tuple[float, float]:
+def snippets(exported: Exported, texts: Texts | None) -> tuple[str, str | None]:
+    """Return the lines of the model card, which embed images and texts."""
+    return SNIPPET, ""
+
+
+def check(exported: Exported, folder: Path, texts: Texts | None) -> str:
+    """Load the folder by open_clip and say how far its embeddings of random images and of texts are from the towers'.
+
+    Raises ValueError where it does not load, or they are others.
+    """
     import open_clip
 
-    size = tower.image_size
+    assert texts is not None and exported.text_tower is not None
+    tower, text = exported.tower, texts.tower
+    size, text_cfg = tower.image_size, _local(_configuration(tower, text, exported.text_tower["name"]), text)
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
-        model = open_clip.create_model(f"local-dir:{folder}", text_cfg=dict(text_cfg)).eval()
+        model = open_clip.create_model(f"local-dir:{folder}", text_cfg=text_cfg).eval()
         tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(_TEXTS)
         with torch.no_grad():
             images = model.encode_image(pixels, normalize=True)
-            texts = model.encode_text(tokens, normalize=True)
+            rows = model.encode_text(tokens, normalize=True)
     except Exception as error:  # whatever open_clip, transformers and the file system raise
         raise ValueError(f"open_clip cannot load the folder as it was written: {first_line(error)}") from error
     with torch.no_grad():
-        pairs = {"image": (images, F.normalize(tower(pixels), dim=-1)), "text": (texts, text.encode(_TEXTS))}
-    differences = {kind: float((found - expected).abs().max()) for kind, (found, expected) in pairs.items()}
-    for kind, difference in differences.items():
-        if not difference <= TOLERANCE:  # NaN is no number at all
-            raise ValueError(
-                f"open_clip gives {kind} embeddings that differ by {difference:.1e} from the tower's where "
-                f"{TOLERANCE:.0e} is allowed; nothing was kept"
-            )
-    return differences["image"], differences["text"]
+        expected = F.normalize(tower(pixels), dim=-1)
+    of_images = require_near(images, expected, _TOLERANCE, "open_clip", "the trained tower")
+    of_texts = require_near(rows, text.encode(_TEXTS), _TOLERANCE, "open_clip", "the text tower")
+    return (
+        f"The export loaded the folder with open_clip {version('open_clip_torch')}: embeddings of random images "
+        f"differed from those of the trained tower by {of_images:.0e} at most, those of texts by {of_texts:.0e}."
+    )

@@ -6,11 +6,16 @@ from typing import Any
 from ..models.text import TextConfig, TextTowerDescription
 from ..models.text_folder import read_json
 from . import nomic_format, open_clip_format, timm_format, transformers_format
-from .folder import CONFIG, Exported
+from .folder import CONFIG, IMAGE_FOLDER, TEXT_FOLDER, Exported
 
 _READERS = {
     module.MODEL_TYPE: module.read for module in (transformers_format, nomic_format, open_clip_format, timm_format)
 }
+
+
+def is_exported(folder: Path) -> bool:
+    """Return whether this is a folder that `read_exported` reads, and no run or checkpoint."""
+    return (folder / CONFIG).is_file() or (folder / IMAGE_FOLDER / CONFIG).is_file()
 
 
 def read_exported(folder: Path) -> Exported:
@@ -23,6 +28,8 @@ def read_exported(folder: Path) -> Exported:
         FileNotFoundError: config.json or model.safetensors is missing.
         ValueError: the folder is of another kind or damaged, or its weights do not fit its configuration.
     """
+    if (folder / IMAGE_FOLDER / CONFIG).is_file():  # of sentence-transformers
+        folder = folder / IMAGE_FOLDER
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} not found: give a folder that export.py wrote")
@@ -42,7 +49,7 @@ def text_settings(described: dict[str, Any] | None, folder: Path, name: str | No
     Args:
         described: what the folder says. None, as of the released Nomic Embed Vision, which goes with Nomic Embed Text
             v1.5.
-        folder: it, for the message.
+        folder: it. The text tower that it may hold is taken when nothing else is named.
         name: a folder or hub name that takes the place of its name.
 
     Raises:
@@ -50,6 +57,8 @@ def text_settings(described: dict[str, Any] | None, folder: Path, name: str | No
     """
     if described is None:
         return TextConfig() if name is None else TextConfig(name=name)
+    if name is None and (folder / TEXT_FOLDER).is_dir():
+        name = str(folder / TEXT_FOLDER)
     try:
         if name is not None or described["name"] is not None:
             return TextTowerDescription.config_of({**described, "name": name or described["name"]})

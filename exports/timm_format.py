@@ -17,12 +17,12 @@ from ..models.block import SUB_NORM_EPS
 from ..models.vision import IMAGE_MEAN, IMAGE_STD, VisionTower
 from ..models.weights import HEAD_FILE, OPTIONAL_PARTS, to_timm
 from . import transformers_format
-from .folder import CONFIG, Exported, write_json, write_weights
+from .check import compare_with_tower
+from .folder import CONFIG, Exported, Texts, write_json, write_weights
 
 MODEL_TYPE: Final = "textlock_timm"
+LIBRARY: Final = "timm"
 LOADERS: Final = "timm 1.0.31 or later"
-RUN_BY: Final = "timm"
-TOLERANCE: Final = 1e-5
 # Of timm's LayerNorms. Its configuration cannot say another.
 _NORM_EPS: Final = 1e-6
 
@@ -65,9 +65,9 @@ hidden = F.gelu(linear(hidden, "mlp.fc1"))
 """
 
 
-def snippet(tower: VisionTower) -> str:
-    """Return the lines of the model card, which leave ``embeddings`` [1, d]."""
-    config = tower.config
+def snippets(exported: Exported, texts: Texts | None = None) -> tuple[str, str | None]:
+    """Return the lines of the model card for images, which depend on the tower, and for texts those of transformers."""
+    tower, config = exported.tower, exported.tower.config
     has_head = tower.pool is not None or tower.projection is not None
     lines = _TRUNK_LINES.format(
         imports="from safetensors.torch import load_file\n" if has_head else "",
@@ -80,19 +80,26 @@ def snippet(tower: VisionTower) -> str:
         lines += "\n" + _POOL_LINES.format(heads=config.heads, norm_eps=config.norm_eps, mlp=mlp)
     if tower.projection is not None:
         lines += 'output = output @ head["projection.weight"].T\n'
-    return lines + "embeddings = F.normalize(output, dim=-1)\n"
+    return lines + "embeddings = F.normalize(output, dim=-1)\n", None
 
 
-def require(tower: VisionTower) -> None:
+def check(exported: Exported, folder: Path, texts: Texts | None = None) -> str:
+    """Run the card's lines on the folder and say what they gave; raises ValueError where that is something else."""
+    lines, _ = snippets(exported)
+    return compare_with_tower(lines, folder, exported.tower, package="timm", tolerance=1e-5)
+
+
+def require(exported: Exported) -> None:
     """Raise ValueError for a tower that timm's models cannot compute."""
-    if tower.config.norm_eps != _NORM_EPS:
+    epsilon = exported.tower.config.norm_eps
+    if epsilon != _NORM_EPS:
         raise ValueError(
-            f"timm cannot hold this tower: its LayerNorms have the epsilon {tower.config.norm_eps:g} instead of "
+            f"timm cannot hold this tower: its LayerNorms have the epsilon {epsilon:g} instead of "
             f"{_NORM_EPS:g}; use --format transformers"
         )
 
 
-def write(exported: Exported, folder: Path) -> None:
+def write(exported: Exported, folder: Path, texts: Texts | None = None) -> None:
     """Write weights, head and configuration into an existing folder.
 
     Raises:
@@ -100,7 +107,7 @@ def write(exported: Exported, folder: Path) -> None:
         ValueError: the format cannot hold the tower.
     """
     tower = exported.tower
-    require(tower)
+    require(exported)
     state = tower.state_dict()
     head = {key: value for key, value in state.items() if key.partition(".")[0] in OPTIONAL_PARTS}
     if head:

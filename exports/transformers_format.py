@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from ..models.vision import ModelConfig, VisionConfig, VisionTower
 from ..models.weights import load_weights
-from .folder import CONFIG, WEIGHTS, Exported, write_json, write_processor, write_weights
+from .check import compare_with_tower
+from .folder import CONFIG, WEIGHTS, Exported, Texts, write_json, write_processor, write_weights
 
 MODEL_TYPE: Final = "textlock_vision"
 _CODE: Final = ("configuration_textlock.py", "modeling_textlock.py")
@@ -47,16 +48,15 @@ with torch.no_grad():
     output = model(**processor([Image.open("photo.jpg")], return_tensors="pt"))
 embeddings = F.normalize(output.pooler_output, dim=-1)
 """
+LIBRARY: Final = "transformers"
 LOADERS: Final = "transformers 4.57 or later, 5 included"
-RUN_BY: Final = "transformers"
-TOLERANCE: Final = 1e-6
 
 
-def require(tower: VisionTower) -> None:
+def require(exported: Exported) -> None:
     """Accept every tower."""
 
 
-def write(exported: Exported, folder: Path) -> None:
+def write(exported: Exported, folder: Path, texts: Texts | None = None) -> None:
     """Write weights, configuration, code and image processor into an existing folder.
 
     Raises OSError when a file cannot be written.
@@ -78,6 +78,16 @@ def write(exported: Exported, folder: Path) -> None:
     write_processor(folder, tower.image_size)
     for name in _CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
+
+
+def check(exported: Exported, folder: Path, texts: Texts | None = None) -> str:
+    """Run the card's lines on the folder and say what they gave; raises ValueError where that is something else."""
+    return compare_with_tower(SNIPPET, folder, exported.tower, package="transformers", tolerance=1e-6)
+
+
+def snippets(exported: Exported, texts: Texts | None = None) -> tuple[str, str | None]:
+    """Return the lines of the model card for images, and for texts those of transformers."""
+    return SNIPPET, None
 
 
 def build(tower: VisionTower) -> Any:

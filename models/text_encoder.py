@@ -65,7 +65,7 @@ def load_encoder(folder: Path) -> tuple[Any, Any]:
         ValueError: the configuration, the tokenizer or the weights cannot be used as they are.
     """
     with quiet_transformers():
-        config = _read_config(folder)
+        config = read_config(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the libraries below raise whatever a damaged file makes them trip over
@@ -103,7 +103,13 @@ def most_tokens(model: Any) -> int | None:
     return int(longest)
 
 
-def _read_config(folder: Path) -> Any:
+def read_config(folder: Path) -> Any:
+    """Read the configuration of an encoder; that of NomicBERT under any names of its fields.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: transformers has no class for it, or it asks for a variant that transformers does not compute.
+    """
     path = folder / "config.json"
     raw = read_json(path)
     if raw.get("model_type") == "nomic_bert":

@@ -11,12 +11,14 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# All that is read of a hub model: configurations, tokenizer, and the weights of the encoder and of what comes after.
-_WANTED = ["*.json", "*.txt", *(f"{folder}model*.safetensors" for folder in ("", "0_Transformer/", "[1-9]_*/"))]
+# All that is taken of a hub model: configurations, tokenizer, the weights of the encoder and of what comes after, and
+# the terms under which a copy is passed on.
+_WEIGHTS = (f"{folder}model*.safetensors" for folder in ("", "0_Transformer/", "[1-9]_*/"))
+_WANTED = ["*.json", "*.txt", "LICENSE*", "NOTICE*", *_WEIGHTS]
 
 
-def local_folder(path_or_name: str | Path) -> Path:
-    """Return the folder itself, or that of a hub model, fetched or from the local cache.
+def local_folder(path_or_name: str | Path, *, revision: str | None = None) -> Path:
+    """Return the folder itself, or that of a hub model at a commit, else the newest, fetched or from the local cache.
 
     Raises FileNotFoundError when there is neither.
     """
@@ -27,7 +29,7 @@ def local_folder(path_or_name: str | Path) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or ("/" in name and folder.parent.is_dir()):
         raise FileNotFoundError(f"there is no text tower folder {name}; give an existing folder or a hub name")
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"text tower {name} is neither a folder here nor a model that the hub gives; "

@@ -140,7 +140,9 @@ def load_weights(tower: nn.Module, source: str | Path) -> tuple[str, ...]:
 def _find_weights(source: str | Path) -> Path:
     path = Path(source)
     if path.is_dir():
-        there = (name for name in (WEIGHTS_FILE, TORCH_FILE) if (path / name).is_file())
+        # image/ is where the export of texts and images has its image tower.
+        places = (WEIGHTS_FILE, TORCH_FILE, f"image/{WEIGHTS_FILE}")
+        there = (name for name in places if (path / name).is_file())
         path = path / next(there, WEIGHTS_FILE)
     if path.is_file():
         if path.suffix != ".safetensors":

@@ -2,21 +2,25 @@
 
 import json
 import os
+import re
 from dataclasses import asdict, replace
+from unittest.mock import call, create_autospec
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
 from textlock import export
 from textlock.demo.text_tower import write_random_text_tower
-from textlock.exports import folder, onnx_format, open_clip_format, transformers_format
+from textlock.exports import folder, onnx_format, open_clip_format, push, transformers_format
+from textlock.exports.loaded import load
 from textlock.exports.reading import read_exported, text_settings
-from textlock.models.text import TextConfig, build_text_tower
+from textlock.models.text import TextConfig, build_text_tower, make_text_tower
 
 from . import text_tower
 from .commands import run_here
-from .exports.towers import images, loaded, random_tower
+from .exports.towers import images, loaded, random_tower, unit
 from .models.text_folders import write_encoder, write_sentence_folder
 
 
@@ -76,6 +80,27 @@ def test_writes_a_whole_folder_that_reads_back(tower, run_export, tmp_path, name
         text_settings({"name": "x"}, tmp_path, None)
 
 
+def test_texts_and_images_in_one_folder(tower, run_export, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    captions = ["a red bicycle", "a bowl of soup on the table"]
+    write_random_text_tower(tmp_path / "alice" / "text", captions, width=64, heads=1)
+    text = build_text_tower(tmp_path / "alice" / "text", prefix="find: ")
+    described = replace(text.describe(), name=str(tmp_path / "alice" / "text"))
+    flags = ("--format", "sentence-transformers", "--output", tmp_path / "out")
+    status, _, err = run_export(*flags, described=described)
+    assert status == 2 and "the folder text as its text tower, which nobody else has: give --text-name with" in err
+    assert not (tmp_path / "out").exists()
+    assert run_export(*flags, "--copy-text", described=described)[0] == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n---\n")
+    assert "in the folder text/, with the fingerprint" in card and "AutoTokenizer" not in card and "alice" not in card
+    assert re.search(r"ran these lines with sentence-transformers 6\S+ on the CPU and .* by \de-0[789] at most", card)
+    loaded_again = load(tmp_path / "out", None)  # as evaluate.py does
+    assert torch.equal(unit(loaded_again.tower, images(tower)), unit(tower, images(tower)))
+    rows = make_text_tower(loaded_again.text, torch.device("cpu")).encode(captions)
+    assert torch.equal(rows, text.encode(captions))
+
+
 def test_the_name_of_the_text_tower_is_that_of_the_hub_or_the_one_given(run_export, tmp_path):
     flags = ("--text-name", "owner/téxt", "--license", "apache-2.0")
     assert run_export("--output", tmp_path / "out", *flags)[0] == 0
@@ -91,6 +116,10 @@ def test_the_name_of_the_text_tower_is_that_of_the_hub_or_the_one_given(run_expo
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--push", "name"), "--push is 'name', must be the name of a model on the hub, owner/name"),
+        (("--push", "owner/na--me"), "--push is 'owner/na--me', must be the name of a model on the hub, owner/name"),
+        (("--private",), "--private is True, must be left out without --push"),
+        (("--copy-text",), "--copy-text is True, must be left out: only --format sentence-transformers and"),
         (("--license", "Apache 2.0"), "--license is 'Apache 2.0', must be an identifier such as apache-2.0"),
         (("--text-name", "/home/alice/text"), "--text-name is '/home/alice/text', must be a name such as owner/name"),
     ],
@@ -101,13 +130,12 @@ def test_bad_flags_are_one_sentence(run_export, tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_onnx_takes_the_text_tower_along(run_export, tmp_path, monkeypatch):
+def test_onnx_takes_the_text_tower_along(run_export, tmp_path):
     write_random_text_tower(tmp_path / "text", ["a photo of a red bus"], width=64)
     text = build_text_tower(tmp_path / "text", prefix="search_query: ", max_length=9)
     flags = ("--format", "onnx", "--copy-text", "--output", tmp_path / "out")
-    monkeypatch.setattr(export, "make_text_tower", lambda config, device: text)
-    status, _, err = run_export(*flags)
-    assert status == 2 and "is no longer the text tower of the run: " in err
+    status, _, err = run_export(*flags, described=replace(text.describe(), fingerprint="of another"))
+    assert status == 2 and "text is not the text tower that the run was trained against: the weights" in err
     assert not (tmp_path / "out").exists()
 
     status, out, err = run_export(*flags, described=text.describe())
@@ -115,15 +143,12 @@ def test_onnx_takes_the_text_tower_along(run_export, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "out" / "onnx")) == ["model.onnx", "text_model.onnx", "tokenizer.json"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert onnx_format.SNIPPET in card and onnx_format.TEXT_SNIPPET in card and "AutoTokenizer" not in card
-    status, _, err = run_export("--copy-text", "--output", tmp_path / "other")
-    assert status == 2 and "--copy-text is True, must be left out: only --format onnx" in " ".join(err.split())
 
 
 def test_open_clip_needs_both_towers_and_names_the_text_tower_alone(tower, run_export, tmp_path, monkeypatch):
     pytest.importorskip("open_clip")
     encoder = write_encoder(tmp_path / "encoder", "bert")
     text = build_text_tower(write_sentence_folder(tmp_path / "text", encoder), prefix="two dogs: ", max_length=12)
-    monkeypatch.setattr(export, "make_text_tower", lambda config, device: text)
     flags = ("--format", "open_clip", "--output", tmp_path / "out")
     status, _, err = run_export(*flags, described=text.describe())
     assert status == 2 and "open_clip cannot hold this tower: its MLPs are SwiGLU" in err
@@ -160,7 +185,12 @@ folder_weights = folder.write_weights
     ("module", "name", "stand_in", "message"),
     [
         (folder, "save_file", fail_to_save, "could not be written: I/O error: No space left on device"),
-        (transformers_format, "write_weights", write_another_weight, "differs by .* from the tower where 1.0e-06 is"),
+        (
+            transformers_format,
+            "write_weights",
+            write_another_weight,
+            "differs by .* from the trained tower where 1.0e-06 is",
+        ),
         (transformers_format, "_CODE", ("modeling_textlock.py",), "cannot load the folder as it was written"),
     ],
     ids=["a full disk", "another weight", "a file that is missing"],
@@ -172,6 +202,73 @@ def test_what_fails_leaves_nothing(run_export, tmp_path, monkeypatch, module, na
     with pytest.raises(ValueError, match=message):
         raise ValueError(err)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand in for the hub's client, with its own signatures: one of its calls may fail."""
+
+    def connect(*, fails=None, is_private=True):
+        client = create_autospec(HfApi, instance=True)
+        client.create_repo.return_value = "https://hub/owner/name"
+        client.repo_info.return_value.private = is_private
+        if fails is not None:
+            getattr(client, fails).side_effect = ConnectionError("no route to host\nin two lines")
+        monkeypatch.setattr(push, "HfApi", lambda: client)
+        monkeypatch.setattr(push, "get_token", lambda: "hf_token")
+        return client
+
+    return connect
+
+
+@pytest.mark.parametrize("name", ["transformers", "nomic"])
+@pytest.mark.parametrize("private", [True, False])
+def test_a_finished_folder_is_uploaded(run_export, hub, tmp_path, name, private):
+    client = hub()
+    flags = ("--format", name, "--output", tmp_path / "out", "--push", "owner/name", *["--private"] * private)
+    status, out, err = run_export(*flags)
+    assert (status, err) == (0, "") and out.endswith("uploaded to https://hub/owner/name\n")
+    about = "Upload an export of textlock"
+    assert client.method_calls == [
+        call.create_repo("owner/name", private=True if private else None, exist_ok=True),
+        *[call.repo_info("owner/name")] * private,
+        call.upload_folder(repo_id="owner/name", folder_path=tmp_path / "out", commit_message=about),
+    ]
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("fails", ["create_repo", "repo_info", "upload_folder"])
+def test_a_folder_stays_when_its_upload_fails(tower, run_export, hub, tmp_path, fails):
+    hub(fails=fails)
+    status, out, err = run_export("--output", tmp_path / "out", "--push", "owner/name", "--private")
+    assert status == 2 and "wrote " in out and "uploaded" not in out
+    kept = f"error: {tmp_path / 'out'} was written whole and is kept, but not uploaded to owner/name: no route"
+    assert err.startswith(kept) and err.endswith(f"hf upload owner/name {tmp_path / 'out'} --private\n")
+    assert err.count("\n") == 1
+    assert torch.equal(read_exported(tmp_path / "out").tower(images(tower)), tower(images(tower)))
+
+
+def test_what_is_to_be_private_is_not_uploaded_to_a_public_model(run_export, hub, tmp_path):
+    client = hub(is_private=False)
+    status, _, err = run_export("--output", tmp_path / "out", "--push", "owner/name", "--private")
+    assert status == 2 and "not uploaded to owner/name: that model exists and is public; make it private" in err
+    assert not client.upload_folder.called
+
+
+def test_nothing_is_written_or_asked_without_a_token(run_export, hub, tmp_path, monkeypatch):
+    client = hub()
+    monkeypatch.setattr(push, "get_token", lambda: None)
+    status, _, err = run_export("--output", tmp_path / "out", "--push", "owner/name")
+    assert status == 2 and err.count("\n") == 1
+    assert "--push needs a token of the hub that may write: run hf auth login, or set HF_TOKEN" in err
+    assert os.listdir(tmp_path) == [] and client.method_calls == []
+
+
+def test_nothing_is_uploaded_that_failed_its_check(run_export, hub, tmp_path, monkeypatch):
+    client = hub()
+    monkeypatch.setattr(transformers_format, "write_weights", write_another_weight)
+    assert run_export("--output", tmp_path / "out", "--push", "owner/name")[0] == 2
+    assert client.method_calls == []
 
 
 def test_a_folder_with_something_in_it_is_kept_and_a_run_without_checkpoint_is_said(tmp_path):

@@ -46,7 +46,10 @@ def test_files_of_a_folder_are_for_those_who_may_read_it(tmp_path):
     with atomic_folder(tmp_path / "folder") as draft:
         save_file({"a": torch.zeros(2)}, draft / "model.safetensors")
         (draft / "config.json").write_text("{}")
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "folder").iterdir()} == {
+        (draft / "image").mkdir()
+        save_file({"a": torch.zeros(2)}, draft / "image" / "model.safetensors")
+    files = [path for path in (tmp_path / "folder").rglob("*") if path.is_file()]
+    assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {
         (tmp_path / "folder").stat().st_mode & 0o666
     }
 

@@ -33,7 +33,9 @@ def card_of(checkpoint, *, license_name=None, **text):
         Exported(checkpoint.tower, checkpoint.logit_scale, described),
         snippet="pass\n",
         loaders="transformers 4.57 or later",
+        text_snippet=None,
         checked="Checked.",
+        library="transformers",
         license_name=license_name,
     )
 

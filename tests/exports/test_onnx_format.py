@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from textlock.exports import onnx_format
-from textlock.exports.onnx_format import SNIPPET, TEXT_SNIPPET, require, write, write_text
+from textlock.exports.folder import Texts
+from textlock.exports.onnx_format import SNIPPET, TEXT_SNIPPET, require, write
 from textlock.exports.reading import read_exported
 from textlock.models.text import build_text_tower
 
@@ -28,9 +29,9 @@ CAPTIONS = ["two dogs", "a dog on a beach at dusk, and two more of them that run
 WITHOUT_TORCH = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = sys.modules['textlock'] = None\n"
 
 
-def written(tower, folder, **text):
+def written(tower, folder, texts=None, **text):
     folder.mkdir()
-    write(exported(tower, **text), folder)
+    write(exported(tower, **text), folder, texts)
     return folder
 
 
@@ -65,8 +66,7 @@ def text_tower(folder, architecture, *parts, **settings):
 def test_the_lines_of_the_card_run_without_torch(architecture, tmp_path):
     text = text_tower(tmp_path, architecture, dense(6 * WIDTH, 32), layer_norm=True, dimensions=24)
     tower = random_tower(embed_dim=text.embed_dim)
-    folder = written(tower, tmp_path / "out", prefix="two dogs: ")
-    write_text(text, folder)
+    folder = written(tower, tmp_path / "out", Texts(text, copied=True), prefix="two dogs: ")
     Image.fromarray(images(tower, 1)[0].numpy()).save(tmp_path / "photo.png")
     captions = json.dumps(CAPTIONS)
     lines = WITHOUT_TORCH + SNIPPET + TEXT_SNIPPET + "print(json.dumps([embeddings.tolist(), texts.tolist()]))"
@@ -82,7 +82,7 @@ def test_the_lines_of_the_card_run_without_torch(architecture, tmp_path):
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(onnx_format.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(ValueError, match=r"--format onnx needs onnxscript: pip install --editable '\.\[onnx\]'"):
-        require(random_tower())
+        require(exported(random_tower()))
 
 
 def test_a_graph_that_gives_something_else_is_refused(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The folder for open_clip: what open_clip computes with it, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from textlock.exports import open_clip_format
-from textlock.exports.open_clip_format import SNIPPET, require, require_text, write, write_model
+from textlock.exports.folder import Texts
+from textlock.exports.open_clip_format import SNIPPET, check, require, write
 from textlock.exports.reading import read_exported
 from textlock.models.text import build_text_tower
 
@@ -43,8 +45,10 @@ def text_tower(folder, architecture="bert", pooling="mean", **settings):
 def written(tower, text, folder):
     folder.mkdir()
     source = exported(tower, name=text.config.name, layer_norm=False)
-    write(source, folder)
-    return write_model(source, text, folder)
+    texts = Texts(text, copied=False)
+    write(source, folder, texts)
+    said = check(source, folder, texts)
+    return [float(number) for number in re.findall(r"\d+e[-+]\d+", said)]
 
 
 def run_lines(folder, tmp_path, pixels):
@@ -98,7 +102,7 @@ def test_open_clip_gives_the_embeddings_of_texts(architecture, pooling, settings
 )
 def test_refuses_image_towers_that_open_clip_cannot_compute(shape, reason):
     with pytest.raises(ValueError, match=rf"open_clip cannot hold this tower: {reason}.*; use --format transformers"):
-        require(random_tower(**shape))
+        require(exported(random_tower(**shape), layer_norm=False))
 
 
 @pytest.mark.parametrize(
@@ -113,9 +117,9 @@ def test_refuses_image_towers_that_open_clip_cannot_compute(shape, reason):
     ],
 )
 def test_refuses_texts_that_open_clip_cannot_embed(recipe, reason):
-    described = exported(random_tower(), **{"layer_norm": False, **recipe}).text_tower
+    source = exported(random_tower(VIT, pooling="cls"), **{"layer_norm": False, **recipe})
     with pytest.raises(ValueError, match=rf"open_clip .*{reason}"):
-        require_text(described)
+        require(source)
 
 
 def test_refuses_an_architecture_that_is_not_in_its_list(tmp_path):
@@ -138,7 +142,7 @@ def test_refuses_an_encoder_in_a_folder_of_its_own(tmp_path):
         written(random_tower(VIT, pooling="cls", embed_dim=WIDTH), text, tmp_path / "out")
 
 
-@pytest.mark.parametrize(("part", "kind"), [("visual.proj", "image"), ("text.transformer.", "text")])
+@pytest.mark.parametrize(("part", "kind"), [("visual.proj", "trained"), ("text.transformer.", "text")])
 def test_a_model_that_gives_something_else_is_refused(part, kind, tmp_path, monkeypatch):
     def write_wrong(folder, weights, **arguments):
         changed = {key: value * 1.01 + 0.01 if key.startswith(part) else value for key, value in weights.items()}
@@ -148,13 +152,11 @@ def test_a_model_that_gives_something_else_is_refused(part, kind, tmp_path, monk
         )
 
     monkeypatch.setattr(open_clip_format, "write_weights", write_wrong)
-    with pytest.raises(
-        ValueError, match=rf"open_clip gives {kind} embeddings that differ by .* from the tower's where"
-    ):
+    with pytest.raises(ValueError, match=rf"loaded by open_clip, differs by .* from the {kind} tower where"):
         written(random_tower(VIT, pooling="cls", embed_dim=WIDTH), text_tower(tmp_path), tmp_path / "out")
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(open_clip_format.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--format open_clip needs open-clip-torch: pip install .*\[open-clip\]"):
-        require(random_tower(VIT, pooling="cls"))
+        require(exported(random_tower(VIT, pooling="cls")))

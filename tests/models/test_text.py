@@ -393,10 +393,10 @@ def test_a_missing_folder_is_named(tmp_path):
 
 
 def test_a_hub_name_is_fetched_and_a_failure_is_one_sentence(tower_folder, monkeypatch):
-    monkeypatch.setattr(text_folder, "snapshot_download", lambda name, allow_patterns: str(tower_folder))
+    monkeypatch.setattr(text_folder, "snapshot_download", lambda name, **more: str(tower_folder))
     assert nomic_tower("some-org/some-model").embed_dim == 32
 
-    def unreachable(name, allow_patterns):
+    def unreachable(name, **more):
         raise OSError("several\nlines")
 
     monkeypatch.setattr(text_folder, "snapshot_download", unreachable)
