@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,7 +57,7 @@ RECIPES = {
         "prompts": {"query": "find two: "}, "default": "query",
     }, {}),
     "last token, left padding": (
-        "qwen3", {"template": "$A </s>", "padding_side": "left"}, [], {"pooling": {"pooling_mode": "lasttoken"}}, {},
+        "gpt2", {"template": "$A </s>", "padding_side": "left"}, [], {"pooling": {"pooling_mode": "lasttoken"}}, {},
     ),
     "two poolings and two layers, as in EmbeddingGemma": (
         "gemma3, both directions", {},
@@ -213,7 +214,9 @@ def test_the_lines_of_the_readme_search_a_folder_of_photos(folder, model, tower,
         assert abs(hit["score"] - expected[hit["corpus_id"]]) < 1e-5
 
 
-def test_needs_nothing_of_this_project(folder, tower, text):
+@pytest.mark.slow
+def test_needs_nothing_of_this_project_nor_of_who_saves_it_again(folder, model, tower, text, tmp_path):
+    model.save_pretrained(str(tmp_path / "again"))
     site = next(path for path in sys.path if path.endswith("site-packages"))
     code = f"""
 import json, sys, importlib.util
@@ -221,16 +224,21 @@ sys.path.append({site!r})
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 assert importlib.util.find_spec("textlock") is None
-model = SentenceTransformer({str(folder)!r}, trust_remote_code=True, device="cpu")
-image = Image.frombytes("RGB", (32, 32), bytes(i % 251 for i in range(3072)))
-print(json.dumps([model.encode(image).tolist(), model.encode("a red circle").tolist()]))
+for folder in {[str(tmp_path / "again"), str(folder)]!r}:
+    model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    image = Image.frombytes("RGB", (32, 32), bytes(i % 251 for i in range(3072)))
+    print(json.dumps([model.encode(image).tolist(), model.encode("a red circle").tolist()]))
 """
-    outcome = subprocess.run([sys.executable, "-ESP", "-c", code], capture_output=True, text=True, cwd=folder)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-ESP", "-c", code]
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert outcome.returncode == 0, outcome.stderr
-    image, caption = torch.tensor(json.loads(outcome.stdout.splitlines()[-1]))
     pixels = torch.tensor([i % 251 for i in range(3072)], dtype=torch.uint8).view(1, 32, 32, 3)
-    torch.testing.assert_close(image, unit(tower, pixels)[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(caption, text.encode(["a red circle"])[0], rtol=0, atol=1e-6)
+    for line in outcome.stdout.splitlines():
+        image, caption = torch.tensor(json.loads(line))
+        torch.testing.assert_close(image, unit(tower, pixels)[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(caption, text.encode(["a red circle"])[0], rtol=0, atol=1e-6)
+    assert len(outcome.stdout.splitlines()) == 2
 
 
 def test_is_read_back_to_the_bit_and_starts_a_training(folder, tower):
@@ -243,8 +251,12 @@ def test_is_read_back_to_the_bit_and_starts_a_training(folder, tower):
 
 
 def test_half_precision_is_that_of_both_towers(folder, tower, text):
-    model = load(folder, model_kwargs={"dtype": torch.bfloat16})
-    assert {p.dtype for name, p in model.named_parameters() if "norm" not in name} == {torch.bfloat16}
+    model = load(folder).to(torch.bfloat16)
+    for inputs, expected in ((pictures(tower), unit(tower, images(tower, 3))), (TEXTS, text.encode(TEXTS))):
+        found = model.encode(inputs, convert_to_tensor=True)
+        assert found.dtype == torch.bfloat16
+        difference = (found.float() - expected).norm(dim=-1).max()
+        assert 2**-10 < difference < 2**-5  # that of bfloat16, which has 8 bits
 
 
 def find(described, *, text_name=None, copy=False):
