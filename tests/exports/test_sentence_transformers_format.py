@@ -7,14 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import huggingface_hub.constants
 import pytest
 import torch
 from PIL import Image
 
+from textlock import export
 from textlock.exports import sentence_transformers_format
+from textlock.exports.check import compare_with_towers
 from textlock.exports.folder import Exported
 from textlock.exports.reading import is_exported, read_exported, text_settings
 from textlock.models.text import build_text_tower, make_text_tower
@@ -31,7 +33,7 @@ from ..models.text_folders import (
     write_encoder,
     write_sentence_folder,
 )
-from .towers import images, random_tower, unit
+from .towers import images, loaded, random_tower, unit
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
@@ -259,6 +261,17 @@ def test_half_precision_is_that_of_both_towers(folder, tower, text):
         assert 2**-10 < difference < 2**-5  # that of bfloat16, which has 8 bits
 
 
+def test_the_check_tells_another_tower_of_either_kind(folder, tower, text):
+    lines, texts = sentence_transformers_format.SNIPPET, sentence_transformers_format.TEXTS
+    assert max(compare_with_towers(lines, texts, folder, tower, text)) <= 1e-6
+    with pytest.raises(ValueError, match=r"by sentence-transformers, .* from the text tower where 1\.0e-05"):
+        compare_with_towers(lines, texts, folder, tower, build_text_tower(text.config.name, prefix="", layer_norm=True))
+    with pytest.raises(ValueError, match=r"differs by .* from the tower where 1\.0e-06 is allowed"):
+        compare_with_towers(lines, texts, folder, random_tower(pooling="mean", embed_dim=48), text)
+    with pytest.raises(ValueError, match=r"sentence-transformers 6\S+ cannot load the folder as it was written"):
+        compare_with_towers(lines, texts, folder / "image" / "nothing", tower, text)
+
+
 def find(described, *, text_name=None, copy=False):
     return sentence_transformers_format.find_text_tower(described, text_name=text_name, copy=copy)
 
@@ -279,6 +292,21 @@ def test_a_local_text_tower_is_found_under_its_hub_name_when_it_is_the_same(text
     edit_json(place / "tokenizer_config.json", model_max_length=77)
     with pytest.raises(ValueError, match="owner/text is not the text tower that the run was trained against: the wei"):
         find(named)
+
+
+def test_the_export_of_a_local_text_tower_names_the_hub_and_the_commit_it_was_checked_at(tower, text, hub, tmp_path):
+    described = json.loads(json.dumps(asdict(text.describe())))
+    run = loaded(tower, tmp_path / "run")
+    run = replace(run, text_tower=described)
+    hub(text.config.name, COMMIT)
+    settings = {"checkpoint": tmp_path, "format": "sentence-transformers", "text_name": "owner/text"}
+    sentence = export.export(run, export.ExportConfig(**settings, output=tmp_path / "out"))
+    assert "The export ran these lines with sentence-transformers" in sentence
+    assert f"| text encoder | `owner/text`, commit `{COMMIT}` |" in (tmp_path / "out" / "README.md").read_text()
+    read = read_exported(tmp_path / "out").text_tower
+    assert (read["name"], read["revision"], read["fingerprint"]) == ("owner/text", COMMIT, text.fingerprint())
+    reference = json.loads((tmp_path / "out" / "text_encoder" / "reference.json").read_text())
+    assert (reference["name"], reference["revision"], reference["subfolder"]) == ("owner/text", COMMIT, "")
 
 
 def test_a_folder_here_of_that_name_is_not_the_hub(text, tmp_path, monkeypatch):
