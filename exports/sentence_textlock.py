@@ -11,11 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers.base.modules import Dense, InputModule, Module, Transformer
+from sentence_transformers.base.modules import Dense, InputModule, Module, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import LayerNorm
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 from transformers.image_utils import load_image
+
+
+class TextImageRouter(Router):
+    """Texts through the text encoder, images through the image tower."""
+
+    def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
+        """Save as a Router does, the classes of this file by its name and not by where this process has a copy."""
+        super().save(output_path, *args, **kwargs)
+        path = Path(output_path) / self.config_file_name
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for name, kind in config["types"].items():
+            if kind.startswith("transformers_modules."):
+                config["types"][name] = ".".join(kind.split(".")[-2:])
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 class ImageEncoder(InputModule):

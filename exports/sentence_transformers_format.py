@@ -28,7 +28,6 @@ _CODE: Final = "sentence_textlock.py"
 _OURS: Final = "sentence_textlock"
 _THEIRS: Final = "sentence_transformers.sentence_transformer.modules"
 _NORMALIZE: Final = "sentence_transformers.base.modules.normalize.Normalize"
-_ROUTER: Final = "sentence_transformers.base.modules.router.Router"
 
 # Beside its weights, all that is read of a text encoder's folder, and under which terms it may be copied.
 _COPIED: Final = (
@@ -96,7 +95,7 @@ def write(exported: Exported, folder: Path, texts: Texts | None) -> None:
     (folder / "1_Normalize").mkdir()
     write_json(folder / "1_Normalize" / "config.json", {})
     modules = [
-        {"idx": 0, "name": "0", "path": "", "type": _ROUTER},
+        {"idx": 0, "name": "0", "path": "", "type": f"{_OURS}.TextImageRouter"},
         {"idx": 1, "name": "1", "path": "1_Normalize", "type": _NORMALIZE},
     ]
     write_json(folder / "modules.json", modules)

@@ -55,12 +55,17 @@ def test_figures_are_those_of_the_run(small_world, trained):
             assert f"{100 * written[name]:6.2f} %" in out
 
 
-def test_an_exported_folder_gives_the_same_figures(small_world, trained, tmp_path):
+@pytest.mark.parametrize("layout", ["transformers", "sentence-transformers"])
+def test_an_exported_folder_gives_the_same_figures(small_world, trained, tmp_path, layout):
+    """Without --text where the folder holds a copy of the text tower."""
     exported, figures = tmp_path / "exported", tmp_path / "figures.json"
-    flags = ("--checkpoint", trained, "--format", "transformers", "--output", exported)
+    copied = layout == "sentence-transformers"
+    if copied:
+        pytest.importorskip("sentence_transformers")
+    flags = ("--checkpoint", trained, "--format", layout, "--output", exported, *["--copy-text"] * copied)
     status, _, err = run_here("export.py", *flags)
     assert status == 0, err
-    flags = ("--text", small_world.root / "text", "--output", figures)
+    flags = ("--output", figures, *(() if copied else ("--text", small_world.root / "text")))
     status, _, err = evaluate(exported, small_world.root / "data" / "heldout", *flags)
     assert status == 0, err
     (during,) = records(trained / "evaluations.jsonl")

@@ -2,18 +2,22 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 import huggingface_hub.constants
 import pytest
 import torch
 from PIL import Image
 
+from textlock import export
 from textlock.exports import sentence_transformers_format
+from textlock.exports.check import compare_with_towers
 from textlock.exports.folder import Exported, Texts
 from textlock.exports.reading import is_exported, read_exported, text_settings
 from textlock.exports.text import find_text_tower
@@ -31,7 +35,7 @@ from ..models.text_folders import (
     write_encoder,
     write_sentence_folder,
 )
-from .towers import exported, images, random_tower, unit
+from .towers import exported, images, loaded, random_tower, unit
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
@@ -57,7 +61,7 @@ RECIPES = {
         "prompts": {"query": "find two: "}, "default": "query",
     }, {}),
     "last token, left padding": (
-        "qwen3", {"template": "$A </s>", "padding_side": "left"}, [], {"pooling": {"pooling_mode": "lasttoken"}}, {},
+        "gpt2", {"template": "$A </s>", "padding_side": "left"}, [], {"pooling": {"pooling_mode": "lasttoken"}}, {},
     ),
     "two poolings and two layers, as in EmbeddingGemma": (
         "gemma3, both directions", {},
@@ -214,7 +218,9 @@ def test_the_lines_of_the_readme_search_a_folder_of_photos(folder, model, tower,
         assert abs(hit["score"] - expected[hit["corpus_id"]]) < 1e-5
 
 
-def test_needs_nothing_of_this_project(folder, tower, text):
+@pytest.mark.slow
+def test_needs_nothing_of_this_project_nor_of_who_saves_it_again(folder, model, tower, text, tmp_path):
+    model.save_pretrained(str(tmp_path / "again"))
     site = next(path for path in sys.path if path.endswith("site-packages"))
     code = f"""
 import json, sys, importlib.util
@@ -222,16 +228,21 @@ sys.path.append({site!r})
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 assert importlib.util.find_spec("textlock") is None
-model = SentenceTransformer({str(folder)!r}, trust_remote_code=True, device="cpu")
-image = Image.frombytes("RGB", (32, 32), bytes(i % 251 for i in range(3072)))
-print(json.dumps([model.encode(image).tolist(), model.encode("a red circle").tolist()]))
+for folder in {[str(tmp_path / "again"), str(folder)]!r}:
+    model = SentenceTransformer(folder, trust_remote_code=True, device="cpu")
+    image = Image.frombytes("RGB", (32, 32), bytes(i % 251 for i in range(3072)))
+    print(json.dumps([model.encode(image).tolist(), model.encode("a red circle").tolist()]))
 """
-    outcome = subprocess.run([sys.executable, "-ESP", "-c", code], capture_output=True, text=True, cwd=folder)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-ESP", "-c", code]
+    outcome = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     assert outcome.returncode == 0, outcome.stderr
-    image, caption = torch.tensor(json.loads(outcome.stdout.splitlines()[-1]))
     pixels = torch.tensor([i % 251 for i in range(3072)], dtype=torch.uint8).view(1, 32, 32, 3)
-    torch.testing.assert_close(image, unit(tower, pixels)[0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(caption, text.encode(["a red circle"])[0], rtol=0, atol=1e-6)
+    for line in outcome.stdout.splitlines():
+        image, caption = torch.tensor(json.loads(line))
+        torch.testing.assert_close(image, unit(tower, pixels)[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(caption, text.encode(["a red circle"])[0], rtol=0, atol=1e-6)
+    assert len(outcome.stdout.splitlines()) == 2
 
 
 def test_is_read_back_to_the_bit_and_starts_a_training(folder, tower):
@@ -244,8 +255,25 @@ def test_is_read_back_to_the_bit_and_starts_a_training(folder, tower):
 
 
 def test_half_precision_is_that_of_both_towers(folder, tower, text):
-    model = load(folder, model_kwargs={"dtype": torch.bfloat16})
-    assert {p.dtype for name, p in model.named_parameters() if "norm" not in name} == {torch.bfloat16}
+    model = load(folder).to(torch.bfloat16)
+    for inputs, expected in ((pictures(tower), unit(tower, images(tower, 3))), (TEXTS, text.encode(TEXTS))):
+        found = model.encode(inputs, convert_to_tensor=True)
+        assert found.dtype == torch.bfloat16
+        difference = (found.float() - expected).norm(dim=-1).max()
+        assert 2**-10 < difference < 2**-5  # that of bfloat16, which has 8 bits
+
+
+def test_the_check_tells_another_tower_of_either_kind(folder, tower, text):
+    lines, texts = sentence_transformers_format.SNIPPET, sentence_transformers_format.TEXTS
+    check = partial(compare_with_towers, lines, texts, package="sentence-transformers")
+    largest_two = re.findall(r"\de[-+]\d+", check(folder, tower, text))
+    assert len(largest_two) == 2 and all(float(difference) <= 1e-6 for difference in largest_two)
+    with pytest.raises(ValueError, match=r"by sentence-transformers, .* from the text tower where 1\.0e-05"):
+        check(folder, tower, build_text_tower(text.config.name, prefix="", layer_norm=True))
+    with pytest.raises(ValueError, match=r"differs by .* from the trained tower where 1\.0e-06 is allowed"):
+        check(folder, random_tower(pooling="mean", embed_dim=48), text)
+    with pytest.raises(ValueError, match=r"sentence-transformers 6\S+ cannot load the folder as it was written"):
+        check(folder / "image" / "nothing", tower, text)
 
 
 def test_a_local_text_tower_is_found_under_its_hub_name_when_it_is_the_same(text, hub):
@@ -262,6 +290,21 @@ def test_a_local_text_tower_is_found_under_its_hub_name_when_it_is_the_same(text
     edit_json(place / "tokenizer_config.json", model_max_length=77)
     with pytest.raises(ValueError, match="owner/text is not the text tower that the run was trained against: the wei"):
         find_text_tower(named, "owner/text")
+
+
+def test_the_export_of_a_local_text_tower_names_the_hub_and_the_commit_it_was_checked_at(tower, text, hub, tmp_path):
+    described = json.loads(json.dumps(asdict(text.describe())))
+    run = loaded(tower, tmp_path / "run")
+    run = replace(run, text_tower=described)
+    hub(text.config.name, COMMIT)
+    settings = {"checkpoint": tmp_path, "format": "sentence-transformers", "text_name": "owner/text"}
+    sentence = export.export(run, export.ExportConfig(**settings, output=tmp_path / "out"))
+    assert "The export ran these lines with sentence-transformers" in sentence
+    assert f"| text encoder | `owner/text`, commit `{COMMIT}` |" in (tmp_path / "out" / "README.md").read_text()
+    read = read_exported(tmp_path / "out").text_tower
+    assert (read["name"], read["revision"], read["fingerprint"]) == ("owner/text", COMMIT, text.fingerprint())
+    reference = json.loads((tmp_path / "out" / "text_encoder" / "reference.json").read_text())
+    assert (reference["name"], reference["revision"], reference["subfolder"]) == ("owner/text", COMMIT, "")
 
 
 def test_a_folder_here_of_that_name_is_not_the_hub(text, tmp_path, monkeypatch):
