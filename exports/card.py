@@ -15,9 +15,12 @@ import yaml
 
 from ..data.sources import Source, parse_sources
 from ..engine.trained import LoadedTower
+from ..evals.benchmark_report import SuiteRun, read_results
+from ..evals.benchmark_suites import SUITES
 from ..evals.counts import describe_count
 from ..models.vision import IMAGE_MEAN, IMAGE_STD
 from .folder import Exported
+from .loaded import image_fingerprint
 
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FIGURE: Final = re.compile(r"(?:zero_shot\w*_top|\w*recall@)\d+")
@@ -241,6 +244,7 @@ def _figures(loaded: LoadedTower) -> str:
         if evaluation.get("step") == loaded.step and isinstance(data, str):
             measured.append((evaluation, data, data))
     rows = [row for figures, classes, pairs in measured for row in _rows(figures, classes, pairs)]
+    rows += [row for place in places for name in SUITES for row in _suite_rows(name, place, loaded)]
     if not rows:
         return "None was measured with this checkpoint."
     return "\n".join(["| figure | value | chance | measured on |", "| --- | --- | --- | --- |", *dict.fromkeys(rows)])
@@ -258,6 +262,23 @@ def _rows(figures: Mapping[str, Any], classes: str | None, pairs: str | None) ->
         blind = chance.get(name)
         chance_text = f"{100 * blind:.2f} %" if _is_share(blind) else ""
         yield f"| {name} | {100 * value:.2f} % | {chance_text} | {', '.join(counted) or 'not recorded'} |"
+
+
+def _suite_rows(name: str, place: Path, loaded: LoadedTower) -> Iterator[str]:
+    """Yield the main figures that evaluate.py measured of a suite with this very tower, and averages of all tasks."""
+    path = place / f"evaluation-{name}.json"
+    identity = _read_object(path).get("identity")
+    if not isinstance(identity, dict) or identity.get("image tower") != image_fingerprint(loaded.tower):
+        return
+    results = read_results(path, identity)
+    for task in SUITES[name].tasks:
+        for metric in task.metrics:
+            value = results.figure(task, metric)
+            if value is not None:
+                counted = describe_count(results.tasks[task.key]["counts"])
+                yield f"| {name}, {task.name}: {metric} | {100 * value:.2f} % |  | {counted} |"
+    for average, value in SuiteRun(SUITES[name], {}, False).averages(results).items():
+        yield f"| {name}, average: {average} | {100 * value:.2f} % |  | all of its tasks |"
 
 
 def _is_share(value: Any) -> TypeGuard[float]:

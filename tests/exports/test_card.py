@@ -12,6 +12,7 @@ from textlock.demo.text_tower import write_random_text_tower
 from textlock.engine.config import EvalConfig
 from textlock.exports.card import last_part, model_card, public_name
 from textlock.exports.folder import Exported
+from textlock.exports.loaded import image_fingerprint
 from textlock.models.text import build_text_tower
 from textlock.models.vision import ModelConfig
 
@@ -118,6 +119,35 @@ def test_shows_the_figures_of_this_checkpoint_with_their_counts(tower, tmp_path)
     ]
     write_json(tmp_path / "results.json", results | {"samples_seen": 224})  # of a later step
     assert "50.00 %" not in card_of(checkpoint)
+
+
+def test_shows_the_figures_of_suites_that_are_of_this_tower(tower, tmp_path):
+    checkpoint = loaded(tower, tmp_path)
+    measured = {"figures": {"acc1": 0.5, "acc5": 0.9}, "counts": {"images": 10000, "classes": 10, "skipped": {}}}
+    measured |= {"complaints": [], "folder": "/x/wds_cifar10_test", "set": "abc", "measured": {}}
+    identity = {"suite": "datacomp", "image tower": image_fingerprint(tower)}
+    tasks = {"cifar10": measured}
+    for key, metric, share in (
+        ("flickr30k", "mean_recall@1", 0.25),
+        ("mscoco_captions", "mean_recall@1", 0.5),
+        ("winogavil", "jaccard_score_10-12", 0.75),
+    ):
+        tasks[key] = measured | {"figures": {metric: share}, "counts": {"images": 3, "skipped": {}}}
+    stored = {"identity": identity, "tasks": tasks, "averages": {}}
+    path = tmp_path / "evaluation-datacomp.json"
+    write_json(path, stored)
+    assert card_of(checkpoint).partition("## Figures\n\n")[2].splitlines()[2:] == [
+        "| datacomp, CIFAR-10: acc1 | 50.00 % |  | 10,000 images, 10 classes |",
+        "| datacomp, Flickr: mean_recall@1 | 25.00 % |  | 3 images |",
+        "| datacomp, MSCOCO: mean_recall@1 | 50.00 % |  | 3 images |",
+        "| datacomp, WinoGAViL: jaccard_score_10-12 | 75.00 % |  | 3 images |",
+        "| datacomp, average: Retrieval | 50.00 % |  | all of its tasks |",
+    ]
+    write_json(path, stored | {"identity": identity | {"image tower": "of another"}})
+    assert "None was measured" in card_of(checkpoint)
+    write_json(path, stored | {"tasks": {"cifar10": {}}})
+    with pytest.raises(ValueError, match="holds no figures of a suite"):
+        card_of(checkpoint)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]"])
