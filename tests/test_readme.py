@@ -10,10 +10,12 @@ import sys
 import pytest
 
 from textlock.bench.readme import pages
+from textlock.exports import onnx_format, open_clip_format, timm_format, transformers_format
 from textlock.exports.reading import read_exported
 
 from .conftest import ONE_THREAD, ROOT
 from .data.sets import labelled, write_set
+from .exports.towers import exported, random_tower
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
@@ -137,6 +139,13 @@ def test_its_python_names_what_there_is():
         imported = __import__(module, fromlist=["_"])
         for name in names.split(", "):
             assert hasattr(imported, name), f"{module}.{name}"
+
+
+def test_its_lines_for_exports_are_those_that_the_formats_are_tested_with():
+    vit = exported(random_tower("vit_base_patch16_224", "cls"))
+    for module in (transformers_format, timm_format, open_clip_format):
+        assert f"```python\n{module.snippets(vit, None)[0]}```" in README, module.__name__
+    assert f"```python\n{onnx_format.SNIPPET}\n{onnx_format.TEXT_SNIPPET}```" in README
 
 
 def test_its_figures_are_those_of_the_files():
