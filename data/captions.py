@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -159,6 +160,19 @@ def _texts_of_json(payload: bytes, key: str) -> list[str]:
         raise ValueError(f"the key {key} of its JSON holds no text and no list of texts")
     # A text of JSON is one caption whatever breaks its lines; half a surrogate pair is no character.
     return [one_line(text).encode("utf-8", "replace").decode() for text in texts if text is not None]
+
+
+def read_utf8(path: Path) -> str:
+    """Return the text of a file, without a byte-order mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

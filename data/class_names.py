@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .captions import unique_keys
+from .captions import read_utf8, unique_keys
 
 IMAGENET = "imagenet"
 TEMPLATE_SETS = {"openai-80": "OPENAI_IMAGENET_TEMPLATES", "openai-7": "SIMPLE_IMAGENET_TEMPLATES"}
@@ -57,10 +57,7 @@ def read_class_names(names: Path | str, folders: Sequence[str], where: Path | st
     path = Path(names)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: give a file with the names of the class folders in {where}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    text = read_utf8(path)
     match path.suffix.lower():
         case ".json":
             found = _of_json(path, text)

@@ -226,9 +226,11 @@ def shard_names(folder: Path) -> list[str]:
 def _unread_tars(folder: Path) -> list[tuple[str, str, str]]:
     """Return what looks like shards in a folder and is not read: each name, a kind of problem, why and what to do."""
     found = []
-    for name in sorted(os.listdir(folder)):
-        path = folder / name
-        if path.is_dir():
+    with os.scandir(folder) as entries:  # no stat of each file, as above
+        kinds = sorted((entry.name, entry.is_dir()) for entry in entries)
+    for name, is_dir in kinds:
+        if is_dir:
+            path = folder / name
             if os.access(path, os.R_OK) and any(inner.endswith(".tar") for inner in os.listdir(path)):
                 found.append((name, "folder", "is a folder of shards: index it, too, and name both"))
         elif not name.endswith(".tar") and (match := _OTHER_TARS.search(name)):

@@ -22,7 +22,7 @@ import tyro
 from ..settings import exit_with
 from .atomic import atomic_folder, require_free, write_text_atomically
 from .benchmark_sets import COUNT_FILE, SPLIT, TYPE_FILE
-from .captions import unique_keys
+from .captions import read_utf8, unique_keys
 from .pack import PackReport, pack_shards
 
 _SAMPLES_PER_SHARD = 1000
@@ -143,10 +143,7 @@ def _with_captions(found: SetCaptions) -> SetCaptions:
 def _read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    return read_utf8(path)
 
 
 def _read_object(path: Path) -> Any:

@@ -8,8 +8,6 @@ it, and config.json names the prefix that every text gets. Opset 18. Read back b
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -150,7 +148,8 @@ def _write_graph(
     module = module.eval()
     dimensions = {at: torch.export.Dim(name) for at, name in dynamic.items()}
     try:
-        with _quiet(), torch.no_grad():
+        # The exporter warns of its own progress.
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             program = torch.onnx.export(
                 module,
                 kwargs=inputs,
@@ -178,11 +177,3 @@ def _write_graph(
                 f"{path.name} gives embeddings that differ by {difference:.1e} from the tower's where {_TOLERANCE:.0e} "
                 "is allowed"
             )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's notes on its own progress."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
